@@ -1,0 +1,1 @@
+"""Distillation of classifier-free guided diffusion models, in JAX and Flax."""
