@@ -1,0 +1,358 @@
+"""A run's configuration: typed, with its defaults, and checked; every error names the key.
+
+Config files start from `default_config()` and change what they need; `parse` turns the ConfigDict
+into the frozen dataclasses below, which is what the rest of the package reads.
+"""
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from guided_distill.diffusion.process import PARAMETERIZATIONS
+from guided_distill.diffusion.samplers import SAMPLERS
+from guided_distill.diffusion.schedules import SCHEDULES
+from guided_distill.errors import UserError
+from guided_distill.objectives.halving import GRID_STEPS
+from guided_distill.objectives.weighting import WEIGHTINGS
+
+STAGES = ("teacher", "guidance", "halving")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+
+
+def _one_of(*names: str) -> Any:
+    """A field whose value must be one of `names`; the first is the default."""
+    return field(default=names[0], metadata={"choices": names})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where examples come from: a name of guided_distill.data.sources."""
+
+    name: str = "digits"
+    image_size: int | None = None
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network: a name of guided_distill.models.registry, and that class's own fields as options."""
+
+    name: str = "mlp"
+    parameterization: str = _one_of("v", *PARAMETERIZATIONS)
+    schedule: str = _one_of("cosine", *SCHEDULES)
+    dtype: str = _one_of(*DTYPES)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a stage is trained. An ema_decay of 0 keeps no average: the raw weights are the result."""
+
+    steps: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    learning_rate_schedule: str = _one_of(*LEARNING_RATE_SCHEDULES)
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Teacher(Optimization):
+    """The guided diffusion model: conditional and unconditional in one network."""
+
+    weighting: str = _one_of("snr_plus_one", *WEIGHTINGS)
+    label_dropout: float = 0.1
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Guidance(Optimization):
+    """Stage one. The w range is the student's for good: the later rounds and samplers keep to it."""
+
+    weighting: str = _one_of("snr", *WEIGHTINGS)
+    w_min: float = 0.0
+    w_max: float = 4.0
+
+
+@dataclass(frozen=True)
+class Halving(Optimization):
+    """Stage two: rounds of N = first_num_steps, half of it, ... last_num_steps.
+
+    few_step_factor multiplies the updates of the rounds N = 2 and N = 1. Each of `samplers` gets its
+    own chain of students, for they are trained on different jumps.
+    """
+
+    weighting: str = _one_of("truncated_snr", *WEIGHTINGS)
+    first_num_steps: int = 32
+    last_num_steps: int = 1
+    few_step_factor: int = 2
+    samplers: tuple[str, ...] = ("ddim",)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measures: every student at its own N, and the teacher by these samplers."""
+
+    num_samples: int = 1024
+    batch_size: int = 256
+    weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    teacher_samplers: tuple[str, ...] = ("ddim",)
+    teacher_num_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole run.
+
+    stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
+    of another run, to distill a teacher that was trained elsewhere.
+    """
+
+    seed: int = 0
+    stage: str = _one_of("all", *STAGES)
+    start_from: str | None = None
+    steps_per_dispatch: int = 50
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    checkpoints_to_keep: int = 2
+    max_nonfinite_steps: int = 10
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    teacher: Teacher = field(default_factory=Teacher)
+    guidance: Guidance = field(default_factory=Guidance)
+    halving: Halving = field(default_factory=Halving)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def rounds(self) -> tuple[int, ...]:
+        """The N of every halving round, falling."""
+        rounds = [self.halving.first_num_steps]
+        while rounds[-1] > self.halving.last_num_steps:
+            rounds.append(rounds[-1] // 2)
+        return tuple(rounds)
+
+    def round_steps(self, num_steps: int) -> int:
+        """Updates of the round that ends at `num_steps`."""
+        return self.halving.steps * (self.halving.few_step_factor if num_steps <= 2 else 1)
+
+
+RESUMABLE_CHANGES = (
+    "stage",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_to_keep",
+    "max_nonfinite_steps",
+    "evaluation",
+)
+"""Keys that may differ between two calls on one workdir: they leave the trained weights the same."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key at its default, locked: an unknown key raises, a wrong type too."""
+    return to_config_dict(Experiment())
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same experiment in seconds on a laptop: every stage and round, a few updates each."""
+    for stage in STAGES:
+        config[stage].update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
+    first, last = config.halving.first_num_steps, config.halving.last_num_steps
+    while first > 2 * last:
+        first //= 2
+    config.halving.first_num_steps = first
+    config.steps_per_dispatch = config.log_every = config.checkpoint_every = 2
+    config.evaluation.update(
+        {"num_samples": 32, "batch_size": 16, "teacher_num_steps": (2, 4), "weights": (0.0, 1.0)}
+    )
+    return config
+
+
+def to_config_dict(experiment: Experiment) -> ml_collections.ConfigDict:
+    """The ConfigDict of a parsed experiment; `parse` is its inverse."""
+    return _config_dict_of(experiment).lock()
+
+
+def _config_dict_of(section: Any) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(section))
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            config[entry.name] = _config_dict_of(value)
+        elif value is None:
+            config[entry.name] = ml_collections.config_dict.placeholder(
+                _without_none(hints[entry.name])
+            )
+        else:
+            config[entry.name] = value
+    return config
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Experiment:
+    """Check a config and freeze it. Raises UserError, naming the key, for anything amiss."""
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    experiment = _parse_section(Experiment, values, "")
+    _check(experiment)
+    return experiment
+
+
+def changed_keys(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ and make other weights, each with its (old, new) value."""
+    flat_old, flat_new = (_flatten(dataclasses.asdict(each)) for each in (old, new))
+    return {
+        key: (flat_old.get(key), flat_new.get(key))
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key) and key.split(".")[0] not in RESUMABLE_CHANGES
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _parse_section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    entries = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = sorted(values.keys() - entries.keys())
+    if unknown:
+        raise UserError(
+            f"config.{prefix}{unknown[0]} is not a key; those of config.{prefix.rstrip('.')} are "
+            f"{', '.join(sorted(entries))}".replace("config. ", "config ")
+        )
+    parsed = {
+        name: _parse_value(hints[name], entries[name], value, prefix)
+        for name, value in values.items()
+    }
+    return kind(**parsed)
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _parse_value(hint: Any, entry: dataclasses.Field, value: Any, prefix: str) -> Any:
+    key = f"config.{prefix}{entry.name}"
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key} must be a section with keys of its own, not {value!r}")
+        return _parse_section(typing.cast(type, hint), value, f"{prefix}{entry.name}.")
+    if value is None and _without_none(hint) is not hint:
+        return None
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key} must be a section with keys of its own, not {value!r}")
+        return {
+            name: tuple(each) if isinstance(each, list | tuple) else each
+            for name, each in value.items()
+        }
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key} must be a tuple, not {value!r}")
+        kind = typing.get_args(hint)[0]
+        return tuple(_parse_scalar(kind, each, key) for each in value)
+    value = _parse_scalar(hint, value, key)
+    choices = dict.fromkeys(entry.metadata.get("choices", ()))
+    if choices and value not in choices:
+        raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
+    return value
+
+
+def _parse_scalar(kind: type, value: Any, key: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{key} must be {_NAMES[kind]}, not {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+
+
+def _check(experiment: Experiment) -> None:
+    """Rules on values, alone and together."""
+    low, high = experiment.guidance.w_min, experiment.guidance.w_max
+    if low > high:
+        raise UserError(
+            f"config.guidance.w_min is {low}, above config.guidance.w_max, which is {high}: swap them"
+        )
+    first, last = experiment.halving.first_num_steps, experiment.halving.last_num_steps
+    _positive("halving.last_num_steps", last)
+    rounds = experiment.rounds()
+    if rounds[-1] != last or any(a != 2 * b for a, b in itertools.pairwise(rounds)):
+        raise UserError(
+            f"config.halving.first_num_steps is {first}, which can't be halved down to "
+            f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
+        )
+    for name in STAGES:
+        stage = getattr(experiment, name)
+        _positive(f"{name}.steps", stage.steps)
+        _positive(f"{name}.batch_size", stage.batch_size)
+        _positive(f"{name}.learning_rate", stage.learning_rate)
+        _positive(f"{name}.gradient_clip", stage.gradient_clip)
+        _fraction(f"{name}.ema_decay", stage.ema_decay)
+        if stage.warmup_steps >= stage.steps:
+            raise UserError(
+                f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only "
+                f"config.{name}.steps = {stage.steps}: make the warm-up shorter"
+            )
+    _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
+    _fraction("teacher.dropout", experiment.teacher.dropout)
+    for key in ("steps_per_dispatch", "log_every", "checkpoint_every", "checkpoints_to_keep"):
+        _positive(key, getattr(experiment, key))
+    for key, unit in (("log_every", "steps_per_dispatch"), ("checkpoint_every", "log_every")):
+        value, multiple_of = getattr(experiment, key), getattr(experiment, unit)
+        if value % multiple_of:
+            raise UserError(
+                f"config.{key} is {value}; make it a multiple of config.{unit}, {multiple_of}"
+            )
+    _each_known("halving.samplers", experiment.halving.samplers, GRID_STEPS)
+    _each_known("evaluation.teacher_samplers", experiment.evaluation.teacher_samplers, SAMPLERS)
+    if "stochastic" in experiment.evaluation.teacher_samplers:
+        raise UserError(
+            "config.evaluation.teacher_samplers holds stochastic, which only a student trained for it "
+            "can use: take it out"
+        )
+    _positive("evaluation.num_samples", experiment.evaluation.num_samples)
+    _positive("evaluation.batch_size", experiment.evaluation.batch_size)
+    for num_steps in experiment.evaluation.teacher_num_steps:
+        _positive("evaluation.teacher_num_steps", num_steps)
+    for w in experiment.evaluation.weights:
+        if not low <= w <= high:
+            raise UserError(
+                f"config.evaluation.weights holds {w}, outside the trained range [{low}, {high}] of "
+                f"config.guidance.w_min and w_max: take it out or widen the range"
+            )
+
+
+def _positive(key: str, value: float) -> None:
+    if value <= 0:
+        raise UserError(f"config.{key} is {value}; make it greater than 0")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"config.{key} is {value}; make it at least 0 and below 1")
+
+
+def _each_known(key: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"config.{key} holds {name!r}; choose from {', '.join(known)}")

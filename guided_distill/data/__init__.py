@@ -1,0 +1,1 @@
+"""Data: sources by name, and the shuffled, resumable batches made of them."""

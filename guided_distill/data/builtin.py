@@ -1,0 +1,47 @@
+"""Sources that need no files of the user's: handwritten digits and the 2-D mixture."""
+
+import functools
+
+import jax
+import numpy as np
+
+from guided_distill.data.mixture import DEFAULT_MIXTURE
+from guided_distill.data.source import SPLITS, Source, from_arrays, split_indices
+
+_MIXTURE_SIZE = {"train": 50_000, "test": 10_000}
+
+
+def digits(split: str) -> Source:
+    """8x8x1 handwritten digits of scikit-learn: 1,797 in all, a fifth of each class for test."""
+    images, labels = _digits()
+    indices = split_indices(labels, split=split, test_fraction=0.2)
+    return from_arrays(
+        "digits",
+        split=split,
+        images=images[indices],
+        labels=labels[indices],
+        class_names=[str(digit) for digit in range(10)],
+    )
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    # Imported here: scikit-learn takes a second to load, and only this source needs it.
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (bunch.images[..., None] / 8 - 1).astype(np.float32)
+    return images, bunch.target
+
+
+def mixture2d(split: str, *, seed: int) -> Source:
+    """Fixed points [2] of `DEFAULT_MIXTURE`, drawn from seed, equally many of every class."""
+    labels = np.arange(_MIXTURE_SIZE[split]) % DEFAULT_MIXTURE.num_classes
+    key = jax.random.fold_in(jax.random.key(seed), SPLITS.index(split))
+    return from_arrays(
+        "mixture2d",
+        split=split,
+        images=np.asarray(DEFAULT_MIXTURE.sample(key, labels)),
+        labels=labels,
+        class_names=[f"arm {arm}" for arm in range(DEFAULT_MIXTURE.num_classes)],
+    )

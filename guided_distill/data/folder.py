@@ -1,0 +1,131 @@
+"""Image files in folders, one a class, decoded when they are asked for."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+
+from guided_distill.data.pixels import crop_and_resize, from_uint8
+from guided_distill.data.source import Source, split_indices
+from guided_distill.errors import UserError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_HEADER_THREADS = 16
+# What Pillow raises for damaged files of these formats.
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def load(path: str, *, split: str, image_size: int | None) -> Source:
+    """RGB images; a class is a sub-folder, by sorted name, or all images directly in `path`.
+
+    With image_size, images are centre-cropped to squares and resized; without, all must be of one
+    size. Transparent pixels are laid over white. A tenth of each class is the test split.
+
+    Raises:
+      UserError: no images, a damaged file, or sizes that differ. Headers are checked here; damage
+        behind the header surfaces when the image is read.
+    """
+    root = epath.Path(path)
+    class_names, files, labels = _list_images(root)
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        sizes = list(pool.map(_header_size, files))
+    size = (image_size, image_size) if image_size is not None else sizes[0]
+    if image_size is None:
+        for file, found in zip(files, sizes, strict=True):
+            _check_size(file, found, expected=size)
+    indices = split_indices(labels, split=split, test_fraction=0.1)
+    if not len(indices):
+        raise UserError(f"{path} has too few images for a {split} split: two a class are needed")
+    files, labels = [files[i] for i in indices], labels[indices]
+
+    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.stack([_decode(files[i], size, resize=image_size is not None) for i in indices])
+        return from_uint8(pixels), labels[indices]
+
+    return Source(
+        name=f"folder:{path}",
+        split=split,
+        shape=(size[1], size[0], 3),
+        size=len(files),
+        class_names=tuple(class_names),
+        read=read,
+    )
+
+
+def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndarray]:
+    """Class names, files, and the class index [N] of each file."""
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give folder: the path of a folder of images")
+    folders = sorted(
+        (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
+        key=lambda entry: entry.name,
+    )
+    loose = _images_in(root)
+    if loose and folders:
+        raise UserError(
+            f"{root} has both images, such as {loose[0].name}, and folders, such as "
+            f"{folders[0].name}: keep one folder a class, or only images"
+        )
+    classes = [root] if loose else folders
+    if not classes:
+        raise UserError(f"no images in {root}: expected {', '.join(_SUFFIXES)} files")
+    files, labels = [], []
+    for label, folder in enumerate(classes):
+        found = _images_in(folder)
+        if not found:
+            raise UserError(f"no images in {folder}: fill or remove this folder")
+        files += found
+        labels += [label] * len(found)
+    return [folder.name for folder in classes], files, np.array(labels, np.int32)
+
+
+def _images_in(folder: epath.Path) -> list[epath.Path]:
+    found = [
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in _SUFFIXES and not entry.name.startswith(".")
+    ]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _header_size(file: epath.Path) -> tuple[int, int]:
+    """(width, height) as stored."""
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            size, mode = image.size, image.mode
+    except _DAMAGED as error:
+        raise _damaged(file, error) from error
+    if mode.startswith("I") or mode == "F":
+        raise UserError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
+    return size
+
+
+def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] of an upright image over white."""
+    try:
+        with file.open("rb") as stream, Image.open(stream) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except _DAMAGED as error:
+        raise _damaged(file, error) from error
+    if resize:
+        image = crop_and_resize(image, size[0])
+    _check_size(file, image.size, expected=size)
+    return np.asarray(image)
+
+
+def _check_size(file: epath.Path, size: Sequence[int], *, expected: Sequence[int]) -> None:
+    if tuple(size) != tuple(expected):
+        raise UserError(
+            f"{file} is {size[0]} x {size[1]} and others are {expected[0]} x {expected[1]}: set "
+            "data.image_size to resize them all"
+        )
+
+
+def _damaged(file: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read as an image, repair or remove it: {error}")

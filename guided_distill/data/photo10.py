@@ -1,0 +1,107 @@
+"""photo10: 32x32 colour patches of ten photographs that scikit-image and scikit-learn install.
+
+Nothing is downloaded or redistributed. The set has CIFAR-10's shape and the colour statistics of
+photographs, but a class is one photograph: it is a test of textures, not of objects.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from guided_distill.data.pixels import from_uint8
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+
+PATCH = 32
+STRIDE = 8
+MIN_STD = 8.0
+# Vertical bands of the half-size photograph, repeated from left to right.
+TRAIN_BAND = 128
+TEST_BAND = 48
+
+PHOTOS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "cat": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "galaxies": ("skimage", "data/hubble_deep_field.jpg"),
+    "tissue": ("skimage", "data/ihc.png"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "temple": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+
+
+def photo10(split: str) -> Source:
+    """Deals the classes evenly: index i is of class i % 10, and walks through its patches.
+
+    The length is ten times the patches of the largest class; smaller classes start over.
+
+    Raises:
+      UserError: a photograph is missing from the installed packages.
+    """
+    by_class = _patches(split)
+    counts = np.array([len(patches) for patches in by_class])
+    starts = np.cumsum(counts) - counts
+    images = np.concatenate(by_class)
+
+    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        turn, label = np.divmod(indices, len(counts))
+        return from_uint8(images[starts[label] + turn % counts[label]]), label.astype(np.int32)
+
+    return Source(
+        name="photo10",
+        split=split,
+        shape=(PATCH, PATCH, 3),
+        size=len(counts) * int(counts.max()),
+        class_names=tuple(PHOTOS),
+        read=read,
+    )
+
+
+def patch_origins(length: int, *, split: str) -> np.ndarray:
+    """Left edges of the patches of one split in a photograph `length` pixels wide.
+
+    A patch belongs to a split only if it lies within one of its bands, so that no pixel is seen
+    by both; those across a border are dropped.
+    """
+    left = np.arange(0, length - PATCH + 1, STRIDE)
+    within = left % (TRAIN_BAND + TEST_BAND)
+    if split == "train":
+        return left[within + PATCH <= TRAIN_BAND]
+    return left[(within >= TRAIN_BAND) & (within + PATCH <= TRAIN_BAND + TEST_BAND)]
+
+
+@functools.cache
+def _patches(split: str) -> list[np.ndarray]:
+    return [_cut(_half_size(*place), split=split) for place in PHOTOS.values()]
+
+
+def _cut(photo: np.ndarray, *, split: str) -> np.ndarray:
+    """Cuts uint8 patches [N, 32, 32, 3] of one split out of a photograph [H, W, 3]."""
+    top = np.arange(0, len(photo) - PATCH + 1, STRIDE)
+    left = patch_origins(photo.shape[1], split=split)
+    windows = np.lib.stride_tricks.sliding_window_view(photo, (PATCH, PATCH), axis=(0, 1))
+    patches = windows[np.ix_(top, left)].reshape(-1, 3, PATCH, PATCH).transpose(0, 2, 3, 1)
+    return patches[patches.std(axis=(1, 2, 3)) >= MIN_STD]
+
+
+def _half_size(package: str, file: str) -> np.ndarray:
+    # find_spec does not import the package: skimage.data would offer to download.
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    path = Path(spec.origin).parent / file
+    try:
+        with Image.open(path) as image:
+            photo = image.convert("RGB")
+    except OSError as error:
+        raise UserError(
+            f"photo10 cannot read {path}: reinstall {package}, whose package contains it"
+        ) from error
+    half = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS)
+    return np.asarray(half)

@@ -1,0 +1,26 @@
+"""The one rule between 8-bit images and the model's range, and the one way to resize."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def from_uint8(images: np.ndarray) -> np.ndarray:
+    """Maps 0..255 to float32 in [-1, 1]: u / 127.5 - 1."""
+    values = images.astype(np.float32)
+    values /= 127.5
+    values -= 1
+    return values
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Maps [-1, 1] to 0..255: clip, then round (x + 1) * 127.5 half to even.
+
+    It inverts `from_uint8` exactly for all 256 values; values outside [-1, 1] saturate.
+    """
+    clipped = np.clip(np.asarray(images, np.float32), -1, 1)
+    return np.rint((clipped + 1) * 127.5).astype(np.uint8)
+
+
+def crop_and_resize(image: Image.Image, image_size: int) -> Image.Image:
+    """Cuts the largest centred square and resizes it with a Lanczos filter."""
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)

@@ -1,0 +1,107 @@
+"""What a data source is, and how one is held out for testing."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from guided_distill.data.pixels import from_uint8
+from guided_distill.errors import UserError
+
+SPLITS = ("train", "test")
+
+_READ_CHUNK = 256
+# Fixed for good: another seed would move test examples of existing runs into their training set.
+_SPLIT_SEED = 20221204
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Random access to one split of a labelled data set.
+
+    `read` takes indices [B] in [0, size) and returns images [B, *shape], float32 and in [-1, 1]
+    for pixels, and labels [B], int32 in [0, num_classes). It is called from several threads.
+    """
+
+    name: str
+    split: str
+    shape: tuple[int, ...]
+    size: int
+    class_names: tuple[str, ...] = field(repr=False)
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = field(repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 1 where the data has none."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns {"image": float32 [*shape], "label": int32 scalar}."""
+        images, labels = self.read(np.array([range(self.size)[index]]))
+        return {"image": images[0], "label": labels[0]}
+
+    def arrays(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Reads all images [N, *shape] and labels [N], or a fixed random subset of `limit`."""
+        indices = np.arange(self.size)
+        if limit is not None and limit < self.size:
+            subset = np.random.default_rng(0).permutation(self.size)[:limit]
+            indices = np.sort(subset)
+        chunks = np.array_split(indices, max(1, len(indices) // _READ_CHUNK))
+        with ThreadPoolExecutor() as pool:
+            images, labels = zip(*pool.map(self.read, chunks), strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+
+def from_arrays(
+    name: str,
+    *,
+    split: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+) -> Source:
+    """Builds a source over images [N, ...], uint8 pixels or float32 values, and labels [N]."""
+    labels = labels.astype(np.int32)
+
+    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = images[indices]
+        return from_uint8(chosen) if chosen.dtype == np.uint8 else chosen, labels[indices]
+
+    return Source(
+        name=name,
+        split=split,
+        shape=images.shape[1:],
+        size=len(images),
+        class_names=tuple(class_names),
+        read=read,
+    )
+
+
+def split_indices(groups: np.ndarray, *, split: str, test_fraction: float) -> np.ndarray:
+    """Indices of one split, in a fixed shuffled order; every group [N] gives its share to test.
+
+    A group of one stays in train. The two splits are disjoint and together are all N.
+    """
+    rng = np.random.default_rng(_SPLIT_SEED)
+    by_group = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    chosen = []
+    for members in by_group:
+        count = max(1, round(test_fraction * len(members))) if len(members) > 1 else 0
+        shuffled = rng.permutation(members)
+        chosen.append(shuffled[:count] if split == "test" else shuffled[count:])
+    indices = np.concatenate(chosen)
+    return np.random.default_rng(_SPLIT_SEED).permutation(indices)
+
+
+def check_image_size(source: Source, image_size: int | None) -> None:
+    """Raises UserError unless the source's images are image_size squares (None: any size)."""
+    if image_size is not None and source.shape[:2] != (image_size, image_size):
+        size = " x ".join(map(str, source.shape))
+        raise UserError(
+            f"data.image_size is {image_size}, but examples of {source.name!r} are {size} and this "
+            "source is never resized: leave data.image_size unset"
+        )

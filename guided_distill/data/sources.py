@@ -1,0 +1,42 @@
+"""Data sources by name."""
+
+from guided_distill.data import builtin, folder, npz, photo10, tfds
+from guided_distill.data.source import SPLITS, Source, check_image_size
+from guided_distill.errors import UserError
+
+KNOWN = ("digits", "photo10", "mixture2d", "npz:PATH", "folder:PATH", "tfds:NAME")
+
+
+def load(
+    name: str, *, split: str = "train", image_size: int | None = None, seed: int = 0
+) -> Source:
+    """Opens one split of a data source.
+
+    Args:
+      name: one of `KNOWN`; a PATH may be on any file system that etils.epath reads.
+      split: "train" or "test"; which example is in which never depends on seed.
+      image_size: side in pixels. folder: and tfds: are resized to it; for others it is checked.
+      seed: draws the points of mixture2d, and nothing else.
+
+    Raises:
+      UserError: unknown name or split, or data that cannot be read as the source says.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r} of data source {name!r}: use train or test")
+    kind, _, place = name.partition(":")
+    if kind == "folder" and place:
+        return folder.load(place, split=split, image_size=image_size)
+    if kind == "tfds" and place:
+        return tfds.load(place, split=split, image_size=image_size)
+    if kind == "npz" and place:
+        source = npz.load(place, split=split)
+    elif name == "digits":
+        source = builtin.digits(split)
+    elif name == "photo10":
+        source = photo10.photo10(split)
+    elif name == "mixture2d":
+        source = builtin.mixture2d(split, seed=seed)
+    else:
+        raise UserError(f"unknown data source {name!r}: use one of {', '.join(KNOWN)}")
+    check_image_size(source, image_size)
+    return source

@@ -1,0 +1,83 @@
+"""Data sets that TensorFlow Datasets has prepared on disk, read without TensorFlow."""
+
+import numpy as np
+from PIL import Image
+
+from guided_distill.data.pixels import crop_and_resize, from_uint8
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+
+
+def load(name: str, *, split: str, image_size: int | None) -> Source:
+    """Reads features `image`, uint8 with 1 or 3 channels, and, where there, `label`.
+
+    The test split is the set's `test`, or else its `validation`. With image_size, images are
+    centre-cropped to squares and resized; without, they must be of one size. The folder is TFDS's
+    own, ~/tensorflow_datasets or the environment variable TFDS_DATA_DIR.
+
+    Raises:
+      UserError: the set is unknown, is not prepared as array_record, or lacks what is said above.
+    """
+    # Imported here: it takes seconds, and only this source needs it.
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"TensorFlow Datasets has no data set {name!r}: check its name") from error
+    chosen = _choose_split(name, split=split, available=list(builder.info.splits))
+    try:
+        records = builder.as_data_source(chosen)
+    except NotImplementedError as error:
+        raise _not_prepared(name) from error
+
+    features = builder.info.features
+    if "image" not in features:
+        raise UserError(f"tfds:{name} has no feature `image`, only {sorted(features)}")
+    height, width, channels = features["image"].shape
+    if features["image"].np_dtype != np.uint8 or channels not in (1, 3):
+        raise UserError(f"tfds:{name} must have uint8 images of 1 or 3 channels")
+    if image_size is not None:
+        height = width = image_size
+    if height is None or width is None:
+        raise UserError(f"images of tfds:{name} differ in size: set data.image_size to resize them")
+    class_names = features["label"].names if "label" in features else ["all"]
+
+    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        examples = [records[int(i)] for i in indices]
+        pixels = np.stack([_fit(example["image"], (height, width)) for example in examples])
+        labels = np.array([example.get("label", 0) for example in examples], np.int32)
+        return from_uint8(pixels), labels
+
+    return Source(
+        name=f"tfds:{name}",
+        split=split,
+        shape=(height, width, channels),
+        size=len(records),
+        class_names=tuple(class_names),
+        read=read,
+    )
+
+
+def _choose_split(name: str, *, split: str, available: list[str]) -> str:
+    if not available:
+        raise _not_prepared(name)
+    for candidate in ("test", "validation") if split == "test" else ("train",):
+        if candidate in available:
+            return candidate
+    raise UserError(f"tfds:{name} has no {split} split, only {available}")
+
+
+def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if pixels.shape[:2] == size:
+        return pixels
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return np.asarray(crop_and_resize(image, size[0])).reshape(*size, pixels.shape[-1])
+
+
+def _not_prepared(name: str) -> UserError:
+    return UserError(
+        f'tfds:{name} is not prepared on disk: run `python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\"` once, which "
+        "needs TensorFlow"
+    )

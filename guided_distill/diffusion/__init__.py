@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, the process, guidance, samplers. Pure functions."""

@@ -1,0 +1,73 @@
+"""Classifier-free guidance, the one place where it is applied and where its conventions meet.
+
+The paper's weight w (equation (7) of process.py): x_w = (1 + w) x(z, c) - w x(z). w = 0 is the plain
+conditional model, w = -1 the unconditional one. Imagen, Stable Diffusion and diffusers speak of
+guidance_scale = 1 + w.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill.diffusion.process import Prediction, broadcast_to_rank
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A function that predicts (x, eps) of noisy data, and what it takes.
+
+    predict(z [B, ...], t [B] in [0, 1], label [B] int, w [B] or None) -> Prediction.
+    guided: whether predict already answers for the guidance weight w that it is given.
+    null_label: the label that stands for "no condition"; None where there is none.
+    """
+
+    predict: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], Prediction]
+    guided: bool
+    null_label: int | None
+
+
+def guidance_scale(w: float) -> float:
+    """The scale of Stable Diffusion and diffusers for the paper's weight w."""
+    return 1.0 + w
+
+
+def weight_from_guidance_scale(scale: float) -> float:
+    """The paper's weight w for a guidance_scale of Stable Diffusion and diffusers."""
+    return scale - 1.0
+
+
+def combine(conditional: jax.Array, unconditional: jax.Array, *, w: jax.Array) -> jax.Array:
+    """Equation (7) for x, eps or v alike, [B, ...] each, with w [B]."""
+    w = broadcast_to_rank(w, conditional)
+    return (1.0 + w) * conditional - w * unconditional
+
+
+def with_guidance(denoiser: Denoiser) -> Denoiser:
+    """The guided denoiser of a conditional one: both branches run as one batch of 2B.
+
+    Raises ValueError if guidance is inside already (it would compound) or if the denoiser has no
+    null label.
+    """
+    if denoiser.guided:
+        raise ValueError(
+            "guidance is already inside a w-conditioned model: sample it at w directly"
+        )
+    null_label = denoiser.null_label
+    if null_label is None:
+        raise ValueError("guidance needs a denoiser with a null label for its unconditional branch")
+
+    def predict(z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None) -> Prediction:
+        if w is None:
+            raise ValueError("a guided prediction needs a weight w")
+        null = jnp.full_like(label, null_label)
+        both = denoiser.predict(
+            jnp.concatenate([z, z]),
+            jnp.concatenate([t, t]),
+            jnp.concatenate([label, null]),
+            None,
+        )
+        return Prediction(*(combine(*jnp.split(branch, 2), w=w) for branch in both))
+
+    return Denoiser(predict, guided=True, null_label=None)

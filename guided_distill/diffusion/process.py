@@ -1,0 +1,158 @@
+"""The mathematics on one page.
+
+Variance-preserving diffusion (Salimans & Ho 2022, "Progressive Distillation", PD; Ho & Salimans
+2022, "Classifier-Free Diffusion Guidance", CFG; Meng et al. 2023, "On Distillation of Guided
+Diffusion Models"). Below, lambda = log_snr, alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda),
+and s < t:
+
+    (1)  z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I)                      noising        PD eq. 1
+    (2)  v   = alpha_t eps - sigma_t x                                       velocity       PD app. D
+         x   = alpha_t z_t - sigma_t v,   eps = sigma_t z_t + alpha_t v
+    (3)  z_s = alpha_s x_hat + sigma_s eps_hat                               DDIM step      PD eq. 5
+         with eps_hat = (z_t - alpha_t x_hat) / sigma_t; run with s > t it encodes
+    (4)  q(z_s | z_t, x) = N(r (alpha_s/alpha_t) z_t + (1 - r) alpha_s x,    posterior      CFG eq. 3
+                             (1 - r) sigma_s^2),   r = exp(lambda_t - lambda_s)
+    (5)  q(z_t | z_s)    = N((alpha_t/alpha_s) z_s,                          forward hop    CFG eq. 2
+                             (1 - exp(lambda_t - lambda_s)) sigma_t^2)
+    (6)  x_tilde = (z_s - q z_t) / (alpha_s - q alpha_t),  q = sigma_s/sigma_t              PD alg. 2
+         the one x for which a single DDIM step (3) from z_t lands on z_s
+    (7)  x_w = (1 + w) x_hat(z, c) - w x_hat(z)                              guidance       CFG eq. 6
+
+A prediction is carried as the pair (x, eps): DDIM is then one line, and each is computed from the
+network's own output without dividing by a sigma or an alpha that may be near zero.
+Arrays: z, x, eps, v are [B, ...]; log_snr is [B].
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill.diffusion.schedules import alpha_sigma
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of z_t: the clean x and the noise eps, [B, ...] each, joined by (1)."""
+
+    x: jax.Array
+    eps: jax.Array
+
+
+def broadcast_to_rank(per_example: jax.Array, like: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, ..., 1] with the rank of `like`."""
+    return per_example.reshape(per_example.shape + (1,) * (like.ndim - per_example.ndim))
+
+
+def levels(log_snr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(alpha, sigma) at log_snr [B], shaped to multiply `like` [B, ...]."""
+    return alpha_sigma(broadcast_to_rank(log_snr, like))
+
+
+def add_noise(x: jax.Array, eps: jax.Array, *, log_snr: jax.Array) -> jax.Array:
+    """Equation (1): z_t from clean x and noise eps."""
+    alpha, sigma = levels(log_snr, x)
+    return alpha * x + sigma * eps
+
+
+Converter = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# (what is known, what is wanted) -> f(known, z, alpha, sigma), from (1) and (2).
+CONVERTERS: dict[tuple[str, str], Converter] = {
+    ("x", "x"): lambda x, z, alpha, sigma: x,
+    ("x", "eps"): lambda x, z, alpha, sigma: (z - alpha * x) / sigma,
+    ("x", "v"): lambda x, z, alpha, sigma: (alpha * z - x) / sigma,
+    ("eps", "x"): lambda eps, z, alpha, sigma: (z - sigma * eps) / alpha,
+    ("eps", "eps"): lambda eps, z, alpha, sigma: eps,
+    ("eps", "v"): lambda eps, z, alpha, sigma: (eps - sigma * z) / alpha,
+    ("v", "x"): lambda v, z, alpha, sigma: alpha * z - sigma * v,
+    ("v", "eps"): lambda v, z, alpha, sigma: sigma * z + alpha * v,
+    ("v", "v"): lambda v, z, alpha, sigma: v,
+}
+
+PARAMETERIZATIONS = ("x", "eps", "v")
+
+
+def convert(
+    value: jax.Array, *, source: str, target: str, z: jax.Array, log_snr: jax.Array
+) -> jax.Array:
+    """Turn one of "x", "eps", "v" at z [B, ...] into another.
+
+    Raises KeyError for a name that isn't one of PARAMETERIZATIONS.
+    """
+    return CONVERTERS[source, target](value, z, *levels(log_snr, z))
+
+
+def prediction_from(
+    value: jax.Array, *, source: str, z: jax.Array, log_snr: jax.Array
+) -> Prediction:
+    """The pair (x, eps) that `value`, an "x", "eps" or "v" at z, stands for."""
+    x, eps = (
+        convert(value, source=source, target=target, z=z, log_snr=log_snr)
+        for target in ("x", "eps")
+    )
+    return Prediction(x, eps)
+
+
+def velocity(prediction: Prediction, log_snr: jax.Array) -> jax.Array:
+    """Equation (2): v of a prediction."""
+    alpha, sigma = levels(log_snr, prediction.x)
+    return alpha * prediction.eps - sigma * prediction.x
+
+
+def clip_x(prediction: Prediction, *, z: jax.Array, log_snr: jax.Array) -> Prediction:
+    """The prediction with x held to the pixel range [-1, 1] and eps made to agree with it.
+
+    For sampling only; targets are never clipped (PD, official code).
+    """
+    x = jnp.clip(prediction.x, -1.0, 1.0)
+    eps = convert(x, source="x", target="eps", z=z, log_snr=log_snr)
+    return Prediction(x, jnp.where(x == prediction.x, prediction.eps, eps))
+
+
+def ddim_step(prediction: Prediction, log_snr_s: jax.Array) -> jax.Array:
+    """Equation (3): the deterministic move to the noise level log_snr_s, in either direction."""
+    return add_noise(prediction.x, prediction.eps, log_snr=log_snr_s)
+
+
+def posterior_step(
+    prediction: Prediction,
+    noise: jax.Array,
+    *,
+    z: jax.Array,
+    log_snr_t: jax.Array,
+    log_snr_s: jax.Array,
+    variance_interpolation: float = 0.0,
+) -> jax.Array:
+    """Equation (4): a draw of z_s given z_t, with unit `noise`.
+
+    The log variance goes from that of q(z_s|z_t,x) at `variance_interpolation` 0 to that of
+    q(z_t|z_s) at 1 (CFG section 2; the paper's 64x64 models use 0.3).
+    """
+    alpha_t, sigma_t = levels(log_snr_t, z)
+    alpha_s, sigma_s = levels(log_snr_s, z)
+    ratio = broadcast_to_rank(jnp.exp(log_snr_t - log_snr_s), z)
+    mean = ratio * (alpha_s / alpha_t) * z + (1.0 - ratio) * alpha_s * prediction.x
+    lower, upper = jnp.log(sigma_s), jnp.log(sigma_t)
+    sigma = jnp.exp((1.0 - variance_interpolation) * lower + variance_interpolation * upper)
+    return mean + jnp.sqrt(1.0 - ratio) * sigma * noise
+
+
+def forward_hop(
+    z: jax.Array, noise: jax.Array, *, log_snr_s: jax.Array, log_snr_t: jax.Array
+) -> jax.Array:
+    """Equation (5): a draw of the noisier z_t given z_s = `z`, with unit `noise`."""
+    alpha_s, _ = levels(log_snr_s, z)
+    alpha_t, sigma_t = levels(log_snr_t, z)
+    ratio = broadcast_to_rank(jnp.exp(log_snr_t - log_snr_s), z)
+    return (alpha_t / alpha_s) * z + jnp.sqrt(1.0 - ratio) * sigma_t * noise
+
+
+def single_step_x(
+    z_t: jax.Array, z_s: jax.Array, *, log_snr_t: jax.Array, log_snr_s: jax.Array
+) -> jax.Array:
+    """Equation (6): the x that takes one DDIM step from z_t exactly to z_s."""
+    alpha_t, sigma_t = levels(log_snr_t, z_t)
+    alpha_s, sigma_s = levels(log_snr_s, z_t)
+    # Both sides of the fraction times sigma_t: no division by a small noise level.
+    return (sigma_t * z_s - sigma_s * z_t) / (sigma_t * alpha_s - sigma_s * alpha_t)

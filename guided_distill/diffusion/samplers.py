@@ -1,0 +1,159 @@
+"""Samplers: plain functions over predict(z, t) -> Prediction, on the uniform grid t = i/N.
+
+`schedule` is log_snr(t). num_steps may be a traced integer, so one compilation serves every N.
+Samplers that draw noise take one typed key per example, so that a sample depends on its own seed
+alone. Every sampler but `encode` starts from z at t = 1, calls predict N times, and answers the
+last x: shapes [B, ...] throughout.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill.diffusion.process import (
+    Prediction,
+    broadcast_to_rank,
+    ddim_step,
+    forward_hop,
+    levels,
+    posterior_step,
+)
+from guided_distill.diffusion.schedules import Schedule
+
+Predict = Callable[[jax.Array, jax.Array], Prediction]
+
+
+def sample_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
+    """Keys [B], one for each global sample index [B]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, indices)
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit noise [B, *shape], row b drawn from keys[b] alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _time(i: jax.Array, num_steps: jax.Array, z: jax.Array) -> jax.Array:
+    """Time i/N for each example, held at 0 from below."""
+    return jnp.full(z.shape[:1], jnp.maximum(i, 0) / num_steps, jnp.float32)
+
+
+def _step_noise(keys: jax.Array, i: jax.Array, z: jax.Array) -> jax.Array:
+    return normal(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i), z.shape[1:])
+
+
+def _unless_last(i: jax.Array, z_s: jax.Array, x: jax.Array) -> jax.Array:
+    # The step that ends at t = 0 answers x itself, for alpha_0 is not exactly 1 (PD, official code).
+    return jnp.where(i == 1, x, z_s)
+
+
+def ddim(
+    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Deterministic sampling, equation (3) N times. `keys` is not used."""
+    del keys
+
+    def body(n: jax.Array, z: jax.Array) -> jax.Array:
+        i = num_steps - n
+        prediction = predict(z, _time(i, num_steps, z))
+        z_s = ddim_step(prediction, schedule(_time(i - 1, num_steps, z)))
+        return _unless_last(i, z_s, prediction.x)
+
+    return jax.lax.fori_loop(0, num_steps, body, z)
+
+
+def ancestral(
+    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Ancestral (DDPM) sampling, equation (4) N times."""
+
+    def body(n: jax.Array, z: jax.Array) -> jax.Array:
+        i = num_steps - n
+        t = _time(i, num_steps, z)
+        prediction = predict(z, t)
+        z_s = posterior_step(
+            prediction,
+            _step_noise(keys, i, z),
+            z=z,
+            log_snr_t=schedule(t),
+            log_snr_s=schedule(_time(i - 1, num_steps, z)),
+        )
+        return _unless_last(i, z_s, prediction.x)
+
+    return jax.lax.fori_loop(0, num_steps, body, z)
+
+
+def stochastic(
+    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """The paper's stochastic N-step sampler (Meng et al. 2023, section 3.3).
+
+    From t a DDIM jump over two grid steps to t - 2/N, then noise back over one to t - 1/N; from
+    t = 1/N a plain jump to 0. It needs a student trained on these jumps.
+    """
+
+    def body(n: jax.Array, z: jax.Array) -> jax.Array:
+        i = num_steps - n
+        prediction = predict(z, _time(i, num_steps, z))
+        log_snr_k = schedule(_time(i - 2, num_steps, z))
+        z_s = forward_hop(
+            ddim_step(prediction, log_snr_k),
+            _step_noise(keys, i, z),
+            log_snr_s=log_snr_k,
+            log_snr_t=schedule(_time(i - 1, num_steps, z)),
+        )
+        return _unless_last(i, z_s, prediction.x)
+
+    return jax.lax.fori_loop(0, num_steps, body, z)
+
+
+def dpm_solver_pp(
+    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """DPM-Solver++(2M), first order at both ends (Lu et al. 2022, algorithm 2). `keys` is not used.
+
+    With h half the rise of the log-SNR over a step and r = h_previous / h:
+    z_s = (sigma_s/sigma_t) z - alpha_s (exp(-h) - 1) (x + (x - x_previous) / (2 r)).
+    """
+    del keys
+
+    def body(
+        n: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        z, previous_x, previous_h = carry
+        i = num_steps - n
+        t, s = _time(i, num_steps, z), _time(i - 1, num_steps, z)
+        x = predict(z, t).x
+        log_snr_t, log_snr_s = schedule(t), schedule(s)
+        h = 0.5 * (log_snr_s - log_snr_t)
+        second_order = (n > 0) & (i > 1)
+        slope = jnp.where(second_order, h / (2.0 * previous_h), 0.0)
+        data = x + broadcast_to_rank(slope, z) * (x - previous_x)
+        _, sigma_t = levels(log_snr_t, z)
+        alpha_s, sigma_s = levels(log_snr_s, z)
+        z_s = (sigma_s / sigma_t) * z - alpha_s * broadcast_to_rank(jnp.expm1(-h), z) * data
+        return _unless_last(i, z_s, x), x, h
+
+    start = (z, jnp.zeros_like(z), jnp.ones(z.shape[:1], z.dtype))
+    return jax.lax.fori_loop(0, num_steps, body, start)[0]
+
+
+def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Array) -> jax.Array:
+    """Data to noise: DDIM run forwards from t = 0, predict called at t = 0, 1/N ... (N-1)/N."""
+
+    def body(i: jax.Array, z: jax.Array) -> jax.Array:
+        prediction = predict(z, _time(i, num_steps, z))
+        return ddim_step(prediction, schedule(_time(i + 1, num_steps, z)))
+
+    return jax.lax.fori_loop(0, num_steps, body, x)
+
+
+Sampler = Callable[[Predict, Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "ancestral": ancestral,
+    "stochastic": stochastic,
+    "dpm_solver_pp": dpm_solver_pp,
+}

@@ -1,0 +1,1 @@
+"""Flax networks. A network never knows which stage uses it."""

@@ -1,0 +1,73 @@
+"""Embeddings of time, class and guidance weight, summed to one vector that conditions a network."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def inverse_cosine_time(log_snr: jax.Array) -> jax.Array:
+    """log_snr [B] -> arctan(sigma/alpha) / (pi/2) in [0, 1]: the time input of Salimans & Ho 2022.
+
+    It depends on the noise level alone, never on an index that a number of steps would rescale.
+    """
+    return jnp.arctan(jnp.exp(-0.5 * log_snr)) / (0.5 * np.pi)
+
+
+def sinusoid(value: jax.Array, width: int, *, scale: float, max_period: float = 1e4) -> jax.Array:
+    """[B] -> [B, width]: sines and cosines of scale * value at `width`/2 geometric frequencies."""
+    half = width // 2
+    frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half) / (half - 1))
+    angles = scale * value[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class SinusoidMLP(nn.Module):
+    """A number embedded as sinusoid -> Dense -> swish -> Dense."""
+
+    width: int
+    scale: float
+    zero_output: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, value: jax.Array) -> jax.Array:
+        """[B] -> [B, width]."""
+        hidden = sinusoid(value, self.width, scale=self.scale)
+        hidden = nn.swish(nn.Dense(self.width, dtype=self.dtype, name="hidden")(hidden))
+        init = nn.initializers.zeros if self.zero_output else nn.linear.default_kernel_init
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="output")(hidden)
+
+
+class Conditioning(nn.Module):
+    """Time, class and (where w_conditioned) guidance weight, embedded alike and added.
+
+    The projection of w starts at zero, so that a student begins as its teacher at every w
+    (Meng et al. 2023, section 3.1: w enters as the time step does).
+    """
+
+    width: int
+    num_classes: int
+    w_conditioned: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, log_snr: jax.Array, label: jax.Array, w: jax.Array | None) -> jax.Array:
+        """log_snr, label, w: [B] each -> [B, width]. Label num_classes is the null label.
+
+        Raises ValueError if w is given to a network that doesn't take it, or missing from one that
+        does.
+        """
+        if self.w_conditioned != (w is not None):
+            raise ValueError(f"w_conditioned is {self.w_conditioned}, but w is {w}")
+        embedding = SinusoidMLP(self.width, scale=1000.0, dtype=self.dtype, name="time")(
+            inverse_cosine_time(log_snr)
+        )
+        embedding += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label")(
+            label
+        )
+        if w is not None:
+            embedding += SinusoidMLP(
+                self.width, scale=1000.0 / 16.0, zero_output=True, dtype=self.dtype, name="w"
+            )(w)
+        return embedding

@@ -1,0 +1,63 @@
+"""A residual perceptron: for points in the plane and for images small enough to be vectors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from guided_distill.models.embeddings import Conditioning
+
+
+class MLP(nn.Module):
+    """Dense -> `depth` residual blocks, scaled and shifted by the conditioning -> Dense."""
+
+    width: int
+    depth: int
+    embedding_width: int
+    num_classes: int
+    w_conditioned: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        log_snr: jax.Array,
+        label: jax.Array,
+        w: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """z [B, ...], log_snr, label and w [B] -> an output of z's shape."""
+        condition = nn.swish(
+            Conditioning(
+                self.embedding_width,
+                self.num_classes,
+                self.w_conditioned,
+                dtype=self.dtype,
+                name="conditioning",
+            )(log_snr, label, w)
+        )
+        hidden = nn.Dense(self.width, dtype=self.dtype, name="input")(z.reshape(len(z), -1))
+        for index in range(self.depth):
+            modulation = nn.Dense(2 * self.width, dtype=self.dtype, name=f"modulation_{index}")
+            scale, shift = jnp.split(modulation(condition), 2, axis=-1)
+            branch = nn.LayerNorm(
+                use_scale=False, use_bias=False, dtype=self.dtype, name=f"norm_{index}"
+            )(hidden)
+            branch = branch * (1.0 + scale) + shift
+            branch = nn.swish(
+                nn.Dense(self.width, dtype=self.dtype, name=f"expand_{index}")(branch)
+            )
+            branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
+            hidden += nn.Dense(
+                self.width,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.zeros,
+                name=f"contract_{index}",
+            )(branch)
+        hidden = nn.LayerNorm(dtype=self.dtype, name="output_norm")(hidden)
+        output = nn.Dense(
+            z[0].size, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="output"
+        )(hidden)
+        return output.reshape(z.shape)

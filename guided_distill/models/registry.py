@@ -1,0 +1,138 @@
+"""Networks by name, and the step from a network's raw output to a Denoiser."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from guided_distill.diffusion.guidance import Denoiser
+from guided_distill.diffusion.process import Prediction, prediction_from
+from guided_distill.diffusion.schedules import SCHEDULES, Schedule
+from guided_distill.errors import UserError
+from guided_distill.models.mlp import MLP
+from guided_distill.models.transformer import PatchTransformer
+from guided_distill.models.unet import UNet
+
+MODELS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "transformer": PatchTransformer,
+    "unet": UNet,
+}
+
+Params = Mapping[str, Any]
+
+# Set by the run or by Flax, not by a config's model.options.
+_NOT_OPTIONS = ("num_classes", "w_conditioned", "dropout", "dtype", "parent", "name")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A Flax module with what is needed to read its output: all of it but the weights.
+
+    parameterization: what the module's output stands for, "x", "eps" or "v".
+    data_shape: the shape of one example, without the batch.
+    """
+
+    module: nn.Module
+    schedule: Schedule
+    parameterization: str
+    data_shape: tuple[int, ...]
+    num_classes: int
+    w_conditioned: bool
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh weights."""
+        one = jnp.zeros((1,))
+        return self.module.init(
+            key,
+            jnp.zeros((1, *self.data_shape)),
+            one,
+            jnp.zeros((1,), jnp.int32),
+            one if self.w_conditioned else None,
+        )["params"]
+
+    def denoiser(self, params: Params, dropout_key: jax.Array | None = None) -> Denoiser:
+        """The denoiser that these weights make; with a dropout_key, in training mode."""
+
+        def predict(
+            z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None
+        ) -> Prediction:
+            log_snr = self.schedule(t)
+            output: Any = self.module.apply(
+                {"params": params},
+                z,
+                log_snr,
+                label,
+                w,
+                train=dropout_key is not None,
+                rngs={} if dropout_key is None else {"dropout": dropout_key},
+            )
+            return prediction_from(output, source=self.parameterization, z=z, log_snr=log_snr)
+
+        null_label = None if self.w_conditioned else self.num_classes
+        return Denoiser(predict, guided=self.w_conditioned, null_label=null_label)
+
+    def told_w(self) -> "Network":
+        """The same network with the guidance weight as one more input."""
+        return replace(self, module=self.module.clone(w_conditioned=True), w_conditioned=True)
+
+    def with_dropout(self, rate: float) -> "Network":
+        """The same network, dropping out at `rate` where it is given a dropout key."""
+        return replace(self, module=self.module.clone(dropout=rate))
+
+
+def build_network(
+    *,
+    name: str,
+    options: Mapping[str, Any],
+    parameterization: str,
+    schedule: str,
+    dtype: str,
+    data_shape: tuple[int, ...],
+    num_classes: int,
+) -> Network:
+    """A network that doesn't take w. `options` are the fields of the module's class.
+
+    Raises UserError for a name or an option that doesn't exist, and for one that is missing.
+    """
+    if name not in MODELS:
+        raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
+    fields = {
+        field.name: field.default is MISSING
+        for field in dataclasses.fields(MODELS[name])
+        if field.name not in _NOT_OPTIONS
+    }
+    for option in sorted(options.keys() - fields.keys()):
+        raise UserError(
+            f"config.model.options.{option} is not an option of {name}; it has {', '.join(fields)}"
+        )
+    for option in sorted(name for name, required in fields.items() if required):
+        if option not in options:
+            raise UserError(f"config.model.options.{option} is missing: {name} needs it")
+    return Network(
+        module=MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), **options),
+        schedule=SCHEDULES[schedule](),
+        parameterization=parameterization,
+        data_shape=data_shape,
+        num_classes=num_classes,
+        w_conditioned=False,
+    )
+
+
+def student_params(student: Params, teacher: Params) -> Params:
+    """The weights a student starts from: its teacher's, and its own where the teacher has none.
+
+    With the w projection at zero, this makes the stage-one student equal to its conditional teacher at
+    every w. Raises ValueError if the teacher has a weight that the student lacks, or of another shape.
+    """
+    flat_student = flatten_dict(student)
+    for path, value in flatten_dict(teacher).items():
+        if path not in flat_student or flat_student[path].shape != value.shape:
+            raise ValueError(f"the student has no place for its teacher's weight {path}")
+        flat_student[path] = value
+    return unflatten_dict(flat_student)

@@ -1,0 +1,119 @@
+"""A patch transformer with adaptive layer norm, in the manner of DiT (Peebles & Xie 2023)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from guided_distill.models.embeddings import Conditioning
+
+
+def to_patches(image: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, (H/size) (W/size), size size C], row by row."""
+    batch, height, width, channels = image.shape
+    grid = image.reshape(batch, height // size, size, width // size, size, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+def from_patches(patches: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
+    """The inverse of to_patches, for images of `shape` (H, W, C)."""
+    height, width, channels = shape
+    grid = patches.reshape(-1, height // size, width // size, size, size, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a perceptron, each scaled, shifted and gated by the conditioning vector."""
+
+    width: int
+    num_heads: int
+    mlp_ratio: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, condition: jax.Array, *, train: bool) -> jax.Array:
+        """tokens [B, T, width], condition [B, D] -> [B, T, width]."""
+        modulation = nn.Dense(
+            6 * self.width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
+        )(condition)[:, None, :]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=self.dtype)
+
+        branch = norm(name="attention_norm")(tokens)
+        branch = branch * (1.0 + scale_a) + shift_a
+        heads = (self.num_heads, self.width // self.num_heads)
+        qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(branch)
+        attended = jax.nn.dot_product_attention(*(qkv[:, :, k] for k in range(3)))
+        branch = nn.DenseGeneral(
+            self.width, axis=(-2, -1), dtype=self.dtype, name="attention_output"
+        )(attended)
+        tokens += gate_a * branch
+
+        branch = norm(name="mlp_norm")(tokens)
+        branch = branch * (1.0 + scale_m) + shift_m
+        branch = nn.gelu(dense(self.mlp_ratio * self.width, name="expand")(branch))
+        branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
+        return tokens + gate_m * dense(self.width, name="contract")(branch)
+
+
+class PatchTransformer(nn.Module):
+    """Patches -> `depth` transformer blocks -> patches."""
+
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    embedding_width: int
+    num_classes: int
+    mlp_ratio: int = 4
+    w_conditioned: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        log_snr: jax.Array,
+        label: jax.Array,
+        w: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """z [B, H, W, C] with H and W multiples of patch_size; log_snr, label, w [B] -> z's shape."""
+        condition = nn.swish(
+            Conditioning(
+                self.embedding_width,
+                self.num_classes,
+                self.w_conditioned,
+                dtype=self.dtype,
+                name="conditioning",
+            )(log_snr, label, w)
+        )
+        patches = to_patches(z, self.patch_size)
+        tokens = nn.Dense(self.width, dtype=self.dtype, name="input")(patches)
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (1, patches.shape[1], self.width)
+        )
+        tokens += position.astype(self.dtype)
+        for index in range(self.depth):
+            tokens = TransformerBlock(
+                self.width,
+                self.num_heads,
+                self.mlp_ratio,
+                self.dropout,
+                self.dtype,
+                name=f"block_{index}",
+            )(tokens, condition, train=train)
+        tokens = nn.LayerNorm(dtype=self.dtype, name="output_norm")(tokens)
+        output = nn.Dense(
+            int(np.prod(patches.shape[2:])),
+            kernel_init=nn.initializers.zeros,
+            dtype=jnp.float32,
+            name="output",
+        )(tokens)
+        return from_patches(output, z.shape[1:], self.patch_size)

@@ -1,0 +1,40 @@
+"""Stage one: a single network, told w, learns the guided output of its teacher."""
+
+import jax
+
+from guided_distill.diffusion.guidance import Denoiser, with_guidance
+from guided_distill.diffusion.process import add_noise
+from guided_distill.diffusion.schedules import Schedule
+from guided_distill.objectives.weighting import Loss, prediction_loss
+
+
+def sample_weights(key: jax.Array, count: int, *, w_min: float, w_max: float) -> jax.Array:
+    """Guidance weights [count] ~ U[w_min, w_max]."""
+    return jax.random.uniform(key, (count,), minval=w_min, maxval=w_max)
+
+
+def guidance_loss(
+    student: Denoiser,
+    teacher: Denoiser,
+    x: jax.Array,
+    label: jax.Array,
+    key: jax.Array,
+    *,
+    schedule: Schedule,
+    weighting: str,
+    w_min: float,
+    w_max: float,
+) -> Loss:
+    """Match the teacher's guided prediction at w ~ U[w_min, w_max], t ~ U[0, 1].
+
+    x is [B, ...], label [B]. Meng et al. 2023, section 3.1 and algorithm 1. Raises ValueError if the
+    teacher is guided already.
+    """
+    time_key, noise_key, weight_key = jax.random.split(key, 3)
+    t = jax.random.uniform(time_key, x.shape[:1])
+    w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
+    log_snr = schedule(t)
+    z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
+    target = jax.lax.stop_gradient(with_guidance(teacher).predict(z, t, label, w))
+    prediction = student.predict(z, t, label, w)
+    return prediction_loss(prediction, target, log_snr=log_snr, weighting=weighting)

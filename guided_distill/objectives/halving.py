@@ -1,0 +1,107 @@
+"""Stage two: a student of N steps learns, in one step, what its teacher does in two.
+
+Meng et al. 2023, section 3.2 and algorithms 2 (deterministic) and 3 (stochastic); Salimans & Ho
+2022, algorithm 2. On the grid t = i/N, i in 1..N, the student learns one DDIM jump from t to s:
+
+    deterministic   s = t - 1/N    the teacher's two steps go over t - 1/(2N)
+    stochastic      s = t - 2/N    the teacher's two steps go over t - 1/N; this is the jump of its
+                                   own sampler, which then adds noise back over 1/N
+
+A jump that ends at t = 0 has the teacher's second x as its target, for samplers answer x there. The
+stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill.diffusion.guidance import Denoiser
+from guided_distill.diffusion.process import (
+    Prediction,
+    add_noise,
+    broadcast_to_rank,
+    ddim_step,
+    prediction_from,
+    single_step_x,
+)
+from guided_distill.diffusion.schedules import Schedule
+from guided_distill.objectives.guidance import sample_weights
+from guided_distill.objectives.weighting import Loss, prediction_loss
+
+GRID_STEPS = {"ddim": 1, "stochastic": 2}
+"""How many steps of the student's grid one jump covers, by the sampler it is trained for."""
+
+
+class Jump(NamedTuple):
+    """Times [B] of a jump: where it starts, the teacher's stop half way, and where it ends."""
+
+    t: jax.Array
+    half: jax.Array
+    end: jax.Array
+
+
+def jump_from(i: jax.Array, *, num_steps: int | jax.Array, sampler: str) -> Jump:
+    """The student's jump from grid index i [B] in 1..N."""
+    span = GRID_STEPS[sampler]
+    return Jump(
+        t=i / num_steps,
+        half=jnp.maximum(i - 0.5 * span, 0.0) / num_steps,
+        end=jnp.maximum(i - span, 0) / num_steps,
+    )
+
+
+def halving_target(
+    teacher: Denoiser,
+    z: jax.Array,
+    label: jax.Array,
+    w: jax.Array,
+    *,
+    jump: Jump,
+    schedule: Schedule,
+) -> Prediction:
+    """What the student must predict at z [B, ...] to make the teacher's two DDIM steps in one."""
+    log_snr_t, log_snr_end = schedule(jump.t), schedule(jump.end)
+    first = teacher.predict(z, jump.t, label, w)
+    z_half = ddim_step(first, schedule(jump.half))
+    second = teacher.predict(z_half, jump.half, label, w)
+    z_end = ddim_step(second, log_snr_end)
+    x = single_step_x(z, z_end, log_snr_t=log_snr_t, log_snr_s=log_snr_end)
+    x = jnp.where(broadcast_to_rank(jump.end == 0.0, x), second.x, x)
+    x = jnp.where(broadcast_to_rank(jump.half == 0.0, x), first.x, x)
+    return prediction_from(x, source="x", z=z, log_snr=log_snr_t)
+
+
+def halving_loss(
+    student: Denoiser,
+    teacher: Denoiser,
+    x: jax.Array,
+    label: jax.Array,
+    key: jax.Array,
+    *,
+    schedule: Schedule,
+    weighting: str,
+    w_min: float,
+    w_max: float,
+    num_steps: int | jax.Array,
+    sampler: str,
+) -> Loss:
+    """Match two steps of the w-conditioned teacher in one, at t = i/N, i ~ U{1..N}.
+
+    x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that
+    one compilation may serve every round; sampler is a key of GRID_STEPS. Raises
+    ValueError if the teacher doesn't take w: guidance belongs to stage one alone.
+    """
+    if not teacher.guided:
+        raise ValueError("step halving needs a w-conditioned teacher: run the guidance stage first")
+    index_key, noise_key, weight_key = jax.random.split(key, 3)
+    i = jax.random.randint(index_key, x.shape[:1], 1, num_steps + 1)
+    jump = jump_from(i, num_steps=num_steps, sampler=sampler)
+    w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
+    log_snr = schedule(jump.t)
+    z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
+    target = jax.lax.stop_gradient(
+        halving_target(teacher, z, label, w, jump=jump, schedule=schedule)
+    )
+    prediction = student.predict(z, jump.t, label, w)
+    return prediction_loss(prediction, target, log_snr=log_snr, weighting=weighting)

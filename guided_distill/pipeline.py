@@ -1,0 +1,377 @@
+"""Which stages a run has, in which order, from which checkpoint; and how each is trained."""
+
+import contextlib
+import functools
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from guided_distill.config import (
+    STAGES,
+    Experiment,
+    Guidance,
+    Halving,
+    Optimization,
+    Teacher,
+    changed_keys,
+    parse,
+)
+from guided_distill.data import sources
+from guided_distill.data.pipeline import batches
+from guided_distill.errors import UserError
+from guided_distill.models.registry import Network, Params, student_params
+from guided_distill.objectives.guidance import guidance_loss
+from guided_distill.objectives.halving import halving_loss
+from guided_distill.objectives.teacher import teacher_loss
+from guided_distill.objectives.weighting import Loss
+from guided_distill.training.checkpoints import (
+    StageCheckpoints,
+    abstract,
+    latest_step,
+    write_text,
+)
+from guided_distill.training.loop import train
+from guided_distill.training.mesh import data_mesh, replicated
+from guided_distill.training.metrics import MetricsLog, parameter_table
+from guided_distill.training.progress import console
+from guided_distill.training.state import initial_state, make_optimizer
+from guided_distill.training.step import Batch, LossFunction, TrainStep, make_train_step
+from guided_distill.training.trained import (
+    Description,
+    Trained,
+    load_finished,
+    load_trained,
+    network_of,
+    package_version,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: the teacher, stage one, or a halving round to `num_steps` for `sampler`."""
+
+    kind: str
+    settings: Optimization
+    total_steps: int
+    num_steps: int | None = None
+    sampler: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's folder in the workdir."""
+        return "_".join(str(part) for part in (self.kind, self.sampler, self.num_steps) if part)
+
+
+def chains(experiment: Experiment) -> list[list[Stage]]:
+    """The run's stages: one chain for each student sampler, each stage the teacher of the next.
+
+    All chains begin with the same teacher and guidance stages.
+    """
+    start = [
+        Stage("teacher", experiment.teacher, experiment.teacher.steps),
+        Stage("guidance", experiment.guidance, experiment.guidance.steps),
+    ]
+    return [
+        start
+        + [
+            Stage("halving", experiment.halving, experiment.round_steps(n), n, sampler)
+            for n in experiment.rounds()
+        ]
+        for sampler in experiment.halving.samplers
+    ]
+
+
+def all_stages(experiment: Experiment) -> list[Stage]:
+    """Every stage once, in the order of training."""
+    return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
+
+
+def run(experiment: Experiment, workdir: epath.Path) -> None:
+    """Train what `experiment.stage` asks for, skipping what is done and resuming what was cut.
+
+    Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, or if the
+    disk is full.
+    """
+    claim(workdir, experiment)
+    pipeline = Pipeline(experiment, workdir)
+    for chain in chains(experiment):
+        pipeline.train_chain(chain)
+
+
+def claim(workdir: epath.Path, experiment: Experiment) -> None:
+    """Write the config to the workdir. Raises UserError if one that differs is there already."""
+    path = workdir / "config.json"
+    if path.exists():
+        changes = changed_keys(read_config(workdir), experiment)
+        if changes:
+            listed = "; ".join(
+                f"config.{key} is {old!r} there and {new!r} here"
+                for key, (old, new) in changes.items()
+            )
+            raise UserError(
+                f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
+                f"the same values to go on"
+            )
+    write_text(path, json.dumps(asdict(experiment), indent=2))
+
+
+def read_config(workdir: epath.Path) -> Experiment:
+    """The config of a run. Raises UserError if the folder holds none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{workdir} holds no run (config.json is missing): give the --workdir of a "
+            f"`guided-distill train`"
+        )
+    return parse(json.loads(path.read_text()))
+
+
+class Pipeline:
+    """Trains the stages of one run."""
+
+    def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
+        self._experiment = experiment
+        self._workdir = workdir
+        data = experiment.data
+        self._source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
+        self._mesh = data_mesh()
+        self._network = network_of(experiment.model, self._source.shape, self._source.num_classes)
+        self._start: Trained | None = None
+        self._latest: Trained | None = None
+
+    def train_chain(self, chain: list[Stage]) -> None:
+        """Train the unfinished stages of a chain that the config asks for."""
+        if self._experiment.start_from:
+            self._start, chain = self._start_elsewhere(self._experiment.start_from, chain)
+        for index, stage in enumerate(chain):
+            if self._wanted(stage):
+                if latest_step(self._workdir / stage.name) == stage.total_steps:
+                    console.print(f"{stage.name} is done", highlight=False)
+                else:
+                    self._weights(chain, index)
+
+    def _wanted(self, stage: Stage) -> bool:
+        return self._experiment.stage in ("all", stage.kind)
+
+    def _weights(self, chain: list[Stage], index: int) -> Trained | None:
+        """What chain[index] hands on, trained first where it isn't finished, its teachers before it."""
+        if index < 0:
+            return self._start
+        stage = chain[index]
+        directory = self._workdir / stage.name
+        if self._latest is None or self._latest.path != str(directory):
+            self._latest = load_trained(directory)
+            if self._latest is None or not self._latest.finished:
+                if not self._wanted(stage):
+                    raise UserError(
+                        f"{directory} is not finished, and the next stage needs it: train it with "
+                        f"--config.stage={stage.kind}, or everything with --config.stage=all"
+                    )
+                self._latest = self._train(stage, self._weights(chain, index - 1))
+        return self._latest
+
+    def _train(self, stage: Stage, teacher: Trained | None) -> Trained:
+        """Train a stage from its newest checkpoint, or from its teacher's weights."""
+        experiment = self._experiment
+        directory = self._workdir / stage.name
+        seed = zlib.crc32(f"{experiment.seed}/{stage.name}".encode())
+        init_key, loop_key = jax.random.split(jax.random.key(seed))
+        about = self._describe(stage, teacher)
+        params = about.network().init(init_key)
+        if teacher is not None:
+            params = student_params(params, teacher.params)
+        whole = replicated(self._mesh)
+        step, optimizer = compiled_step(
+            stage.kind,
+            stage.settings,
+            self._network,
+            self._mesh,
+            total_steps=stage.total_steps,
+            sampler=stage.sampler,
+            w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
+        )
+        state = jax.device_put(
+            initial_state(params, optimizer, ema_decay=stage.settings.ema_decay), whole
+        )
+        iterator = batches(
+            self._source,
+            batch_size=stage.settings.batch_size // jax.process_count(),
+            seed=seed,
+            flip=experiment.data.flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with (
+            contextlib.closing(iterator),
+            StageCheckpoints(directory, keep=experiment.checkpoints_to_keep) as checkpoints,
+        ):
+            restored = checkpoints.restore(abstract(state, whole))
+            if restored is None:
+                write_text(directory / "parameters.txt", parameter_table(params))
+            else:
+                state = restored.state
+                iterator.set_state(restored.data_state)
+            with contextlib.closing(MetricsLog(directory, step=int(state.step))) as metrics_log:
+                state = train(
+                    state,
+                    step,
+                    frozen={
+                        "params": teacher.params if teacher else {},
+                        "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
+                    },
+                    batches=iterator,
+                    key=loop_key,
+                    total_steps=stage.total_steps,
+                    steps_per_dispatch=experiment.steps_per_dispatch,
+                    log_every=experiment.log_every,
+                    checkpoint_every=experiment.checkpoint_every,
+                    max_nonfinite_steps=experiment.max_nonfinite_steps,
+                    checkpoints=checkpoints,
+                    about=about.to_json(),
+                    metrics_log=metrics_log,
+                    mesh=self._mesh,
+                    title=stage.name,
+                )
+        return Trained(str(directory), stage.total_steps, state.result, about)
+
+    def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
+        guided = stage.kind != "teacher"
+        guidance = self._experiment.guidance
+        return Description(
+            stage=stage.kind,
+            total_steps=stage.total_steps,
+            num_steps=stage.num_steps,
+            sampler=stage.sampler,
+            w_min=guidance.w_min if guided else None,
+            w_max=guidance.w_max if guided else None,
+            data_shape=self._source.shape,
+            class_names=self._source.class_names,
+            teacher={"path": teacher.path, "step": teacher.step} if teacher else None,
+            package_version=package_version(),
+            experiment=self._experiment,
+        )
+
+    def _start_elsewhere(self, path: str, chain: list[Stage]) -> tuple[Trained, list[Stage]]:
+        """The stage of another run at `path`, and what is left of the chain after it.
+
+        Raises UserError if it isn't a stage that the chain can go on from.
+        """
+        start = load_finished(epath.Path(path))
+        about, ours = start.description, self._experiment
+        same = {
+            "model": (about.model, ours.model),
+            "data_shape": (about.data_shape, self._source.shape),
+            "number of classes": (len(about.class_names), self._source.num_classes),
+        }
+        if about.stage != "teacher":
+            here = (ours.guidance.w_min, ours.guidance.w_max)
+            same["w range"] = ((about.w_min, about.w_max), here)
+        if about.stage == "halving":
+            first = chain[-1].sampler, 2 * ours.halving.first_num_steps
+            same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)
+        for name, (theirs, needed) in same.items():
+            if theirs != needed:
+                raise UserError(
+                    f"config.start_from={path} has another {name} ({theirs}) than this run needs "
+                    f"({needed}): start from a stage that fits, or change the config"
+                )
+        after = STAGES.index(about.stage) + (about.stage != "halving")
+        return start, [stage for stage in chain if STAGES.index(stage.kind) >= after]
+
+
+@functools.cache
+def compiled_step(
+    kind: str,
+    settings: Optimization,
+    network: Network,
+    mesh: Mesh,
+    *,
+    total_steps: int,
+    sampler: str | None,
+    w_range: tuple[float, float],
+) -> tuple[TrainStep, optax.GradientTransformation]:
+    """The train step of a stage and its optimizer; halving rounds of equal length share one.
+
+    `network` is the teacher's. The step's frozen argument holds the teacher's "params" and the
+    student's "num_steps".
+    """
+    loss = _LOSSES[kind](settings, network, sampler=sampler, w_range=w_range)
+    optimizer = make_optimizer(settings, steps=total_steps)
+    return make_train_step(loss, optimizer, ema_decay=settings.ema_decay, mesh=mesh), optimizer
+
+
+def _teacher_stage(settings: Teacher, network: Network, **_: Any) -> LossFunction:
+    network = network.with_dropout(settings.dropout)
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        loss_key, dropout_key = jax.random.split(key)
+        return teacher_loss(
+            network.denoiser(params, dropout_key),
+            batch["image"],
+            batch["label"],
+            loss_key,
+            schedule=network.schedule,
+            weighting=settings.weighting,
+            label_dropout=settings.label_dropout,
+        )
+
+    return loss
+
+
+def _guidance_stage(
+    settings: Guidance, network: Network, *, w_range: tuple[float, float], **_: Any
+) -> LossFunction:
+    student = network.told_w()
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        return guidance_loss(
+            student.denoiser(params),
+            network.denoiser(frozen["params"]),
+            batch["image"],
+            batch["label"],
+            key,
+            schedule=network.schedule,
+            weighting=settings.weighting,
+            w_min=w_range[0],
+            w_max=w_range[1],
+        )
+
+    return loss
+
+
+def _halving_stage(
+    settings: Halving, network: Network, *, sampler: str, w_range: tuple[float, float]
+) -> LossFunction:
+    network = network.told_w()
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        return halving_loss(
+            network.denoiser(params),
+            network.denoiser(frozen["params"]),
+            batch["image"],
+            batch["label"],
+            key,
+            schedule=network.schedule,
+            weighting=settings.weighting,
+            w_min=w_range[0],
+            w_max=w_range[1],
+            num_steps=frozen["num_steps"],
+            sampler=sampler,
+        )
+
+    return loss
+
+
+_LOSSES: dict[str, Callable[..., LossFunction]] = {
+    "teacher": _teacher_stage,
+    "guidance": _guidance_stage,
+    "halving": _halving_stage,
+}

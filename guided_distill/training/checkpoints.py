@@ -1,0 +1,199 @@
+"""Checkpoints of one stage: saved asynchronously and atomically, self-describing, never half read.
+
+Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
+and counters), `data` (the input pipeline's state) and `about` (what the checkpoint is, see
+pipeline.py). A teacher's weights are never written again in its student's checkpoint.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Sharding
+
+from guided_distill.errors import UserError
+from guided_distill.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
+
+
+def abstract(tree: Any, sharding: Sharding) -> Any:
+    """The shapes of a tree of arrays, to be restored with this sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises UserError if it can't be written."""
+    part = path.parent / f"{path.name}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: epath.Path, error: Exception) -> UserError:
+    """What to tell a user whose disk is full or not to be written."""
+    return UserError(
+        f"{path} can't be written ({str(error).splitlines()[0][:200]}): make room or choose another "
+        f"--workdir, then run the same command to go on from the last checkpoint"
+    )
+
+
+def latest_step(directory: epath.Path) -> int | None:
+    """The step of the newest checkpoint in a stage's folder, or None, without opening it."""
+    folder = directory / "checkpoints"
+    steps = (
+        [int(each.name) for each in folder.iterdir() if each.name.isdigit()]
+        if folder.exists()
+        else []
+    )
+    return max(steps, default=None)
+
+
+class Restored(NamedTuple):
+    """A checkpoint as read: the state on its devices, the input pipeline's state, what it is."""
+
+    state: TrainState
+    data_state: Any
+    about: dict[str, Any]
+
+
+class StageCheckpoints:
+    """The checkpoints in a stage's folder; a context manager that waits for its last save."""
+
+    def __init__(self, directory: epath.Path, *, keep: int | None = None) -> None:
+        """keep: how many checkpoints stay when a newer one is saved; None for all."""
+        self.directory = directory
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory / "checkpoints",
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+                item_handlers={
+                    **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
+                    **{name: ocp.JsonCheckpointHandler() for name in ("data", "about")},
+                },
+            )
+        except OSError as error:
+            raise storage_error(directory, error) from error
+
+    def save(self, state: TrainState, *, data_state: Any, about: Mapping[str, Any]) -> None:
+        """Start to save. Raises UserError if this save, or the one before, can't be written."""
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "rest": ocp.args.StandardSave(_rest(state)),
+            "data": ocp.args.JsonSave(data_state),
+            "about": ocp.args.JsonSave(dict(about)),
+        }
+        if state.ema:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        try:
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            raise storage_error(self.directory, error) from error
+
+    def wait(self) -> None:
+        """Return when everything is on disk. Raises UserError if it can't be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise storage_error(self.directory, error) from error
+
+    def restore(self, template: TrainState) -> Restored | None:
+        """The newest whole checkpoint, or None if there is none.
+
+        template: a TrainState of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is moved
+        into the folder `damaged`, with a warning, and the one before it is read instead.
+        """
+        return self._newest(lambda step: self._read(step, template))
+
+    def restore_result(self, template: Any) -> tuple[int, Any] | None:
+        """Step and weights that the newest whole checkpoint hands on, or None; as for `restore`."""
+        return self._newest(lambda step: (step, self._read_result(step, template)))
+
+    def about(self) -> dict[str, Any] | None:
+        """What the newest checkpoint is, or None if there is none; as for `restore`."""
+        return self._newest(
+            lambda step: (
+                self._manager.restore(
+                    step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+                ).about
+            )
+        )
+
+    def _newest(self, read: Callable[[int], Read]) -> Read | None:
+        while (step := self._manager.latest_step()) is not None:
+            try:
+                return read(step)
+            except Exception as error:  # Orbax raises a plain Exception for a truncated array.
+                self._set_aside(step, error)
+        return None
+
+    def _read(self, step: int, template: TrainState) -> Restored:
+        items = {
+            "params": ocp.args.StandardRestore(template.params),
+            "rest": ocp.args.StandardRestore(_rest(template)),
+            "data": ocp.args.JsonRestore(),
+            "about": ocp.args.JsonRestore(),
+        }
+        if template.ema:
+            items["ema"] = ocp.args.StandardRestore(template.ema)
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state = TrainState(params=read.params, ema=read.get("ema") or {}, **read.rest)
+        return Restored(state, read.data, read.about)
+
+    def _read_result(self, step: int, template: Any) -> Any:
+        averaged = "ema" in self._manager.item_metadata(step)
+        name = "ema" if averaged else "params"
+        read = self._manager.restore(
+            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(template)})
+        )
+        return read[name]
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        damaged = self.directory / "damaged"
+        damaged.mkdir(parents=True, exist_ok=True)
+        target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
+        (self.directory / "checkpoints" / str(step)).rename(target)
+        self._manager.reload()
+        previous = self._manager.latest_step()
+        log.warning(
+            "The checkpoint of step %d in %s is damaged (%s); it now lies in %s, and %s.",
+            step,
+            self.directory,
+            str(error).splitlines()[0][:200],
+            target,
+            "nothing older is left: the stage starts again"
+            if previous is None
+            else f"step {previous} is read instead",
+        )
+
+    def close(self) -> None:
+        """Wait for the last save, and stop the manager's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "StageCheckpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }

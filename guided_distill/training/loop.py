@@ -1,0 +1,94 @@
+"""The training loop: one for every stage."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import clu.metrics
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from guided_distill.errors import UserError
+from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.mesh import split_batch
+from guided_distill.training.metrics import MetricsLog
+from guided_distill.training.progress import progress
+from guided_distill.training.state import TrainState
+from guided_distill.training.step import StepReport, TrainStep
+
+
+class Batches(Protocol):
+    """An endless iterator over batches whose place can be saved."""
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+    def get_state(self) -> Any:
+        """The place, as JSON can hold it."""
+        ...
+
+
+def train(
+    state: TrainState,
+    step: TrainStep,
+    *,
+    frozen: Any,
+    batches: Batches,
+    key: jax.Array,
+    total_steps: int,
+    steps_per_dispatch: int,
+    log_every: int,
+    checkpoint_every: int,
+    max_nonfinite_steps: int,
+    checkpoints: StageCheckpoints,
+    about: Mapping[str, Any],
+    metrics_log: MetricsLog,
+    mesh: Mesh,
+    title: str,
+) -> TrainState:
+    """Run `step` from the state's own step to `total_steps`, saving and logging on the way.
+
+    Each dispatch makes `steps_per_dispatch` updates; their boundaries are multiples of it, so a
+    resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
+    while the next one runs. Raises UserError when max_nonfinite_steps updates in a row were skipped.
+    """
+    now = int(state.step)
+    sharding = split_batch(mesh, axis=1)
+    sums: clu.metrics.Collection | None = None
+    unread: tuple[int, StepReport] | None = None
+    with progress(title, total=total_steps, unit="steps", done=now) as advance:
+
+        def read(done: int, report: StepReport) -> None:
+            """Wait for a dispatch, check it, and log what it measured."""
+            nonlocal sums
+            in_a_row = int(report.skipped_in_a_row)
+            if in_a_row >= max_nonfinite_steps:
+                raise UserError(
+                    f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
+                    f"{done}: lower the stage's learning_rate, then run again to go on from the last "
+                    f"checkpoint"
+                )
+            sums = report.metrics if sums is None else sums.merge(report.metrics)
+            if done % log_every == 0 or done == total_steps:
+                figures = {name: float(value) for name, value in sums.compute().items()}
+                metrics_log.write(done, {**figures, "skipped": int(report.skipped)})
+                sums = None
+                advance(done, f"loss {figures['loss']:.4g}")
+
+        while now < total_steps:
+            count = min(steps_per_dispatch - now % steps_per_dispatch, total_steps - now)
+            stacked = _stack([next(batches) for _ in range(count)])
+            state, report = step(state, frozen, jax.device_put(stacked, sharding), key)
+            if unread:
+                read(*unread)
+            now += count
+            unread = (now, report)
+            if now % checkpoint_every == 0 or now == total_steps:
+                read(*unread)
+                unread = None
+                checkpoints.save(state, data_state=batches.get_state(), about=about)
+    checkpoints.wait()
+    return state
+
+
+def _stack(batches: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -1,0 +1,63 @@
+"""What training changes from step to step, and the optimizer that changes it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from guided_distill.config import Optimization
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Weights and optimizer of a stage after `step` updates.
+
+    ema: the running average of the weights; an empty tree where the stage keeps none.
+    skipped, skipped_in_a_row: updates left out because loss or gradient wasn't finite.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    optimizer: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+    @property
+    def result(self) -> Any:
+        """The weights that the stage hands on."""
+        return self.ema or self.params
+
+
+def make_optimizer(settings: Optimization, *, steps: int) -> optax.GradientTransformation:
+    """Adam after clipping the mean gradient's global norm, over `steps` updates."""
+    decay_steps = steps - settings.warmup_steps
+    peak = settings.learning_rate
+    after_warmup = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+    }[settings.learning_rate_schedule]
+    warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
+    learning_rate = optax.join_schedules([warmup, after_warmup], [settings.warmup_steps])
+    return optax.chain(
+        optax.clip_by_global_norm(settings.gradient_clip),
+        optax.adamw(learning_rate, weight_decay=settings.weight_decay),
+    )
+
+
+def initial_state(
+    params: Any, optimizer: optax.GradientTransformation, *, ema_decay: float
+) -> TrainState:
+    """State before the first update. Its arrays are copies: it may be donated, `params` kept."""
+    # Each counter is an array of its own, for a donated buffer can't be given twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=jax.tree.map(jnp.copy, params),
+        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        optimizer=optimizer.init(params),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )

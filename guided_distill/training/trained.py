@@ -1,0 +1,125 @@
+"""What a checkpoint says of itself, and reading one with nothing else at hand."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+
+from guided_distill.config import Experiment, Model, parse
+from guided_distill.errors import UserError
+from guided_distill.models.registry import Network, Params, build_network
+from guided_distill.training.checkpoints import StageCheckpoints, abstract
+from guided_distill.training.mesh import data_mesh, replicated
+
+
+@dataclass(frozen=True)
+class Description:
+    """The `about` item of a checkpoint.
+
+    num_steps and sampler: those of the sampler that a halving student was trained for; None for the
+    teacher and the guidance stage, which know every t. w_min, w_max: the trained range of the guidance
+    weight; None for the teacher. teacher: folder and step of the checkpoint that it was distilled from.
+    total_steps: updates of the whole stage.
+    """
+
+    stage: str
+    total_steps: int
+    num_steps: int | None
+    sampler: str | None
+    w_min: float | None
+    w_max: float | None
+    data_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    teacher: Mapping[str, Any] | None
+    package_version: str
+    experiment: Experiment
+
+    @property
+    def model(self) -> Model:
+        """The network's name, options, parameterization and schedule."""
+        return self.experiment.model
+
+    def network(self) -> Network:
+        """The network whose weights the checkpoint holds."""
+        network = network_of(self.model, self.data_shape, len(self.class_names))
+        return network if self.stage == "teacher" else network.told_w()
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; `from_json` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Description":
+        """The description that `to_json` wrote."""
+        lists = {name: tuple(values[name]) for name in ("data_shape", "class_names")}
+        return cls(**{**values, **lists, "experiment": parse(values["experiment"])})
+
+
+def network_of(model: Model, data_shape: tuple[int, ...], num_classes: int) -> Network:
+    """The network of a config for data of this kind; it doesn't take w."""
+    return build_network(
+        name=model.name,
+        options=model.options,
+        parameterization=model.parameterization,
+        schedule=model.schedule,
+        dtype=model.dtype,
+        data_shape=data_shape,
+        num_classes=num_classes,
+    )
+
+
+def package_version() -> str:
+    """The version of guided_distill that is installed."""
+    return importlib.metadata.version("guided_distill")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The weights that a stage handed on after `step` updates, and what they are."""
+
+    path: str
+    step: int
+    params: Params
+    description: Description
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage ran to its end."""
+        return self.step == self.description.total_steps
+
+
+def load_trained(directory: epath.Path) -> Trained | None:
+    """The newest whole checkpoint of a stage's folder, on all devices; None if there is none."""
+    if not (directory / "checkpoints").exists():
+        return None
+    with StageCheckpoints(directory) as checkpoints:
+        about = checkpoints.about()
+        if about is None:
+            return None
+        description = Description.from_json(about)
+        shapes = jax.eval_shape(description.network().init, jax.random.key(0))
+        template = abstract(shapes, replicated(data_mesh()))
+        result = checkpoints.restore_result(template)
+    if result is None:
+        return None
+    return Trained(str(directory), *result, description)
+
+
+def load_finished(directory: epath.Path) -> Trained:
+    """As `load_trained`. Raises UserError if the stage has no checkpoint or was cut short."""
+    trained = load_trained(directory)
+    if trained is None:
+        raise UserError(
+            f"{directory} holds no checkpoint: give the folder of a stage that "
+            f"`guided-distill train` has finished"
+        )
+    if not trained.finished:
+        raise UserError(
+            f"{directory} stopped at step {trained.step} of {trained.description.total_steps}: "
+            f"run `guided-distill train` again to finish it"
+        )
+    return trained
