@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from guided_distill.data.mixture import DEFAULT_MIXTURE
@@ -41,7 +42,7 @@ def mixture2d(split: str, *, seed: int) -> Source:
     return from_arrays(
         "mixture2d",
         split=split,
-        images=np.asarray(DEFAULT_MIXTURE.sample(key, labels)),
+        images=np.asarray(DEFAULT_MIXTURE.sample(key, jnp.asarray(labels))),
         labels=labels,
         class_names=[f"arm {arm}" for arm in range(DEFAULT_MIXTURE.num_classes)],
     )

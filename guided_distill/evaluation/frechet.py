@@ -96,8 +96,8 @@ class FeatureStatistics:
         shift = other.mean - self.mean
         other_share = other.count / count
         scatter = (
-            max(self.count - 1, 0) * self.covariance
-            + max(other.count - 1, 0) * other.covariance
+            (self.count - 1) * self.covariance
+            + (other.count - 1) * other.covariance
             + self.count * other_share * np.outer(shift, shift)
         )
         return FeatureStatistics(

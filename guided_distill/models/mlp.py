@@ -56,7 +56,14 @@ class MLP(nn.Module):
                 kernel_init=nn.initializers.zeros,
                 name=f"contract_{index}",
             )(branch)
-        hidden = nn.LayerNorm(dtype=self.dtype, name="output_norm")(hidden)
+        modulation = nn.Dense(
+            2 * self.width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="output_modulation",
+        )
+        scale, shift = jnp.split(modulation(condition), 2, axis=-1)
+        hidden = nn.LayerNorm(dtype=self.dtype, name="output_norm")(hidden) * (1.0 + scale) + shift
         output = nn.Dense(
             z[0].size, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="output"
         )(hidden)

@@ -1,8 +1,9 @@
 """Checkpoints of one stage: saved asynchronously and atomically, self-describing, never half read.
 
 Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
-and counters), `data` (the input pipeline's state) and `about` (what the checkpoint is, see
-pipeline.py). A teacher's weights are never written again in its student's checkpoint.
+and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py)
+and `layout` (names and shapes of the weights). The weights of a teacher are never written again in
+its student's checkpoint.
 """
 
 import logging
@@ -79,7 +80,7 @@ class StageCheckpoints:
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
                 item_handlers={
                     **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
-                    **{name: ocp.JsonCheckpointHandler() for name in ("data", "about")},
+                    **{name: ocp.JsonCheckpointHandler() for name in ("data", "about", "layout")},
                 },
             )
         except OSError as error:
@@ -92,6 +93,7 @@ class StageCheckpoints:
             "rest": ocp.args.StandardSave(_rest(state)),
             "data": ocp.args.JsonSave(data_state),
             "about": ocp.args.JsonSave(dict(about)),
+            "layout": ocp.args.JsonSave(_layout(state.params)),
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -133,11 +135,23 @@ class StageCheckpoints:
         while (step := self._manager.latest_step()) is not None:
             try:
                 return read(step)
+            except UserError:
+                raise
             except Exception as error:  # Orbax raises a plain Exception for a truncated array.
                 self._set_aside(step, error)
         return None
 
+    def _check_layout(self, step: int, params: Any) -> None:
+        """Another network is the user's to sort out: such a checkpoint isn't damaged."""
+        item = ocp.args.Composite(layout=ocp.args.JsonRestore())
+        if self._manager.restore(step, args=item).layout != _layout(params):
+            raise UserError(
+                f"{self.directory} holds the weights of another network than its config makes with this "
+                f"version of guided_distill: use the version that trained it, or another --workdir"
+            )
+
     def _read(self, step: int, template: TrainState) -> Restored:
+        self._check_layout(step, template.params)
         items = {
             "params": ocp.args.StandardRestore(template.params),
             "rest": ocp.args.StandardRestore(_rest(template)),
@@ -151,6 +165,7 @@ class StageCheckpoints:
         return Restored(state, read.data, read.about)
 
     def _read_result(self, step: int, template: Any) -> Any:
+        self._check_layout(step, template)
         averaged = "ema" in self._manager.item_metadata(step)
         name = "ema" if averaged else "params"
         read = self._manager.restore(
@@ -188,6 +203,14 @@ class StageCheckpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _layout(params: Any) -> dict[str, list[int]]:
+    """Name and shape of every weight."""
+    return {
+        jax.tree_util.keystr(path): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -1,0 +1,198 @@
+"""The command line: guided-distill train | sample | evaluate | report."""
+
+import argparse
+import contextlib
+import logging
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from guided_distill.errors import UserError
+
+DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Answers the exit status: 0, or 2 for what the user can put right."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [each for each in rest if not each.startswith("--config.")]
+    if unknown or (rest and options.verb != "train"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    try:
+        options.run(options, rest)
+    except UserError as error:
+        print(f"guided-distill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("guided-distill: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("guided-distill", description=DESCRIPTION)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+    train = _verb(
+        verbs,
+        "train",
+        _train,
+        "train the teacher and distill it, stage by stage; run again to resume",
+        "guided-distill train --config configs/digits.py --workdir runs/digits "
+        "--config.teacher.steps=100",
+    )
+    train.add_argument(
+        "--config",
+        required=True,
+        help="a config file, with :variant if it has any; --config.KEY=VALUE overrides a key",
+    )
+
+    sample = _verb(
+        verbs,
+        "sample",
+        _sample,
+        "draw samples: a PNG grid and an npz file",
+        "guided-distill sample --workdir runs/digits --stage halving_ddim_4 --w 1 --num 40",
+    )
+    sample.add_argument(
+        "--stage",
+        help="folder of the stage in the workdir (default: the last one that is finished)",
+    )
+    sample.add_argument("--num", type=int, default=64, help="how many (default: %(default)s)")
+    sample.add_argument(
+        "--w", type=float, default=1.0, help="guidance weight (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--labels", help="class numbers, separated by commas, gone through in turn (default: all)"
+    )
+    sample.add_argument("--num_steps", type=int, help="sampling steps (default: as trained)")
+    sample.add_argument("--sampler", help="sampler (default: as trained)")
+    sample.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    sample.add_argument("--out", help="folder to write to (default: WORKDIR/samples)")
+    sample.add_argument(
+        "--allow_untrained",
+        action="store_true",
+        help="allow a w, num_steps or sampler that the student wasn't trained for",
+    )
+
+    _verb(
+        verbs,
+        "evaluate",
+        _evaluate,
+        "measure every stage: results.csv",
+        "guided-distill evaluate --workdir runs/digits",
+    )
+    _verb(
+        verbs,
+        "report",
+        _report,
+        "write report.html, one page that shows the run",
+        "guided-distill report --workdir runs/digits",
+    )
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[..., None], words: str, example: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
+    verb.add_argument("--workdir", required=True, type=epath.Path, help="the run's folder")
+    verb.set_defaults(run=run)
+    return verb
+
+
+# Each verb imports what it needs when it runs, so that --help and bad arguments answer at once.
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from guided_distill import config, pipeline
+
+    pipeline.run(config.parse(_read_config(options.config, overrides)), options.workdir)
+
+
+def _sample(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.sampling import sample_to_files
+
+    paths = sample_to_files(
+        options.workdir,
+        stage=options.stage,
+        count=options.num,
+        labels=_parse_labels(options.labels),
+        w=options.w,
+        num_steps=options.num_steps,
+        sampler=options.sampler,
+        seed=options.seed,
+        out=epath.Path(options.out or options.workdir / "samples"),
+        allow_untrained=options.allow_untrained,
+    )
+    for path in paths:
+        print(path)
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.evaluation.evaluate import evaluate
+
+    evaluate(options.workdir)
+    print(options.workdir / "results.csv")
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.page import write_report
+
+    print(write_report(options.workdir))
+
+
+def _parse_labels(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels is {text!r}; give class numbers like 0,3,7") from None
+
+
+def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does."""
+    file, _, variant = path.partition(":")
+    if not epath.Path(file).is_file():
+        raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
+    try:
+        config = runpy.run_path(file)["get_config"](variant)
+    except Exception as error:  # Whatever the user's own code raises.
+        raise UserError(
+            f"--config {path} can't be read: {type(error).__name__}: {error}"
+        ) from error
+    values = flags.FlagValues()
+    arguments = ["guided-distill", *overrides]
+    with _command_line(arguments):
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values)
+            values(arguments)
+        except flags.UnrecognizedFlagError as error:
+            raise UserError(f"--{error.flagname} is not a key of {file}") from error
+        except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"an override of {file} can't be used: {error}") from error
+    return config
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    # config_flags looks for overrides in sys.argv itself.
+    saved, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+if __name__ == "__main__":
+    sys.exit(main())
