@@ -120,7 +120,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.sampling import sample_to_files
+    from guided_distill.report.samples import sample_to_files
 
     paths = sample_to_files(
         options.workdir,
@@ -180,7 +180,8 @@ def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
         except flags.UnrecognizedFlagError as error:
             raise UserError(f"--{error.flagname} is not a key of {file}") from error
         except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"an override of {file} can't be used: {error}") from error
+            words = " ".join(str(error.args[0]).split())
+            raise UserError(f"an override of {file} can't be used: {words}") from error
     return config
 
 

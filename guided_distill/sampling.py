@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from guided_distill.diffusion import samplers
@@ -149,61 +148,3 @@ def check_request(
 def cycling_labels(count: int, num_classes: int) -> np.ndarray:
     """Labels [count] that go through the classes in turn."""
     return np.arange(count, dtype=np.int32) % num_classes
-
-
-def sample_to_files(
-    workdir: epath.Path,
-    *,
-    stage: str | None,
-    count: int,
-    labels: list[int] | None,
-    w: float,
-    num_steps: int | None,
-    sampler: str | None,
-    seed: int,
-    out: epath.Path,
-    allow_untrained: bool,
-) -> tuple[epath.Path, epath.Path]:
-    """Write a picture and an npz (image, label) of `count` samples; answer their paths.
-
-    stage: a stage's folder in the workdir; None for the last one that is finished. labels are gone
-    through in turn; None for all classes. Raises UserError for a stage that isn't there, and as
-    `sample` does.
-    """
-    if count < 1:
-        raise UserError(f"--num is {count}; ask for at least 1 sample")
-    trained = load_finished(workdir / (stage or _last_finished(workdir)))
-    about = trained.description
-    num_classes = len(about.class_names)
-    all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
-    images = sample(
-        trained,
-        labels=all_labels,
-        w=w,
-        num_steps=num_steps,
-        sampler=sampler,
-        seed=seed,
-        allow_untrained=allow_untrained,
-    )
-    stem = f"{epath.Path(trained.path).name}_w{w:g}_seed{seed}"
-    picture, arrays = out / f"{stem}.png", out / f"{stem}.npz"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with picture.open("wb") as file:
-            draw(images, all_labels, columns=num_classes).save(file, "PNG")
-        with arrays.open("wb") as file:
-            np.savez_compressed(file, image=images, label=all_labels)
-    except OSError as error:
-        raise storage_error(out, error) from error
-    return picture, arrays
-
-
-def _last_finished(workdir: epath.Path) -> str:
-    names = [
-        stage.name
-        for stage in all_stages(read_config(workdir))
-        if latest_step(workdir / stage.name) == stage.total_steps
-    ]
-    if not names:
-        raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
-    return names[-1]

@@ -23,8 +23,9 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
 
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TensorFlow Datasets has no data set {name!r}: check its name") from error
+    except (ValueError, AssertionError) as error:  # unknown name or config; unknown version
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds:{name} is not a data set, check its name: {reason}") from error
     chosen = _choose_split(name, split=split, available=list(builder.info.splits))
     try:
         records = builder.as_data_source(chosen)
@@ -34,9 +35,10 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
     features = builder.info.features
     if "image" not in features:
         raise UserError(f"tfds:{name} has no feature `image`, only {sorted(features)}")
-    height, width, channels = features["image"].shape
-    if features["image"].np_dtype != np.uint8 or channels not in (1, 3):
-        raise UserError(f"tfds:{name} must have uint8 images of 1 or 3 channels")
+    shape = features["image"].shape
+    if features["image"].np_dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3):
+        raise UserError(f"tfds:{name} must have uint8 images of 1 or 3 channels, not {shape}")
+    height, width, channels = shape
     if image_size is not None:
         height = width = image_size
     if height is None or width is None:

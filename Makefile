@@ -1,0 +1,36 @@
+# Each target does all its own set-up: a virtual environment of its own with the locked dependencies.
+# Another Python: make test PYTHON=python3.13 VENV=.venv313
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN := runs/digits
+
+.PHONY: demo test lint lock
+
+# The main job on the built-in digits: train, evaluate, and a page to look at.
+demo: $(INSTALLED)
+	$(BIN)/guided-distill train --config configs/digits.py --workdir $(RUN)
+	$(BIN)/guided-distill evaluate --workdir $(RUN)
+	$(BIN)/guided-distill report --workdir $(RUN)
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "guided_distill needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# Resolve the newest dependencies for all supported Pythons at once.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --no-header --no-annotate --no-emit-index-url --upgrade --output-file requirements.lock

@@ -1,0 +1,52 @@
+"""32x32 colour patches of ten photographs: CIFAR-10's shape, with nothing to download.
+
+Cost: not run to its end; a patch transformer, meant for an accelerator. Command:
+
+    guided-distill train --config configs/photo10.py --workdir runs/photo10
+
+Variant "unet" has a small U-Net in its place.
+"""
+
+import ml_collections
+
+from guided_distill.config import default_config, shrink
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """variant: "", "unet" or "runlocal" (every stage in seconds), or both: "unet,runlocal"."""
+    variants = variant.split(",")
+    config = default_config()
+    config.data.name = "photo10"
+    config.data.flip = True
+    config.model.name = "transformer"
+    config.model.options = {
+        "width": 256,
+        "depth": 6,
+        "num_heads": 4,
+        "patch_size": 4,
+        "embedding_width": 256,
+    }
+    if "unet" in variants:
+        config.model.name = "unet"
+        config.model.options = {
+            "width": 64,
+            "channel_multipliers": (1, 2, 2),
+            "blocks_per_level": 2,
+            "attention_resolutions": (16,),
+            "head_width": 64,
+            "embedding_width": 256,
+        }
+    config.teacher.steps = 50_000
+    config.teacher.learning_rate = 3e-4
+    config.teacher.warmup_steps = 1000
+    config.teacher.dropout = 0.1
+    config.teacher.ema_decay = 0.9999
+    config.guidance.steps = 20_000
+    config.guidance.learning_rate = 3e-4
+    config.guidance.ema_decay = 0.9999
+    config.halving.steps = 5000
+    config.halving.learning_rate = 1e-4
+    config.halving.learning_rate_schedule = "linear"
+    config.halving.first_num_steps = 128
+    config.evaluation.teacher_num_steps = (4, 8, 16, 64, 256)
+    return shrink(config) if "runlocal" in variants else config

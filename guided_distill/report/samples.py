@@ -1,0 +1,83 @@
+"""Samples of a stage as files: a picture to look at and the arrays to work with."""
+
+from typing import IO
+
+import numpy as np
+from etils import epath
+from guided_distill.report.figures import image_grid, point_plot
+
+from guided_distill.errors import UserError
+from guided_distill.pipeline import all_stages, read_config
+from guided_distill.sampling import sample
+from guided_distill.training.checkpoints import latest_step, storage_error
+from guided_distill.training.trained import load_finished
+
+SMALLEST_SIDE = 64
+"""Images are drawn at a whole multiple of their size that is at least this, in pixels."""
+
+
+def sample_to_files(
+    workdir: epath.Path,
+    *,
+    stage: str | None,
+    count: int,
+    labels: list[int] | None,
+    w: float,
+    num_steps: int | None,
+    sampler: str | None,
+    seed: int,
+    out: epath.Path,
+    allow_untrained: bool,
+) -> tuple[epath.Path, epath.Path]:
+    """Write a picture and an npz (image, label) of `count` samples; answer their paths.
+
+    stage: a stage's folder in the workdir; None for the last one that is finished. labels are gone
+    through in turn; None for all classes. Raises UserError for a stage that isn't there, and as
+    `sample` does.
+    """
+    if count < 1:
+        raise UserError(f"--num is {count}; ask for at least 1 sample")
+    trained = load_finished(workdir / (stage or _last_finished(workdir)))
+    about = trained.description
+    num_classes = len(about.class_names)
+    all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
+    images = sample(
+        trained,
+        labels=all_labels,
+        w=w,
+        num_steps=num_steps,
+        sampler=sampler,
+        seed=seed,
+        allow_untrained=allow_untrained,
+    )
+    stem = f"{epath.Path(trained.path).name}_w{w:g}_seed{seed}"
+    picture, arrays = out / f"{stem}.png", out / f"{stem}.npz"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with picture.open("wb") as file:
+            _draw(file, images, all_labels, columns=num_classes)
+        with arrays.open("wb") as file:
+            np.savez_compressed(file, image=images, label=all_labels)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    return picture, arrays
+
+
+def _draw(file: IO[bytes], samples: np.ndarray, labels: np.ndarray, *, columns: int) -> None:
+    """Write a PNG: a grid of images [n, H, W, C], or a plot of points [n, 2]."""
+    if samples.ndim == 2:
+        point_plot(samples, labels).savefig(file, format="png")
+    else:
+        scale = -(-SMALLEST_SIDE // samples.shape[1])
+        image_grid(samples, columns=columns, scale=scale).save(file, "PNG")
+
+
+def _last_finished(workdir: epath.Path) -> str:
+    names = [
+        stage.name
+        for stage in all_stages(read_config(workdir))
+        if latest_step(workdir / stage.name) == stage.total_steps
+    ]
+    if not names:
+        raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
+    return names[-1]

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_distill.data import sources
+from guided_distill.data.pixels import to_uint8
+from guided_distill.errors import UserError
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+@pytest.fixture
+def colour_folder(tmp_path):
+    """Three classes of 20, 10 and 10 plain images, in several formats."""
+    for name, count in {"red": 20, "green": 10, "blue": 10}.items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            suffix = ("png", "bmp", "webp", "PNG")[i % 4]
+            Image.new("RGB", (6, 6), COLOURS[name]).save(tmp_path / name / f"{i}.{suffix}")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "red" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def load(path, **options):
+    return sources.load(f"folder:{path}", **options)
+
+
+def test_classes_are_the_sorted_folders_and_labels_match(colour_folder):
+    for split, counts in {"train": [9, 9, 18], "test": [1, 1, 2]}.items():
+        source = load(colour_folder, split=split)
+        assert source.class_names == ("blue", "green", "red")
+        assert source.shape == (6, 6, 3)
+        images, labels = source.arrays()
+        np.testing.assert_array_equal(np.bincount(labels), counts)
+        expected = np.array(list(COLOURS.values()))[labels]
+        error = np.abs(to_uint8(images)[:, 3, 3].astype(int) - expected)
+        assert error.max() < 12  # webp is lossy
+
+
+def test_images_directly_in_the_folder_are_one_class(tmp_path):
+    for i in range(20):
+        Image.new("L", (5, 4), 10 * i).save(tmp_path / f"{i}.png")
+    train, test = load(tmp_path), load(tmp_path, split="test")
+    assert train.num_classes == 1
+    assert train.shape == (4, 5, 3)
+    shades = [to_uint8(part.arrays()[0])[:, 0, 0, 0].tolist() for part in (train, test)]
+    assert sorted(shades[0] + shades[1]) == list(range(0, 200, 10))
+    assert len(shades[1]) == 2
+
+
+def test_resizing_keeps_the_centre_square(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = (200, 100, 50)
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    image = to_uint8(load(tmp_path, image_size=10)[0]["image"])
+    assert image.shape == (10, 10, 3)
+    np.testing.assert_array_equal(image, np.broadcast_to([200, 100, 50], (10, 10, 3)))
+
+
+def test_transparent_pixels_are_white_and_rotated_photos_upright(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
+    for name in "ab":
+        clear.save(tmp_path / f"{name}.png")
+    assert (load(tmp_path)[0]["image"] == 1).all()
+
+    (tmp_path / "turned").mkdir()
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side: the white half belongs on the right
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / "turned" / f"{name}.jpg", exif=exif, quality=95)
+    image = load(tmp_path / "turned")[0]["image"]
+    assert image[:, 12].min() > 0.9
+    assert image[:, 3].max() < -0.9
+
+
+def test_sizes_that_differ_need_image_size(colour_folder):
+    Image.new("RGB", (7, 6)).save(colour_folder / "red" / "wide.png")
+    with pytest.raises(UserError, match=r"wide\.png is 7 x 6.*6 x 6.*data\.image_size"):
+        load(colour_folder)
+    assert load(colour_folder, image_size=6).shape == (6, 6, 3)
+
+
+def test_damaged_header_is_found_at_load(colour_folder):
+    (colour_folder / "green" / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"bad\.png cannot be read"):
+        load(colour_folder)
+
+
+def test_damaged_pixels_are_found_at_access(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in "ab":
+        file = tmp_path / f"{name}.png"
+        Image.fromarray(noise).save(file)
+        file.write_bytes(file.read_bytes()[:3000])
+    source = load(tmp_path)
+    with pytest.raises(UserError, match=r"[ab]\.png cannot be read"):
+        source[0]
+
+
+def test_deep_pixels_are_refused(tmp_path):
+    for name in "ab":
+        Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"a\.png has more than 8 bits"):
+        load(tmp_path)
+
+
+def test_folders_without_images_are_named(colour_folder, tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
+        load(tmp_path / "nowhere")
+    (colour_folder / "void").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*void"):
+        load(colour_folder)
+    with pytest.raises(UserError, match=r"no images in .*void"):
+        load(colour_folder / "void")
+    Image.new("RGB", (6, 6)).save(colour_folder / "stray.png")
+    with pytest.raises(UserError, match=r"both images, such as stray\.png"):
+        load(colour_folder)
+
+
+def test_a_class_of_one_image_has_no_test_split(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "only.png")
+    assert len(load(tmp_path)) == 1
+    with pytest.raises(UserError, match="too few images for a test split"):
+        load(tmp_path, split="test")

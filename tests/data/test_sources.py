@@ -1,0 +1,131 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from guided_distill.data import sources
+from guided_distill.data.mixture import DEFAULT_MIXTURE
+from guided_distill.data.pixels import from_uint8, to_uint8
+from guided_distill.data.source import split_indices
+from guided_distill.errors import UserError
+
+
+def test_uint8_round_trip_is_exact_for_every_value():
+    values = np.arange(256, dtype=np.uint8)
+    scaled = from_uint8(values)
+    assert scaled.dtype == np.float32
+    assert (scaled[0], scaled[255]) == (-1, 1)
+    np.testing.assert_array_equal(to_uint8(scaled), values)
+
+
+def test_to_uint8_clips_and_rounds_half_to_even():
+    np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    # 0 maps to 127.5; 3 / 255 below it to 126 exactly; both halves go to the even neighbour.
+    halves = (np.array([126.5, 127.5, 128.5], np.float64) / 127.5 - 1).astype(np.float64)
+    expected = [126, 128, 128]
+    np.testing.assert_array_equal(to_uint8(halves), expected)
+
+
+@pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
+def test_source_contract(name):
+    source = sources.load(name, split="test")
+    example = source[3]
+    assert example["image"].shape == source.shape
+    assert example["image"].dtype == np.float32
+    assert example["label"].dtype == np.int32
+    assert source.num_classes == len(source.class_names)
+    with pytest.raises(IndexError):
+        source[len(source)]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        source.name = "other"
+
+    images, labels = source.arrays()
+    assert len(images) == len(labels) == len(source)
+    np.testing.assert_array_equal(images[3], example["image"])
+    assert labels[3] == example["label"]
+    assert np.isfinite(images).all()
+    assert np.abs(images).max() <= 1
+    assert set(labels) == set(range(source.num_classes))
+
+    some, some_labels = source.arrays(limit=40)
+    assert some.shape == (40, *source.shape)
+    np.testing.assert_array_equal(some, source.arrays(limit=40)[0])
+    assert len(set(some_labels)) > source.num_classes // 2
+    assert len(source.arrays(limit=10**9)[0]) == len(source)
+
+
+@pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
+def test_repr_is_short_and_stable(name):
+    text = repr(sources.load(name))
+    assert text == repr(sources.load(name))
+    assert text != repr(sources.load(name, split="test"))
+    assert len(text) < 120
+
+
+def test_digits_are_all_there_once_in_balanced_splits():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    splits = {split: sources.load("digits", split=split).arrays() for split in ("train", "test")}
+    images = np.concatenate([splits["train"][0], splits["test"][0]])
+    labels = np.concatenate([splits["train"][1], splits["test"][1]])
+    seen = sorted(zip(labels, map(bytes, to_gray(images)), strict=True))
+    assert seen == sorted(zip(bunch.target, map(bytes, bunch.images.astype(np.uint8)), strict=True))
+    share = np.bincount(splits["test"][1]) / np.bincount(bunch.target)
+    np.testing.assert_allclose(share, 0.2, atol=0.01)
+
+
+def to_gray(images):
+    return np.rint((images[..., 0] + 1) * 8).astype(np.uint8)
+
+
+def test_splits_ignore_the_seed_except_for_drawn_points():
+    def images(name, seed):
+        return sources.load(name, seed=seed).arrays(limit=100)[0]
+
+    np.testing.assert_array_equal(images("digits", 1), images("digits", 2))
+    np.testing.assert_array_equal(images("mixture2d", 1), images("mixture2d", 1))
+    assert not np.array_equal(images("mixture2d", 1), images("mixture2d", 2))
+
+
+def test_mixture_points_are_balanced_and_follow_the_mixture():
+    train, train_labels = sources.load("mixture2d").arrays()
+    test, _ = sources.load("mixture2d", split="test").arrays()
+    assert (train.shape, test.shape) == ((50_000, 2), (10_000, 2))
+    assert not set(map(bytes, train)) & set(map(bytes, test))
+    np.testing.assert_array_equal(np.bincount(train_labels), 12_500)
+    means = np.stack([train[train_labels == c].mean(0) for c in range(4)])
+    expected = np.einsum("km,kmd->kd", DEFAULT_MIXTURE.weights, DEFAULT_MIXTURE.means)
+    np.testing.assert_allclose(means, expected, atol=0.01)
+
+
+def test_split_indices_partition_every_group():
+    groups = np.repeat([0, 1, 2, 3], [100, 9, 2, 1])
+    train = split_indices(groups, split="train", test_fraction=0.1)
+    test = split_indices(groups, split="test", test_fraction=0.1)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(112))
+    np.testing.assert_array_equal(np.bincount(groups[test], minlength=4), [10, 1, 1, 0])
+    assert not np.array_equal(train, np.sort(train))
+
+
+@pytest.mark.parametrize("name", ["digitz", "npz", "npz:", "folder:", "tfds:", "", "digits:x"])
+def test_unknown_names_list_the_known_ones(name):
+    with pytest.raises(UserError, match=r"digits.*photo10.*mixture2d.*npz:PATH.*folder.*tfds"):
+        sources.load(name)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(UserError, match="'valid'.*train or test"):
+        sources.load("digits", split="valid")
+
+
+@pytest.mark.parametrize(("name", "right"), [("digits", 8), ("photo10", 32)])
+def test_fixed_sizes_are_checked(name, right):
+    assert sources.load(name, image_size=right).shape[0] == right
+    with pytest.raises(UserError, match=rf"data.image_size is 64.*{name}.*{right} x {right}"):
+        sources.load(name, image_size=64)
+
+
+def test_points_have_no_image_size():
+    with pytest.raises(UserError, match=r"data.image_size is 2.*mixture2d"):
+        sources.load("mixture2d", image_size=2)

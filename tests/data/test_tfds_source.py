@@ -1,0 +1,91 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from guided_distill.data import pipeline, sources
+from guided_distill.data.pixels import to_uint8
+from guided_distill.errors import UserError
+
+
+class TinySquares(tfds.core.GeneratorBasedBuilder):
+    """Plain gray images of two sizes; the label is the shade's parity."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name="even", description="All 12 x 8."),
+        tfds.core.BuilderConfig(name="ragged", description="Sizes differ."),
+    ]
+
+    def _info(self):
+        even = self.builder_config.name == "even"
+        features = {
+            "image": tfds.features.Image(shape=(8, 12, 3) if even else (None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["even", "odd"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0), "validation": self._generate_examples(50)}
+
+    def _generate_examples(self, start):
+        for shade in range(start, start + 10):
+            grow = shade if self.builder_config.name == "ragged" else 0
+            file = io.BytesIO()
+            Image.new("RGB", (12 + grow, 8), (shade,) * 3).save(file, "png")
+            file.seek(0)
+            yield shade, {"image": file, "label": shade % 2}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for config in ("even", "ragged"):
+        builder = TinySquares(data_dir=folder, config=config, file_format="array_record")
+        builder.download_and_prepare()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
+        yield
+
+
+@pytest.mark.parametrize(("split", "start"), [("train", 0), ("test", 50)])
+def test_prepared_sets_are_read_without_tensorflow(prepared, split, start):
+    source = sources.load("tfds:tiny_squares/even", split=split)
+    assert source.shape == (8, 12, 3)
+    assert source.class_names == ("even", "odd")
+    images, labels = source.arrays()
+    shades = to_uint8(images)[:, 0, 0, 0]
+    assert sorted(shades) == list(range(start, start + 10))
+    np.testing.assert_array_equal(labels, shades % 2)
+    assert "tensorflow" not in sys.modules
+
+
+def test_images_of_many_sizes_are_resized_and_batched(prepared):
+    with pytest.raises(UserError, match=r"tiny_squares/ragged differ.*data\.image_size"):
+        sources.load("tfds:tiny_squares/ragged")
+    source = sources.load("tfds:tiny_squares/ragged", image_size=4)
+    iterator = pipeline.batches(source, batch_size=10, seed=0)
+    batch = next(iterator)
+    iterator.close()
+    shades = to_uint8(batch["image"])
+    assert sorted(shades[:, 2, 2, 0]) == list(range(10))
+    np.testing.assert_array_equal(batch["label"], shades[:, 0, 0, 0] % 2)
+
+
+def test_a_gray_set_without_test_images_in_memory():
+    with tfds.testing.mock_data(num_examples=5), pytest.raises(UserError, match="not prepared"):
+        sources.load("tfds:mnist", image_size=14)
+
+
+def test_sets_not_prepared_say_how_to_prepare(prepared):
+    with pytest.raises(UserError, match=r"tfds:cifar10 is not prepared.*download_and_prepare"):
+        sources.load("tfds:cifar10")
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "tiny_squares/odd", "tiny_squares/even:7.0.0"])
+def test_unknown_sets_are_named(prepared, name):
+    with pytest.raises(UserError, match=f"tfds:{name} is not a data set"):
+        sources.load(f"tfds:{name}")
