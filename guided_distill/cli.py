@@ -171,18 +171,29 @@ def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
         raise UserError(
             f"--config {path} can't be read: {type(error).__name__}: {error}"
         ) from error
+    for override in overrides:
+        _check_key(config, override.removeprefix("--config.").partition("=")[0], file)
     values = flags.FlagValues()
     arguments = ["guided-distill", *overrides]
     with _command_line(arguments):
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values)
             values(arguments)
-        except flags.UnrecognizedFlagError as error:
-            raise UserError(f"--{error.flagname} is not a key of {file}") from error
-        except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-            words = " ".join(str(error.args[0]).split())
-            raise UserError(f"an override of {file} can't be used: {words}") from error
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(f"an override doesn't fit {file}: {error}") from error
     return config
+
+
+def _check_key(config: ml_collections.ConfigDict, key: str, file: str) -> None:
+    section: Any = config
+    for name in key.split("."):
+        keys = list(section) if isinstance(section, ml_collections.ConfigDict) else []
+        if name not in keys:
+            raise UserError(
+                f"config.{key} is not a key of {file}; in place of {name} there could be: "
+                f"{', '.join(keys) or 'nothing'}"
+            )
+        section = section[name]
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
     Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, or if the
     disk is full.
     """
-    claim(workdir, experiment)
     pipeline = Pipeline(experiment, workdir)
+    claim(workdir, experiment)
     for chain in chains(experiment):
         pipeline.train_chain(chain)
 
@@ -184,6 +184,7 @@ class Pipeline:
         directory = self._workdir / stage.name
         seed = zlib.crc32(f"{experiment.seed}/{stage.name}".encode())
         init_key, loop_key = jax.random.split(jax.random.key(seed))
+        order = all_stages(experiment)
         about = self._describe(stage, teacher)
         params = about.network().init(init_key)
         if teacher is not None:
@@ -238,7 +239,7 @@ class Pipeline:
                     about=about.to_json(),
                     metrics_log=metrics_log,
                     mesh=self._mesh,
-                    title=stage.name,
+                    title=f"[{order.index(stage) + 1}/{len(order)}] {stage.name}",
                 )
         return Trained(str(directory), stage.total_steps, state.result, about)
 

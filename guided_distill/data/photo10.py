@@ -22,6 +22,8 @@ MIN_STD = 8.0
 TRAIN_BAND = 128
 TEST_BAND = 48
 
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
 PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "cat": ("skimage", "data/chelsea.png"),
@@ -101,7 +103,7 @@ def _half_size(package: str, file: str) -> np.ndarray:
             photo = image.convert("RGB")
     except OSError as error:
         raise UserError(
-            f"photo10 cannot read {path}: reinstall {package}, whose package contains it"
+            f"photo10 cannot read {path}: reinstall {_DISTRIBUTIONS[package]}, which contains it"
         ) from error
     half = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS)
     return np.asarray(half)

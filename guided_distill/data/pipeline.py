@@ -96,13 +96,13 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _RandomFlip(grain.transforms.RandomMap):
-    """Mirrors images [B, H, W, C]; the draws are those of the global batch."""
+    """Mirrors images [B, H, W, C] in place; the draws are those of the global batch."""
 
     shard: _Shard
 
     def random_map(self, element: Batch, rng: np.random.Generator) -> Batch:
         draws = rng.random(self.shard.global_size)[self.shard.index :: self.shard.count]
         chosen = draws < 0.5
-        images = element["image"].copy()
+        images = element["image"]
         images[chosen] = images[chosen, :, ::-1]
-        return {**element, "image": images}
+        return element

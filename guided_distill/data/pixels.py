@@ -1,7 +1,7 @@
 """The one rule between 8-bit images and the model's range, and the one way to resize."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:
@@ -22,5 +22,8 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def crop_and_resize(image: Image.Image, image_size: int) -> Image.Image:
-    """Cuts the largest centred square and resizes it with a Lanczos filter."""
-    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    """Cuts the largest centred square, then resizes it with a Lanczos filter."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.LANCZOS)

@@ -20,8 +20,8 @@ _SPLIT_SEED = 20221204
 class Source:
     """Random access to one split of a labelled data set.
 
-    `read` takes indices [B] in [0, size) and returns images [B, *shape], float32 and in [-1, 1]
-    for pixels, and labels [B], int32 in [0, num_classes). It is called from several threads.
+    `read` takes indices [B] in [0, size) and returns new arrays: images [B, *shape], float32 and
+    in [-1, 1] for pixels, and labels [B], int32 in [0, num_classes). Several threads call it.
     """
 
     name: str

@@ -23,9 +23,12 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
 
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, AssertionError) as error:  # unknown name or config; unknown version
+    except (ValueError, AssertionError) as error:  # unknown name, config or format; unknown version
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds:{name} is not a data set, check its name: {reason}") from error
+        raise UserError(
+            f"tfds:{name} cannot be opened, check its name and that it is prepared as array_record: "
+            f"{reason}"
+        ) from error
     chosen = _choose_split(name, split=split, available=list(builder.info.splits))
     try:
         records = builder.as_data_source(chosen)

@@ -26,7 +26,7 @@ def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Ad
 @contextmanager
 def _bar(title: str, *, total: int, unit: str, done: int) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -52,7 +52,7 @@ def _lines(title: str, *, total: int, unit: str, done: int) -> Iterator[Advance]
         per_second, rate_words = rate(now)
         left = f"{(total - now) / per_second:.0f} s left" if per_second else ""
         parts = [f"{title} {now}/{total} {unit}", rate_words, left, words]
-        console.print("  ".join(part for part in parts if part), highlight=False)
+        console.print("  ".join(part for part in parts if part), highlight=False, markup=False)
 
     yield advance
 

@@ -53,6 +53,12 @@ def test_own_test_arrays_and_names_are_used_as_they_are(save):
     assert test.class_names == sources.load(name).class_names == ("ant", "bee", "cow")
 
 
+def test_both_splits_know_the_classes_of_either(save):
+    labels = {"label": np.arange(3), "test_label": np.array([4])}
+    name = save(image=pixels(3), test_image=pixels(1), **labels)
+    assert [sources.load(name, split=split).num_classes for split in sources.SPLITS] == [5, 5]
+
+
 def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
     gray = np.linspace(-1, 1, 10 * 25, dtype=np.float32).reshape(10, 5, 5)
     source = sources.load(save(image=gray), image_size=5)

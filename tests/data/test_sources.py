@@ -6,7 +6,7 @@ import pytest
 from guided_distill.data import sources
 from guided_distill.data.mixture import DEFAULT_MIXTURE
 from guided_distill.data.pixels import from_uint8, to_uint8
-from guided_distill.data.source import split_indices
+from guided_distill.data.source import from_arrays, split_indices
 from guided_distill.errors import UserError
 
 
@@ -20,10 +20,8 @@ def test_uint8_round_trip_is_exact_for_every_value():
 
 def test_to_uint8_clips_and_rounds_half_to_even():
     np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
-    # 0 maps to 127.5; 3 / 255 below it to 126 exactly; both halves go to the even neighbour.
-    halves = (np.array([126.5, 127.5, 128.5], np.float64) / 127.5 - 1).astype(np.float64)
-    expected = [126, 128, 128]
-    np.testing.assert_array_equal(to_uint8(halves), expected)
+    halves = np.array([126.5, 127.5, 128.5]) / 127.5 - 1
+    np.testing.assert_array_equal(to_uint8(halves), [126, 128, 128])
 
 
 @pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
@@ -99,6 +97,14 @@ def test_mixture_points_are_balanced_and_follow_the_mixture():
     np.testing.assert_allclose(means, expected, atol=0.01)
 
 
+def test_a_limited_reading_of_sorted_classes_is_a_fair_sample():
+    labels = np.repeat(np.arange(4), 100)
+    source = from_arrays(
+        "sorted", split="test", images=np.zeros((400, 1)), labels=labels, class_names=list("abcd")
+    )
+    assert np.bincount(source.arrays(limit=80)[1], minlength=4).min() > 8
+
+
 def test_split_indices_partition_every_group():
     groups = np.repeat([0, 1, 2, 3], [100, 9, 2, 1])
     train = split_indices(groups, split="train", test_fraction=0.1)
@@ -115,7 +121,7 @@ def test_unknown_names_list_the_known_ones(name):
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(UserError, match="'valid'.*train or test"):
+    with pytest.raises(UserError, match=r"'valid'.*train or test"):
         sources.load("digits", split="valid")
 
 

@@ -18,12 +18,13 @@ class TinySquares(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012
         tfds.core.BuilderConfig(name="even", description="All 12 x 8."),
         tfds.core.BuilderConfig(name="ragged", description="Sizes differ."),
+        tfds.core.BuilderConfig(name="gray", description="All 12 x 8, one channel."),
     ]
 
     def _info(self):
-        even = self.builder_config.name == "even"
+        shapes = {"even": (8, 12, 3), "ragged": (None, None, 3), "gray": (8, 12, 1)}
         features = {
-            "image": tfds.features.Image(shape=(8, 12, 3) if even else (None, None, 3)),
+            "image": tfds.features.Image(shape=shapes[self.builder_config.name]),
             "label": tfds.features.ClassLabel(names=["even", "odd"]),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -34,8 +35,9 @@ class TinySquares(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, start):
         for shade in range(start, start + 10):
             grow = shade if self.builder_config.name == "ragged" else 0
+            mode = "L" if self.builder_config.name == "gray" else "RGB"
             file = io.BytesIO()
-            Image.new("RGB", (12 + grow, 8), (shade,) * 3).save(file, "png")
+            Image.new("L", (12 + grow, 8), shade).convert(mode).save(file, "png")
             file.seek(0)
             yield shade, {"image": file, "label": shade % 2}
 
@@ -43,7 +45,7 @@ class TinySquares(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for config in ("even", "ragged"):
+    for config in ("even", "ragged", "gray"):
         builder = TinySquares(data_dir=folder, config=config, file_format="array_record")
         builder.download_and_prepare()
     with pytest.MonkeyPatch.context() as patch:
@@ -75,9 +77,11 @@ def test_images_of_many_sizes_are_resized_and_batched(prepared):
     np.testing.assert_array_equal(batch["label"], shades[:, 0, 0, 0] % 2)
 
 
-def test_a_gray_set_without_test_images_in_memory():
-    with tfds.testing.mock_data(num_examples=5), pytest.raises(UserError, match="not prepared"):
-        sources.load("tfds:mnist", image_size=14)
+def test_gray_images_keep_one_channel(prepared):
+    source = sources.load("tfds:tiny_squares/gray", image_size=5)
+    assert source.shape == (5, 5, 1)
+    shades = to_uint8(source.arrays()[0])
+    assert sorted(shades[:, 2, 2, 0]) == list(range(10))
 
 
 def test_sets_not_prepared_say_how_to_prepare(prepared):
@@ -87,5 +91,5 @@ def test_sets_not_prepared_say_how_to_prepare(prepared):
 
 @pytest.mark.parametrize("name", ["no_such_set", "tiny_squares/odd", "tiny_squares/even:7.0.0"])
 def test_unknown_sets_are_named(prepared, name):
-    with pytest.raises(UserError, match=f"tfds:{name} is not a data set"):
+    with pytest.raises(UserError, match=f"tfds:{name} cannot be opened"):
         sources.load(f"tfds:{name}")
