@@ -1,0 +1,90 @@
+"""Pictures of a run: curves by matplotlib, grids of samples by Pillow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from guided_distill.data.pixels import to_uint8
+from guided_distill.evaluation.results import Result
+
+GAP = 2
+"""Pixels between the images of a grid."""
+
+
+def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
+    """Images [n, H, W, C] in [-1, 1], row by row, each pixel drawn as scale x scale."""
+    pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, channels = pixels.shape
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 128, np.uint8
+    )
+    for index, image in enumerate(pixels):
+        top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
+    """Points [n, 2] in the plane, coloured by label [n]."""
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*points.T, c=labels, s=6, cmap="tab10")
+    axes.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
+    return figure
+
+
+def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str], dict[int, float]]:
+    """{(stage, sampler): {num_steps: mean of a column over the measured w}}."""
+    values: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for result in results:
+        if result.sampler is not None and result.num_steps is not None:
+            curve = values.setdefault((result.stage, result.sampler), {})
+            curve.setdefault(result.num_steps, []).append(getattr(result, column))
+    return {
+        name: {n: float(np.mean(each)) for n, each in sorted(curve.items())}
+        for name, curve in values.items()
+    }
+
+
+_COLUMNS = {"fd": "Fréchet distance (lower is better)", "accuracy": "class accuracy"}
+_STYLES = {"teacher": "s--", "guidance": "D", "halving": "o-"}
+_WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
+
+
+def quality_figure(results: Sequence[Result]) -> Figure:
+    """Distance and accuracy against steps, averaged over w; the real-against-real floor dashed."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (column, words) in zip(figure.subplots(1, 2), _COLUMNS.items(), strict=True):
+        for (stage, sampler), curve in mean_over_w(results, column).items():
+            label = f"{_WORDS[stage]}, {sampler}"
+            axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
+        for result in results:
+            if result.stage == "real":
+                axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="sampling steps", ylabel=f"{words}, mean over w")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].legend()
+    return figure
+
+
+def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """The loss of every stage against its updates, one small panel each."""
+    columns = 4
+    rows = -(-len(logs) // columns)
+    figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, log) in zip(panels, logs.items(), strict=False):
+        axes.plot([row["step"] for row in log], [row["loss"] for row in log])
+        axes.set_title(name, fontsize=9)
+        axes.set_yscale("log")
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(logs) :]:
+        axes.set_axis_off()
+    return figure
