@@ -32,7 +32,7 @@ def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
     """Points [n, 2] in the plane, coloured by label [n]."""
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(*points.T, c=labels, s=6, cmap="tab10")
+    axes.scatter(points[:, 0], points[:, 1], c=labels, s=6, cmap="tab10")
     axes.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
     return figure
 

@@ -83,7 +83,7 @@ def headline(results: list[Result]) -> str:
     few = min(students[0], key=lambda n: abs(n - FEW_STEPS))
     return (
         f"The {few}-step student, with {few} network calls a sample: Fréchet distance "
-        f"{students[0][few]:.3f}. Its teacher: {teacher[most]:.3f} at {most} steps, with {2 * most} calls "
+        f"{students[0][few]:.3f}. Its teacher: {teacher[most]:.3f} at {most} steps, {2 * most} calls "
         f"(its best, at {best} steps: {teacher[best]:.3f}). Means over the guidance weights."
     )
 

@@ -1,0 +1,204 @@
+"""The process against its definition and against Gaussian data, whose denoiser is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from guided_distill.diffusion import process, samplers, schedules
+from guided_distill.diffusion.guidance import (
+    Denoiser,
+    combine,
+    guidance_scale,
+    weight_from_guidance_scale,
+    with_guidance,
+)
+
+SCHEDULES = {
+    "cosine": schedules.cosine(),
+    "linear": schedules.linear(),
+    "scaled_linear": schedules.scaled_linear(),
+    "shifted": schedules.shifted(schedules.cosine(), 4.0),
+}
+DEVIATION = 0.5
+
+
+def draw(seed, shape=(6, 3)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def gaussian_predict(schedule, deviation=DEVIATION):
+    """The exact denoiser of data N(0, deviation^2)."""
+
+    def predict(z, t):
+        log_snr = schedule(t)
+        alpha, sigma = process.levels(log_snr, z)
+        x = z * alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
+        return process.prediction_from(x, source="x", z=z, log_snr=log_snr)
+
+    return predict
+
+
+def test_cosine_is_the_cosine_inside_and_truncated_at_the_ends():
+    t = jnp.linspace(0.05, 0.95, 19)
+    alpha, sigma = schedules.alpha_sigma(schedules.cosine()(t))
+    np.testing.assert_allclose(alpha, np.cos(0.5 * np.pi * t), atol=2e-4)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(schedules.cosine()(jnp.array([0.0, 1.0])), [20, -20], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_log_snr_falls(name):
+    assert np.all(np.diff(SCHEDULES[name](jnp.linspace(0, 1, 2001))) < 0)
+
+
+def test_scaled_linear_agrees_with_the_cumulative_product_at_every_index():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    t = jnp.arange(1, 1001) / 1000
+    alpha, _ = schedules.alpha_sigma(schedules.scaled_linear()(t))
+    np.testing.assert_allclose(alpha**2, alpha_bar, rtol=2e-5)
+    np.testing.assert_allclose(schedules.timestep_index(t), np.arange(1000), atol=1e-3)
+
+
+@pytest.mark.parametrize("source", process.PARAMETERIZATIONS)
+@pytest.mark.parametrize("target", process.PARAMETERIZATIONS)
+def test_converters_name_the_same_x_and_eps(source, target):
+    x, eps = draw(0), draw(1)
+    log_snr = jnp.linspace(-3, 3, 6)
+    alpha, sigma = process.levels(log_snr, x)
+    z = alpha * x + sigma * eps
+    values = {"x": x, "eps": eps, "v": alpha * eps - sigma * x}
+    found = process.convert(values[source], source=source, target=target, z=z, log_snr=log_snr)
+    np.testing.assert_allclose(found, values[target], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("t", "s"), [(0.9, 0.3), (0.2, 0.7)])
+def test_ddim_with_the_true_x_lands_on_the_same_noise(name, t, s):
+    x, eps = draw(0), draw(1)
+    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.full(6, each)) for each in (t, s))
+    z = process.add_noise(x, eps, log_snr=log_snr_t)
+    prediction = process.prediction_from(x, source="x", z=z, log_snr=log_snr_t)
+    landed = process.ddim_step(prediction, log_snr_s)
+    np.testing.assert_allclose(landed, process.add_noise(x, eps, log_snr=log_snr_s), atol=3e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("end", [0.0, 0.4])
+def test_single_step_x_lands_where_it_should(name, end):
+    z_t, z_s = draw(0), draw(1)
+    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.full(6, each)) for each in (0.7, end))
+    x = process.single_step_x(z_t, z_s, log_snr_t=log_snr_t, log_snr_s=log_snr_s)
+    prediction = process.prediction_from(x, source="x", z=z_t, log_snr=log_snr_t)
+    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_s), z_s, atol=2e-6)
+
+
+def final_deviation(sampler, num_steps, count=20_000):
+    schedule = SCHEDULES["cosine"]
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(count))
+    z = samplers.normal(keys, (1,))
+    x = samplers.SAMPLERS[sampler](gaussian_predict(schedule), schedule, z, keys, num_steps)
+    return float(x.std())
+
+
+def exact_jump_predict(schedule, num_steps):
+    """A student of exact DDIM jumps over two grid steps (one, from t = 1/N) on Gaussian data."""
+
+    def deviation_at(t):
+        alpha, sigma = schedules.alpha_sigma(schedule(t))
+        return jnp.sqrt(alpha**2 * DEVIATION**2 + sigma**2)
+
+    def predict(z, t):
+        end = jnp.maximum(t - 2 / num_steps, 0.0)
+        z_end = z * (deviation_at(end) / deviation_at(t))[:, None]
+        log_snr = schedule(t)
+        x = process.single_step_x(z, z_end, log_snr_t=log_snr, log_snr_s=schedule(end))
+        return process.prediction_from(x, source="x", z=z, log_snr=log_snr)
+
+    return predict
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
+def test_stochastic_chain_of_exact_jumps_keeps_the_marginal(num_steps):
+    schedule = SCHEDULES["cosine"]
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(40_000))
+    z = samplers.normal(keys, (1,))
+    x = samplers.stochastic(exact_jump_predict(schedule, num_steps), schedule, z, keys, num_steps)
+    np.testing.assert_allclose(x.std(), DEVIATION, rtol=0.015)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpm_solver_pp"])
+def test_samplers_reach_the_data_distribution(sampler):
+    np.testing.assert_allclose(final_deviation(sampler, 256), DEVIATION, rtol=0.02)
+
+
+def ode_error(sampler, num_steps):
+    """Distance from the exact flow, z -> z * (final deviation / 1), on Gaussian data."""
+    schedule = SCHEDULES["shifted"]
+    z = jnp.ones((2, 1))
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(2))
+    x = samplers.SAMPLERS[sampler](gaussian_predict(schedule), schedule, z, keys, num_steps)
+    return abs(float(x[0, 0]) - DEVIATION)
+
+
+def test_ddim_converges_and_the_multistep_solver_converges_faster():
+    assert 1.7 < ode_error("ddim", 64) / ode_error("ddim", 128) < 2.3
+    assert ode_error("dpm_solver_pp", 64) < 0.3 * ode_error("ddim", 64)
+    np.testing.assert_allclose(ode_error("dpm_solver_pp", 1), ode_error("ddim", 1), rtol=1e-6)
+
+
+def test_encode_then_decode_returns_better_with_more_steps():
+    schedule = SCHEDULES["cosine"]
+    predict = gaussian_predict(schedule)
+    x = DEVIATION * draw(0)
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(len(x)))
+
+    def error(num_steps):
+        z = samplers.encode(predict, schedule, x, num_steps)
+        return float(jnp.abs(samplers.ddim(predict, schedule, z, keys, num_steps) - x).max())
+
+    assert error(64) < 0.5 * error(16) < 0.5 * error(4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_sample_depends_on_its_own_key_alone(sampler, num_steps):
+    schedule = SCHEDULES["cosine"]
+
+    def run(indices):
+        keys = samplers.sample_keys(jax.random.key(3), indices)
+        z = samplers.normal(keys, (2,))
+        return samplers.SAMPLERS[sampler](gaussian_predict(schedule), schedule, z, keys, num_steps)
+
+    together, alone = run(jnp.arange(5)), run(jnp.array([3]))
+    assert np.isfinite(together).all()
+    np.testing.assert_allclose(together[3], alone[0], rtol=1e-6)
+
+
+def toy_denoiser():
+    def predict(z, t, label, w):
+        x = z * 0.1 + label[:, None].astype(jnp.float32)
+        return process.Prediction(x, z - x)
+
+    return Denoiser(predict, guided=False, null_label=9)
+
+
+def test_guidance_ends_and_scale():
+    z, t, label = draw(0), jnp.full(6, 0.5), jnp.arange(6)
+    plain, guided = toy_denoiser(), with_guidance(toy_denoiser())
+    conditional = plain.predict(z, t, label, None)
+    unconditional = plain.predict(z, t, jnp.full(6, 9), None)
+    for w, expected in ((0.0, conditional), (-1.0, unconditional)):
+        found = guided.predict(z, t, label, jnp.full(6, w))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert guidance_scale(weight_from_guidance_scale(7.5)) == 7.5
+    scale = jnp.full(6, guidance_scale(2.0))
+    diffusers = unconditional.x + scale[:, None] * (conditional.x - unconditional.x)
+    found = combine(conditional.x, unconditional.x, w=jnp.full(6, 2.0))
+    np.testing.assert_allclose(found, diffusers, rtol=1e-5)
+
+
+def test_guidance_is_never_applied_twice():
+    with pytest.raises(ValueError, match="already inside"):
+        with_guidance(with_guidance(toy_denoiser()))

@@ -1,0 +1,145 @@
+"""What each objective asks of its student."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from guided_distill.diffusion import process, schedules
+from guided_distill.diffusion.guidance import Denoiser, with_guidance
+from guided_distill.objectives import guidance, halving, teacher, weighting
+
+SCHEDULES = {
+    "cosine": schedules.cosine(),
+    "linear": schedules.linear(),
+    "scaled_linear": schedules.scaled_linear(),
+}
+
+
+def denoiser(schedule, *, guided, parameterization="v", seed=0):
+    """A smooth random function as a network, which depends on z, t, label and w."""
+    mix = jax.random.normal(jax.random.key(seed), (3, 3))
+
+    def predict(z, t, label, w):
+        weight = 0.0 if w is None else w[:, None]
+        value = jnp.tanh(z @ mix + t[:, None] + 0.1 * label[:, None] + 0.3 * weight)
+        return process.prediction_from(value, source=parameterization, z=z, log_snr=schedule(t))
+
+    return Denoiser(predict, guided=guided, null_label=None if guided else 4)
+
+
+def batch(size=16):
+    return (
+        jax.random.normal(jax.random.key(1), (size, 3)),
+        jnp.arange(size) % 4,
+        jnp.linspace(0.0, 4.0, size),
+    )
+
+
+def test_weights_on_v_are_those_of_the_table():
+    log_snr = np.linspace(-15, 15, 31)
+    snr, sigma2 = np.exp(log_snr), 1 / (1 + np.exp(log_snr))
+    omega = {"snr": snr, "truncated_snr": np.maximum(snr, 1), "snr_plus_one": 1 + snr}
+    for name, function in weighting.WEIGHTINGS.items():
+        np.testing.assert_allclose(function(jnp.asarray(log_snr)), omega[name] * sigma2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("parameterization", process.PARAMETERIZATIONS)
+@pytest.mark.parametrize("sampler", halving.GRID_STEPS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+def test_two_teacher_steps_are_one_student_step(name, parameterization, sampler, num_steps):
+    schedule = SCHEDULES[name]
+    model = denoiser(schedule, guided=True, parameterization=parameterization)
+    z, label, w = batch()
+    i = jnp.arange(16) % num_steps + 1
+    jump = halving.jump_from(i, num_steps=num_steps, sampler=sampler)
+    target = halving.halving_target(model, z, label, w, jump=jump, schedule=schedule)
+
+    first = model.predict(z, jump.t, label, w)
+    z_half = process.ddim_step(first, schedule(jump.half))
+    second = model.predict(z_half, jump.half, label, w)
+    z_end = process.ddim_step(second, schedule(jump.end))
+    landed = process.ddim_step(target, schedule(jump.end))
+    scale = jnp.abs(z_end).max()
+    inside = np.asarray(jump.end > 0)
+    np.testing.assert_allclose(landed[inside] / scale, z_end[inside] / scale, atol=2e-6)
+
+    # At the last jump the samplers answer x itself, so the target is the teacher's own x there.
+    span = halving.GRID_STEPS[sampler]
+    at_end = np.asarray(i == span) | (~inside & np.asarray(i >= span))
+    np.testing.assert_array_equal(target.x[at_end], second.x[at_end])
+    one_step = np.asarray((i == 1) & (span == 2))
+    np.testing.assert_array_equal(target.x[one_step], first.x[one_step])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "i", "expected"),
+    [
+        ("ddim", 3, (0.75, 0.625, 0.5)),
+        ("ddim", 1, (0.25, 0.125, 0.0)),
+        ("stochastic", 3, (0.75, 0.5, 0.25)),
+        ("stochastic", 2, (0.5, 0.25, 0.0)),
+        ("stochastic", 1, (0.25, 0.0, 0.0)),
+    ],
+)
+def test_jump_times(sampler, i, expected):
+    jump = halving.jump_from(jnp.array([i]), num_steps=4, sampler=sampler)
+    np.testing.assert_allclose(np.concatenate(jump), expected)
+
+
+def test_halving_needs_a_guided_teacher_and_guidance_a_plain_one():
+    schedule = SCHEDULES["cosine"]
+    x, label, _ = batch()
+    settings = {"schedule": schedule, "weighting": "snr", "w_min": 0.0, "w_max": 4.0}
+    plain, guided = (denoiser(schedule, guided=each) for each in (False, True))
+    with pytest.raises(ValueError, match="guidance stage first"):
+        halving.halving_loss(
+            guided, plain, x, label, jax.random.key(0), num_steps=4, sampler="ddim", **settings
+        )
+    with pytest.raises(ValueError, match="already inside"):
+        guidance.guidance_loss(guided, guided, x, label, jax.random.key(0), **settings)
+
+
+def test_guidance_loss_is_zero_for_the_guided_teacher_itself_alone():
+    schedule = SCHEDULES["cosine"]
+    x, label, _ = batch()
+    plain = denoiser(schedule, guided=False)
+    settings = {"schedule": schedule, "weighting": "truncated_snr", "w_min": 0.0, "w_max": 4.0}
+    losses = [
+        guidance.guidance_loss(student, plain, x, label, jax.random.key(0), **settings)
+        for student in (with_guidance(plain), denoiser(schedule, guided=True))
+    ]
+    np.testing.assert_allclose(losses[0].per_example, 0.0, atol=1e-10)
+    assert losses[1].per_example.min() > 1e-4
+
+
+def test_label_dropout_replaces_labels_at_its_rate():
+    label = jnp.zeros(20_000, jnp.int32)
+    dropped = teacher.drop_labels(label, jax.random.key(0), null_label=4, rate=0.1)
+    assert set(np.unique(dropped)) == {0, 4}
+    np.testing.assert_allclose((dropped == 4).mean(), 0.1, atol=0.01)
+
+
+def test_teacher_loss_is_least_for_the_posterior_mean():
+    schedule, deviation = SCHEDULES["cosine"], 0.5
+    x = deviation * jax.random.normal(jax.random.key(0), (4000, 3))
+
+    def loss(factor):
+        def predict(z, t, label, w):
+            log_snr = schedule(t)
+            alpha, sigma = process.levels(log_snr, z)
+            mean = z * alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
+            return process.prediction_from(factor * mean, source="x", z=z, log_snr=log_snr)
+
+        return teacher.teacher_loss(
+            Denoiser(predict, guided=False, null_label=1),
+            x,
+            jnp.zeros(4000, jnp.int32),
+            jax.random.key(1),
+            schedule=schedule,
+            weighting="truncated_snr",
+            label_dropout=0.1,
+        ).per_example.mean()
+
+    assert loss(1.0) < min(loss(0.98), loss(1.02))
