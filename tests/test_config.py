@@ -1,0 +1,66 @@
+"""Configs: what is accepted, and what is said of what isn't."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from guided_distill import config
+from guided_distill.errors import UserError
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("variant", ["", "runlocal"])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_parses_and_returns(file, variant):
+    experiment = config.parse(runpy.run_path(str(file))["get_config"](variant))
+    assert config.parse(config.to_config_dict(experiment)) == experiment
+    assert experiment.rounds()[-1] == experiment.halving.last_num_steps
+
+
+def values(section, **changes):
+    return {section: changes} if section else changes
+
+
+@pytest.mark.parametrize(
+    ("bad", "names"),
+    [
+        (values("", sead=1), ["sead", "seed"]),
+        (values("teacher", stpes=1), ["config.teacher.stpes"]),
+        (values("teacher", steps="many"), ["config.teacher.steps", "whole number"]),
+        (values("teacher", steps=0), ["config.teacher.steps"]),
+        (values("teacher", weighting="snrr"), ["config.teacher.weighting", "truncated_snr"]),
+        (values("teacher", label_dropout=1.5), ["config.teacher.label_dropout"]),
+        (values("teacher", warmup_steps=5000), ["config.teacher.warmup_steps"]),
+        (values("guidance", w_min=3.0, w_max=1.0), ["w_min", "w_max"]),
+        (values("halving", first_num_steps=12), ["config.halving.first_num_steps", "power of two"]),
+        (values("halving", first_num_steps=2, last_num_steps=4), ["first_num_steps"]),
+        (values("halving", samplers=("dpm",)), ["config.halving.samplers", "stochastic"]),
+        (values("evaluation", weights=(9.0,)), ["config.evaluation.weights", "9.0"]),
+        (values("evaluation", teacher_samplers=("stochastic",)), ["teacher_samplers"]),
+        (values("", log_every=30), ["config.log_every", "steps_per_dispatch"]),
+        (values("data", image_size=True), ["config.data.image_size"]),
+        (values("", model=3), ["config.model"]),
+    ],
+)
+def test_bad_values_are_named(bad, names):
+    with pytest.raises(UserError) as caught:
+        config.parse(bad)
+    assert all(name in str(caught.value) for name in names)
+    assert "\n" not in str(caught.value)
+
+
+def test_rounds_and_their_updates():
+    experiment = config.parse({"halving": {"first_num_steps": 8, "steps": 10}})
+    assert experiment.rounds() == (8, 4, 2, 1)
+    assert [experiment.round_steps(n) for n in experiment.rounds()] == [10, 10, 20, 20]
+
+
+def test_changes_that_leave_the_weights_alone_are_allowed():
+    old = config.parse({})
+    new = config.parse({"stage": "teacher", "evaluation": {"num_samples": 7}})
+    assert config.changed_keys(old, new) == {}
+    assert config.changed_keys(old, config.parse({"data": {"name": "photo10"}})) == {
+        "data.name": ("digits", "photo10")
+    }
