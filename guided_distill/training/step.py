@@ -71,7 +71,8 @@ def make_train_step(
             (state.params, state.optimizer),
         )
         # The average warms up with the count of updates, so that short runs forget their start.
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        warm_decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        decay = jnp.where(finite, warm_decay, 1.0)
         new_state = TrainState(
             step=state.step + 1,
             params=params,

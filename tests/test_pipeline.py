@@ -1,0 +1,273 @@
+"""The whole pipeline, killed and not, and the commands over it."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from guided_distill import cli, config, pipeline
+from guided_distill.errors import UserError
+from guided_distill.evaluation.results import COLUMNS, read_results
+from guided_distill.report.page import headline, write_report
+from guided_distill.sampling import cycling_labels, sample
+from guided_distill.training.trained import load_finished
+
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+TINY = {
+    "model.options.width": 16,
+    "model.options.depth": 1,
+    "model.options.embedding_width": 16,
+    "halving.first_num_steps": 4,
+    "halving.samplers": "('ddim','stochastic')",
+    "teacher.steps": 12,
+    "guidance.steps": 12,
+    "halving.steps": 6,
+}
+OVERRIDES = [f"--config.{key}={value}" for key, value in TINY.items()]
+STAGES = [
+    "teacher",
+    "guidance",
+    *(f"halving_{sampler}_{n}" for sampler in ("ddim", "stochastic") for n in (4, 2, 1)),
+]
+
+
+def train(workdir, *more):
+    arguments = ["train", "--config", f"{DIGITS}:runlocal", "--workdir", str(workdir)]
+    return cli.main([*arguments, *OVERRIDES, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    assert train(workdir) == 0
+    return workdir
+
+
+def weights(workdir, stage):
+    return load_finished(epath.Path(workdir) / stage)
+
+
+def flat(params):
+    import jax
+
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(params)}
+
+
+def assert_same_runs(one, other):
+    for stage in STAGES:
+        ours, theirs = (flat(weights(each, stage).params) for each in (one, other))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {name}")
+        logs = [(Path(each) / stage / "metrics.jsonl").read_text() for each in (one, other)]
+        assert logs[0] == logs[1]
+
+
+def test_every_stage_says_what_it_is(finished):
+    previous = None
+    for name in STAGES[:5]:
+        about = weights(finished, name).description
+        assert about.package_version
+        assert about.data_shape == (8, 8, 1)
+        assert (about.w_min, about.w_max) == ((None, None) if name == "teacher" else (0.0, 4.0))
+        assert (about.teacher or {}).get("path") == previous
+        previous = str(finished / name)
+    last = weights(finished, STAGES[-1]).description
+    assert (last.num_steps, last.sampler) == (1, "stochastic")
+    students, teacher = (
+        flat(weights(finished, "guidance").params),
+        flat(weights(finished, "teacher").params),
+    )
+    assert students.keys() > teacher.keys()
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+    before = (finished / "teacher" / "metrics.jsonl").stat().st_mtime_ns
+    assert train(finished) == 0
+    assert (finished / "teacher" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_another_config_is_told_what_differs(finished, capsys):
+    assert train(finished, "--config.teacher.learning_rate=0.5") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "config.teacher.learning_rate is 0.001 there and 0.5 here" in said
+
+
+def test_one_stage_alone_and_from_another_run(finished, tmp_path, capsys):
+    assert train(tmp_path / "a", "--config.stage=guidance") == 2
+    assert "--config.stage=teacher" in capsys.readouterr().err
+    start = f"--config.start_from={finished / 'teacher'}"
+    assert train(tmp_path / "b", "--config.stage=guidance", start) == 0
+    assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.is_dir()) == ["guidance"]
+    assert weights(tmp_path / "b", "guidance").description.teacher["path"].endswith("teacher")
+    assert train(tmp_path / "c", start, "--config.model.options.width=8") == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_samples_depend_on_their_index_and_seed_alone(finished):
+    trained = weights(finished, "halving_stochastic_2")
+    labels = cycling_labels(10, 10)
+    many = sample(trained, labels=labels, w=1.0, batch_size=16)
+    few = sample(trained, labels=labels[:3], w=1.0, batch_size=4)
+    np.testing.assert_allclose(many[:3], few, atol=1e-5)
+    assert np.abs(many - sample(trained, labels=labels, w=1.0, seed=1)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--w", "5"], "outside the range [0.0, 4.0]"),
+        (["--num_steps", "3"], "trained for 1 steps"),
+        (["--labels", "3,12"], "--labels"),
+        (["--labels", "a"], "--labels"),
+        (["--num", "0"], "--num"),
+        (["--stage", "nothing"], "holds no checkpoint"),
+    ],
+)
+def test_sample_refuses_what_was_not_trained(finished, capsys, arguments, said):
+    assert cli.main(["sample", "--workdir", str(finished), *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_sample_writes_a_picture_and_arrays(finished, tmp_path):
+    arguments = ["sample", "--workdir", str(finished), "--out", str(tmp_path), "--num", "5"]
+    assert cli.main([*arguments, "--w", "6", "--allow_untrained"]) == 0
+    (arrays,) = tmp_path.glob("*.npz")
+    with np.load(arrays) as file:
+        assert file["image"].shape == (5, 8, 8, 1)
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_evaluate_and_report(finished, capsys):
+    assert cli.main(["report", "--workdir", str(finished)]) == 2
+    assert "guided-distill evaluate" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--workdir", str(finished)]) == 0
+    text = (finished / "results.csv").read_text()
+    assert (
+        text.splitlines()[0]
+        == ",".join(COLUMNS)
+        == (
+            "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
+            "network_calls,extractor"
+        )
+    )
+    results = read_results(epath.Path(finished) / "results.csv")
+    assert {result.stage for result in results} == {"real", "teacher", "guidance", "halving"}
+    for result in results:
+        if result.num_steps is not None:
+            factor = 2 if result.stage == "teacher" else 1
+            assert result.network_calls == factor * result.num_steps
+
+    (finished / "results.csv").write_text("\n".join(text.splitlines()[:-2]) + "\n")
+    assert cli.main(["evaluate", "--workdir", str(finished)]) == 0
+    again = read_results(epath.Path(finished) / "results.csv")
+    assert again[:-2] == results[:-2]
+    assert [result.fd for result in again] == pytest.approx([r.fd for r in results], rel=1e-4)
+
+    page = write_report(epath.Path(finished)).read_text()
+    assert headline(again) in page
+    assert "http" not in page.split("<pre>")[0]
+    assert page.count("<img") == page.count("alt=")
+    assert page.count("data:image/png;base64,") >= 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", "nothing.py"], "nothing.py"),
+        (["--config", f"{DIGITS}", "--config.teacher.stpes=3"], "config.teacher.stpes"),
+        (["--config", f"{DIGITS}", "--config.teacher.steps=x"], "config.teacher.steps"),
+        (["--config", f"{DIGITS}", "--config.guidance.w_min=9"], "config.guidance.w_min"),
+        (["--config", f"{DIGITS}", "--config.halving.first_num_steps=12"], "first_num_steps"),
+        (["--config", f"{DIGITS}", "--config.data.name=folder:/nothing"], "/nothing"),
+        (["--config", f"{DIGITS}", "--config.data.image_size=16"], "data.image_size"),
+        (["--config", f"{DIGITS}", "--config.model.options.width=x"], "width"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, said):
+    assert cli.main(["train", "--workdir", str(tmp_path / "run"), *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("guided-distill: ")
+    assert said in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "report"])
+def test_help_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"example: guided-distill {verb} --" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mixture2d", "photo10"])
+def test_other_configs_run_all_their_stages(name, tmp_path):
+    values = runpy.run_path(str(DIGITS.parent / f"{name}.py"))["get_config"]("runlocal")
+    if name == "photo10":
+        values.model.options.update({"width": 16, "depth": 1, "num_heads": 2})
+    pipeline.run(config.parse(values), epath.Path(tmp_path))
+    for stage in pipeline.all_stages(config.parse(values)):
+        assert load_finished(epath.Path(tmp_path) / stage.name).finished
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, finished):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        command = [sys.executable, "-m", "guided_distill.cli", "train"]
+        command += ["--config", f"{DIGITS}:runlocal", "--workdir", str(disk / "run"), *OVERRIDES]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 2, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "make room" in run.stderr.strip().splitlines()[-1]
+        subprocess.run([*mount[:4], "remount,size=40m", *mount[5:]], check=True)
+        assert train(disk / "run") == 0
+        assert_same_runs(finished, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_killed_at_any_instant_it_goes_on_to_the_same_weights(finished, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "guided_distill.cli", "train"]
+    command += ["--config", f"{DIGITS}:runlocal", "--workdir", str(workdir), *OVERRIDES]
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    rng = random.Random(0)
+    for stage in rng.choices(STAGES, k=5) + rng.sample(STAGES, k=5):
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        inside_a_save = rng.random() < 0.5
+        pattern = "checkpoints/*.orbax-checkpoint-tmp" if inside_a_save else "metrics.jsonl"
+        while child.poll() is None and not list((workdir / stage).glob(pattern)):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    assert_same_runs(finished, workdir)
+
+
+def test_a_stage_without_its_config_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        pipeline.read_config(epath.Path(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"seed": "x"}))
+    with pytest.raises(UserError, match=r"config\.seed"):
+        pipeline.read_config(epath.Path(tmp_path))
