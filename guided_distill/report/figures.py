@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
 from guided_distill.data.pixels import to_uint8
 from guided_distill.evaluation.results import Result
 
-GAP = 2
+GAP = 8
 """Pixels between the images of a grid."""
 
 
@@ -20,7 +21,7 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
     canvas = np.full(
-        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 128, np.uint8
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8
     )
     for index, image in enumerate(pixels):
         top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
@@ -66,6 +67,7 @@ def quality_figure(results: Sequence[Result]) -> Figure:
             if result.stage == "real":
                 axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="sampling steps", ylabel=f"{words}, mean over w")
         axes.grid(alpha=0.3)
     figure.axes[0].set_yscale("log")

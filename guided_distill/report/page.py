@@ -26,10 +26,10 @@ from guided_distill.report.figures import (
 from guided_distill.training.checkpoints import write_text
 from guided_distill.training.metrics import read_metrics
 
-PIXELS = 6
+PIXELS = 8
 """How large a sample's pixel is drawn."""
 
-ROW_IMAGES = 20
+ROW_IMAGES = 10
 FEW_STEPS = 4
 
 
