@@ -295,6 +295,11 @@ def _check(experiment: Experiment) -> None:
         )
     first, last = experiment.halving.first_num_steps, experiment.halving.last_num_steps
     _positive("halving.last_num_steps", last)
+    _positive("halving.few_step_factor", experiment.halving.few_step_factor)
+    if not experiment.halving.samplers:
+        raise UserError(
+            f"config.halving.samplers is empty; name at least one of {', '.join(GRID_STEPS)}"
+        )
     rounds = experiment.rounds()
     if rounds[-1] != last or any(a != 2 * b for a, b in itertools.pairwise(rounds)):
         raise UserError(
@@ -315,7 +320,13 @@ def _check(experiment: Experiment) -> None:
             )
     _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
     _fraction("teacher.dropout", experiment.teacher.dropout)
-    for key in ("steps_per_dispatch", "log_every", "checkpoint_every", "checkpoints_to_keep"):
+    for key in (
+        "steps_per_dispatch",
+        "log_every",
+        "checkpoint_every",
+        "checkpoints_to_keep",
+        "max_nonfinite_steps",
+    ):
         _positive(key, getattr(experiment, key))
     for key, unit in (("log_every", "steps_per_dispatch"), ("checkpoint_every", "log_every")):
         value, multiple_of = getattr(experiment, key), getattr(experiment, unit)
@@ -343,7 +354,7 @@ def _check(experiment: Experiment) -> None:
 
 
 def _positive(key: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:  # Not a number is not greater either.
         raise UserError(f"config.{key} is {value}; make it greater than 0")
 
 

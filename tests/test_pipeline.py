@@ -1,13 +1,7 @@
 """The whole pipeline, killed and not, and the commands over it."""
 
 import json
-import os
-import random
 import runpy
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -220,49 +214,6 @@ def test_other_configs_run_all_their_stages(name, tmp_path):
     pipeline.run(config.parse(values), epath.Path(tmp_path))
     for stage in pipeline.all_stages(config.parse(values)):
         assert load_finished(epath.Path(tmp_path) / stage.name).finished
-
-
-def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, finished):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        command = [sys.executable, "-m", "guided_distill.cli", "train"]
-        command += ["--config", f"{DIGITS}:runlocal", "--workdir", str(disk / "run"), *OVERRIDES]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 2, run.stderr
-        assert "Traceback" not in run.stderr
-        assert "make room" in run.stderr.strip().splitlines()[-1]
-        subprocess.run([*mount[:4], "remount,size=40m", *mount[5:]], check=True)
-        assert train(disk / "run") == 0
-        assert_same_runs(finished, disk / "run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_killed_at_any_instant_it_goes_on_to_the_same_weights(finished, tmp_path):
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "guided_distill.cli", "train"]
-    command += ["--config", f"{DIGITS}:runlocal", "--workdir", str(workdir), *OVERRIDES]
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    rng = random.Random(0)
-    for stage in rng.choices(STAGES, k=5) + rng.sample(STAGES, k=5):
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        inside_a_save = rng.random() < 0.5
-        pattern = "checkpoints/*.orbax-checkpoint-tmp" if inside_a_save else "metrics.jsonl"
-        while child.poll() is None and not list((workdir / stage).glob(pattern)):
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert_same_runs(finished, workdir)
 
 
 def test_a_stage_without_its_config_is_an_error(tmp_path):
