@@ -1,14 +1,13 @@
 """The whole pipeline, killed and not, and the commands over it."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 
-from guided_distill import cli, config, pipeline
+from guided_distill import cli, pipeline
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, read_results
 from guided_distill.report.page import headline, write_report
@@ -204,16 +203,6 @@ def test_help_shows_an_example(verb, capsys):
         cli.main([verb, "--help"])
     assert caught.value.code == 0
     assert f"example: guided-distill {verb} --" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["mixture2d", "photo10"])
-def test_other_configs_run_all_their_stages(name, tmp_path):
-    values = runpy.run_path(str(DIGITS.parent / f"{name}.py"))["get_config"]("runlocal")
-    if name == "photo10":
-        values.model.options.update({"width": 16, "depth": 1, "num_heads": 2})
-    pipeline.run(config.parse(values), epath.Path(tmp_path))
-    for stage in pipeline.all_stages(config.parse(values)):
-        assert load_finished(epath.Path(tmp_path) / stage.name).finished
 
 
 def test_a_stage_without_its_config_is_an_error(tmp_path):
