@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from guided_distill import cli, pipeline
 from guided_distill.errors import UserError
@@ -195,6 +196,40 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, said):
     assert lines[0].startswith("guided-distill: ")
     assert said in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def whole(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+
+
+def cut(path):
+    whole(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def small(path):
+    Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([], "no images"),
+        ([whole, lambda path: path.write_bytes(b"no picture")], "b.png cannot be read"),
+        ([cut, cut], ".png cannot be read"),
+        ([whole, small], "b.png is 8 x 8"),
+    ],
+    ids=["empty", "corrupt header", "corrupt pixels", "wrong size"],
+)
+def test_bad_images_are_one_sentence(tmp_path, capsys, pictures, said):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, write in zip("ab", pictures, strict=False):
+        write(folder / f"{name}.png")
+    assert train(tmp_path / "run", f"--config.data.name=folder:{folder}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("guided-distill: ")
+    assert said in line
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "report"])
