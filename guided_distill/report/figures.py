@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from guided_distill.data.pixels import to_uint8
@@ -60,19 +61,30 @@ def quality_figure(results: Sequence[Result]) -> Figure:
     """Distance and accuracy against steps, averaged over w; the real-against-real floor dashed."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (column, words) in zip(figure.subplots(1, 2), _COLUMNS.items(), strict=True):
-        for (stage, sampler), curve in mean_over_w(results, column).items():
+        curves = mean_over_w(results, column)
+        for (stage, sampler), curve in curves.items():
             label = f"{_WORDS[stage]}, {sampler}"
             axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
         for result in results:
             if result.stage == "real":
                 axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        steps = sorted({n for curve in curves.values() for n in curve})
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="sampling steps", ylabel=f"{words}, mean over w")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_yscale("log")
+    _plain_log_axis(figure.axes[0])
     figure.axes[0].legend()
     return figure
+
+
+def _plain_log_axis(axes: Axes) -> None:
+    """A logarithmic y axis with ticks at 1, 2 and 5, written as plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -84,7 +96,7 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for axes, (name, log) in zip(panels, logs.items(), strict=False):
         axes.plot([row["step"] for row in log], [row["loss"] for row in log])
         axes.set_title(name, fontsize=9)
-        axes.set_yscale("log")
+        _plain_log_axis(axes)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     for axes in panels[len(logs) :]:

@@ -81,10 +81,11 @@ def headline(results: list[Result]) -> str:
     most = max(teacher)
     best = min(teacher, key=lambda n: teacher[n])
     few = min(students[0], key=lambda n: abs(n - FEW_STEPS))
+    at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
     return (
         f"The {few}-step student, with {few} network calls a sample: Fréchet distance "
-        f"{students[0][few]:.3f}. Its teacher: {teacher[most]:.3f} at {most} steps, {2 * most} calls "
-        f"(its best, at {best} steps: {teacher[best]:.3f}). Means over the guidance weights."
+        f"{students[0][few]:.3f}. Its teacher: {teacher[most]:.3f} at {most} steps, {2 * most} calls"
+        f"{at_best}. Means over the guidance weights."
     )
 
 
@@ -148,8 +149,8 @@ def _rows(workdir: epath.Path, results: list[Result], *, weights: bool) -> list[
         path = workdir / "samples" / name
         if path.exists():
             who = "teacher" if result.stage == "teacher" else "student"
-            calls = f"{result.num_steps} steps, {result.network_calls} calls"
-            title = f"{who}, w = {result.w:g}" if weights else f"{who} ({result.sampler}): {calls}"
+            steps = f"{who}, {result.num_steps} {'step' if result.num_steps == 1 else 'steps'}"
+            title = f"{steps}, w = {result.w:g}" if weights else f"{steps}, {result.sampler}"
             rows.append({"title": title, "image": _samples_url(path)})
     return rows
 
