@@ -107,6 +107,25 @@ def test_one_stage_alone_and_from_another_run(finished, tmp_path, capsys):
     assert "another model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("stage", "first"), [("guidance", 4), ("halving_ddim_4", 2)])
+def test_rounds_from_another_runs_stage_are_those_of_one_run(finished, tmp_path, stage, first):
+    changes = {
+        "start_from": finished / stage,
+        "halving.first_num_steps": first,
+        "halving.last_num_steps": first,
+        "halving.samplers": "('ddim',)",
+    }
+    arguments = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    command = ["train", "--config", f"{DIGITS}:runlocal", "--workdir", str(tmp_path)]
+    assert cli.main([*command, *arguments]) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [f"halving_ddim_{first}"]
+    ours, theirs = (
+        flat(weights(each, f"halving_ddim_{first}").params) for each in (tmp_path, finished)
+    )
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
 def test_samples_depend_on_their_index_and_seed_alone(finished):
     trained = weights(finished, "halving_stochastic_2")
     labels = cycling_labels(10, 10)
