@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import runpy
 import sys
@@ -21,6 +22,7 @@ DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers the exit status: 0, or 2 for what the user can put right."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _hush_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -36,6 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("guided-distill: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+@functools.cache
+def _hush_threads() -> None:
+    """Keep background threads from printing the errors that they hand to the main thread anyway.
+
+    When a save fails, Orbax logs each traceback on the way, and TensorStore's threads, which have no
+    Python object to name, report that the event loop which they would answer is closed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda error: None if error.object is None else report(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -194,9 +194,9 @@ class StageCheckpoints:
     def close(self) -> None:
         """Wait for the last save, and stop the manager's threads."""
         try:
-            self.wait()
-        finally:
             self._manager.close()
+        except (OSError, ValueError) as error:
+            raise storage_error(self.directory, error) from error
 
     def __enter__(self) -> "StageCheckpoints":
         return self

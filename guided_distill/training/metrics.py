@@ -1,19 +1,23 @@
 """Where the figures of a stage go: JSON lines always, and TensorBoard events beside them."""
 
+import contextlib
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
 from clu import parameter_overview
 from etils import epath
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
-from guided_distill.training.checkpoints import write_text
+from guided_distill.training.checkpoints import storage_error, write_text
 
 
 class MetricsLog:
-    """The log of one stage, `metrics.jsonl`, one object a line.
+    """The log of one stage: `metrics.jsonl`, one object a line, and TensorBoard's events.
 
     Opened at the step that a stage resumes from, it forgets what was logged beyond, so that a resumed
     run's log is that of an uninterrupted one. The file is written whole and renamed into place, for
@@ -23,9 +27,16 @@ class MetricsLog:
     def __init__(self, directory: epath.Path, *, step: int) -> None:
         self._path = directory / "metrics.jsonl"
         self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
-        self._events = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=step + 1
-        )
+        folder = directory / "tensorboard"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time())}.{step}"
+            self._events = RecordWriter(str(folder / name))
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self._add_event(Event(file_version="brain.Event:2"))
+        # Tells TensorBoard to forget the steps beyond.
+        self._add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Log named figures at a step. A figure that isn't finite is left out of the events."""
@@ -33,12 +44,23 @@ class MetricsLog:
         row: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in figures}
         self._rows.append(row)
         write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in self._rows))
-        for name, value in finite.items():
-            self._events.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+        self._add_event(Event(step=step, summary=Summary(value=values)))
+
+    def _add_event(self, event: Event) -> None:
+        # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be told.
+        event.wall_time = time.time()
+        try:
+            self._events.write(event.SerializeToString())
+            self._events.flush()
+        except OSError as error:
+            self.close()
+            raise storage_error(self._path.parent, error) from error
 
     def close(self) -> None:
-        """Flush the events."""
-        self._events.close()
+        """Close the file of events. What was written is on disk already."""
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
