@@ -1,0 +1,98 @@
+"""Whole runs in processes of their own, for tests that kill them or fill their disk."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from guided_distill.training.trained import load_finished
+
+# Forking after the imports but before JAX has a backend: a run then starts at once.
+FORK_RUNS = """
+import json, os, sys
+import sklearn.datasets
+from guided_distill import cli, pipeline
+
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+        sys.exit(cli.main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Runs:
+    """Starts `guided-distill train` of one config, one process at a time."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.cache = folder / "compiled"
+        self._arguments = arguments
+        self._log = folder / "stderr.txt"
+        self._forks = subprocess.Popen(
+            [sys.executable, "-c", FORK_RUNS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "JAX_NUM_CPU_DEVICES": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            },
+        )
+
+    def start(self, workdir: Path) -> int:
+        """The number of the new process."""
+        line = json.dumps([["train", *self._arguments, "--workdir", str(workdir)], str(self._log)])
+        print(line, file=self._forks.stdin, flush=True)
+        return int(self._forks.stdout.readline())
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr of the process that was started last, when it has ended."""
+        return int(self._forks.stdout.readline()), self._log.read_text()
+
+    def close(self) -> None:
+        with self._forks:
+            self._forks.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
+    runs = Runs(tiny_arguments, tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    runs.start(workdir)
+    status, said = runs.end()
+    assert status == 0, said
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def assert_same_runs(assert_same_weights) -> Callable[[Path, Path], None]:
+    """Fails unless every stage of two runs ended with the same bits and the same log."""
+
+    def check(one: Path, other: Path) -> None:
+        stages = [path.parent.name for path in other.glob("*/metrics.jsonl")]
+        assert len(stages) == 4
+        for stage in stages:
+            ours, theirs = (load_finished(epath.Path(each) / stage).params for each in (one, other))
+            assert_same_weights(ours, theirs)
+            logs = [(each / stage / "metrics.jsonl").read_text() for each in (one, other)]
+            assert logs[0] == logs[1]
+
+    return check
