@@ -1,0 +1,176 @@
+"""Checkpoints that survive what happens to them."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from toy import fresh_state, source, train_toy
+
+from guided_distill.data.pipeline import batches
+from guided_distill.errors import UserError
+from guided_distill.training.checkpoints import (
+    StageCheckpoints,
+    abstract,
+    latest_step,
+    write_text,
+)
+from guided_distill.training.mesh import data_mesh, replicated
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return epath.Path(tmp_path / "stage")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run: state, input pipeline's state, and its log."""
+    folder = tmp_path_factory.mktemp("whole")
+    state, place = train_toy(epath.Path(folder), data=source(with_nan=True))
+    return state, place, (folder / "metrics.jsonl").read_text()
+
+
+def template():
+    return abstract(fresh_state(data_mesh()), replicated(data_mesh()))
+
+
+def restore(directory):
+    with StageCheckpoints(directory) as checkpoints:
+        return checkpoints.restore(template())
+
+
+class Interrupted:
+    """The batches of an iterator, until so many were taken."""
+
+    def __init__(self, iterator, count):
+        self._iterator, self._left = iterator, count
+        self.get_state, self.set_state = iterator.get_state, iterator.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+        return next(self._iterator)
+
+
+def interrupt(directory, count):
+    iterator = batches(source(with_nan=True), batch_size=8, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        train_toy(directory, data=Interrupted(iterator, count))
+    iterator.close()
+
+
+@pytest.fixture
+def two_saves(directory):
+    """A stage that was cut after the saves at 4 and 8."""
+    interrupt(directory, 11)
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["4", "8"]
+    return directory
+
+
+def test_a_stage_cut_anywhere_goes_on_bit_for_bit(directory, whole, assert_same_weights):
+    state, place, log = whole
+    for count in (1, 5, 7, 1):
+        interrupt(directory, count)
+    resumed, resumed_place = train_toy(directory, data=source(with_nan=True))
+    assert_same_weights(resumed, state)
+    assert int(state.skipped) == 4
+    assert resumed_place == place
+    assert (directory / "metrics.jsonl").read_text() == log
+    restored = restore(directory)
+    assert_same_weights(restored.state, state)
+    assert restored.data_state == place
+    assert restored.about == {"stage": "toy"}
+
+
+def truncate(folder):
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def remove_weights(folder):
+    for path in sorted(Path(folder, "rest").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [truncate, remove_weights])
+def test_a_damaged_checkpoint_falls_back_loudly(
+    two_saves, whole, caplog, damage, assert_same_weights
+):
+    damage(two_saves / "checkpoints" / "8")
+    with caplog.at_level(logging.WARNING):
+        restored = restore(two_saves)
+    assert int(restored.state.step) == 4
+    assert "step 8" in caplog.text
+    assert "step 4 is read instead" in caplog.text
+    assert [path.name for path in (two_saves / "damaged").iterdir()] == ["8-0"]
+    resumed, _ = train_toy(two_saves, data=source(with_nan=True))
+    assert_same_weights(resumed, whole[0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_all_are_damaged_the_stage_starts_again(
+    two_saves, whole, caplog, assert_same_weights
+):
+    truncate(two_saves / "checkpoints")
+    with caplog.at_level(logging.WARNING):
+        resumed, _ = train_toy(two_saves, data=source(with_nan=True))
+    assert "the stage starts again" in caplog.text
+    assert len(list((two_saves / "damaged").iterdir())) == 2
+    assert_same_weights(resumed, whole[0])
+
+
+def test_another_network_is_refused_and_left_alone(two_saves):
+    other = template().replace(params={"b": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    with StageCheckpoints(two_saves) as checkpoints:
+        with pytest.raises(UserError, match="another network"):
+            checkpoints.restore(other)
+        with pytest.raises(UserError, match="another network"):
+            checkpoints.restore_result(other.params)
+    assert latest_step(two_saves) == 8
+    assert not (two_saves / "damaged").exists()
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_average_is_handed_on_where_there_is_one(directory, averaged, assert_same_weights):
+    state = fresh_state(data_mesh())
+    state = state.replace(ema={"a": state.params["a"] + 1.0} if averaged else {})
+    with StageCheckpoints(directory) as checkpoints:
+        checkpoints.save(state, data_state={}, about={})
+        checkpoints.wait()
+        step, weights = checkpoints.restore_result(template().params)
+    assert step == 0
+    assert_same_weights(weights, state.ema if averaged else state.params)
+
+
+def test_a_folder_without_checkpoints_has_nothing_to_restore(directory):
+    assert latest_step(directory) is None
+    assert restore(directory) is None
+    with StageCheckpoints(directory) as checkpoints:
+        assert checkpoints.about() is None
+        assert checkpoints.restore_result(template().params) is None
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
+    path = epath.Path(tmp_path / "folder" / "text")
+    write_text(path, "old")
+    (tmp_path / "folder" / "text.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"No space left.*make room"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for action in (StageCheckpoints, lambda path: write_text(path / "text", "")):
+        with pytest.raises(UserError, match="make room or choose another --workdir"):
+            action(epath.Path(tmp_path / "file" / "stage"))
