@@ -26,14 +26,14 @@ def use_console(monkeypatch, terminal):
 
 def test_lines_show_rate_and_time_left(monkeypatch, clock):
     out = use_console(monkeypatch, terminal=False)
-    with progress.progress("[1/4] teacher", total=100, unit="steps", done=40) as advance:
+    with progress.progress("[teacher]", total=100, unit="steps", done=40) as advance:
         for seconds, now in ((10, 60), (5, 70), (6, 80), (1, 100)):
             clock.now += seconds
             advance(now, f"loss {now}")
     assert out.getvalue().splitlines() == [
-        "[1/4] teacher 60/100 steps  2 steps/s  20 s left  loss 60",
-        "[1/4] teacher 80/100 steps  1.9 steps/s  10 s left  loss 80",
-        "[1/4] teacher 100/100 steps  2.73 steps/s  0 s left  loss 100",
+        "[teacher] 60/100 steps  2 steps/s  20 s left  loss 60",
+        "[teacher] 80/100 steps  1.9 steps/s  10 s left  loss 80",
+        "[teacher] 100/100 steps  2.73 steps/s  0 s left  loss 100",
     ]
 
 
