@@ -33,8 +33,8 @@ def gaussian_predict(schedule, deviation=DEVIATION):
     def predict(z, t):
         log_snr = schedule(t)
         alpha, sigma = process.levels(log_snr, z)
-        x = z * alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
-        return process.prediction_from(x, source="x", z=z, log_snr=log_snr)
+        variance = alpha**2 * deviation**2 + sigma**2
+        return process.Prediction(x=z * alpha * deviation**2 / variance, eps=z * sigma / variance)
 
     return predict
 
@@ -92,6 +92,32 @@ def test_single_step_x_lands_where_it_should(name, end):
     x = process.single_step_x(z_t, z_s, log_snr_t=log_snr_t, log_snr_s=log_snr_s)
     prediction = process.prediction_from(x, source="x", z=z_t, log_snr=log_snr_t)
     np.testing.assert_allclose(process.ddim_step(prediction, log_snr_s), z_s, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("move", ["back", "forth"])
+def test_random_moves_keep_the_signal_and_the_variance(name, move):
+    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.array([each])) for each in (0.6, 0.5))
+    start, end = (log_snr_t, log_snr_s) if move == "back" else (log_snr_s, log_snr_t)
+    one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+
+    def moved(x, eps, noise, **options):
+        z = process.add_noise(x, eps, log_snr=start)
+        if move == "forth":
+            return process.forward_hop(z, noise, log_snr_s=start, log_snr_t=end)
+        prediction = process.Prediction(x, eps)
+        return process.posterior_step(
+            prediction, noise, z=z, log_snr_t=start, log_snr_s=end, **options
+        )
+
+    alpha, sigma = process.levels(end, one)
+    np.testing.assert_allclose(moved(one, zero, zero), alpha, rtol=1e-5)
+    old, new = moved(zero, one, zero), moved(zero, zero, one)
+    np.testing.assert_allclose(jnp.hypot(old, new), sigma, rtol=1e-5)
+    assert min(old, new) > 0.1 * sigma
+    if move == "back":
+        widest = moved(zero, zero, one, variance_interpolation=1.0)
+        np.testing.assert_allclose(widest / new, process.levels(start, one)[1] / sigma, rtol=1e-5)
 
 
 def final_deviation(sampler, num_steps, count=20_000):
@@ -159,6 +185,17 @@ def test_encode_then_decode_returns_better_with_more_steps():
         return float(jnp.abs(samplers.ddim(predict, schedule, z, keys, num_steps) - x).max())
 
     assert error(64) < 0.5 * error(16) < 0.5 * error(4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_encoding_gaussian_data_scales_it_as_the_closed_form_says(num_steps):
+    schedule = SCHEDULES["cosine"]
+    t = jnp.linspace(0.0, 1.0, num_steps + 1)
+    alpha, sigma = (np.asarray(each, np.float64) for each in schedules.alpha_sigma(schedule(t)))
+    variance = alpha**2 * DEVIATION**2 + sigma**2
+    covariance = alpha[1:] * alpha[:-1] * DEVIATION**2 + sigma[1:] * sigma[:-1]
+    z = samplers.encode(gaussian_predict(schedule), schedule, draw(0), num_steps)
+    np.testing.assert_allclose(z, draw(0) * np.prod(covariance / variance[:-1]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])

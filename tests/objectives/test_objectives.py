@@ -73,6 +73,35 @@ def test_two_teacher_steps_are_one_student_step(name, parameterization, sampler,
     np.testing.assert_array_equal(target.x[one_step], first.x[one_step])
 
 
+@pytest.mark.parametrize("sampler", halving.GRID_STEPS)
+@pytest.mark.parametrize("num_steps", [1, 2, 8])
+def test_a_teacher_whose_two_steps_are_one_has_nothing_to_teach(sampler, num_steps):
+    schedule = SCHEDULES["cosine"]
+    x, label, _ = batch()
+
+    def predict(z, t, label, w):
+        constant = jnp.broadcast_to((0.1 * label + 0.2 * w)[:, None], z.shape)
+        return process.prediction_from(constant, source="x", z=z, log_snr=schedule(t))
+
+    def loss(student):
+        return halving.halving_loss(
+            student,
+            Denoiser(predict, guided=True, null_label=None),
+            x,
+            label,
+            jax.random.key(0),
+            schedule=schedule,
+            weighting="truncated_snr",
+            w_min=0.0,
+            w_max=4.0,
+            num_steps=num_steps,
+            sampler=sampler,
+        ).per_example
+
+    np.testing.assert_allclose(loss(Denoiser(predict, guided=True, null_label=None)), 0, atol=1e-7)
+    assert loss(denoiser(schedule, guided=True)).min() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("sampler", "i", "expected"),
     [
