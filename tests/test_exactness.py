@@ -111,7 +111,7 @@ def test_guided_student_predicts_the_exact_guided_x(teacher, guided_student):
     count = 20_000
     keys = jax.random.split(jax.random.key(2), 3)
     batch = jax.tree.map(lambda a: a[0], draw(keys[0], 1, count))
-    label, w = batch["label"], jnp.linspace(0.0, 4.0, count)
+    label, w = batch["label"], np.linspace(0.0, 4.0, count, dtype=np.float32)
     t = jax.random.uniform(keys[1], (count,))
     log_snr = teacher.schedule(t)
     z = add_noise(batch["image"], jax.random.normal(keys[2], (count, 2)), log_snr=log_snr)
