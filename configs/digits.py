@@ -22,7 +22,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         stage.ema_decay = 0.999
     config.teacher.steps = 4000
     config.teacher.dropout = 0.1
-    config.guidance.steps = 6000
+    config.guidance.steps = 8000
+    config.guidance.weighting = "snr_plus_one"
+    config.guidance.clipped = config.halving.clipped = True
     config.halving.steps = 1250
     config.halving.learning_rate = 5e-4
     config.halving.learning_rate_schedule = "linear"
@@ -30,8 +32,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.evaluation.teacher_num_steps = (4, 8, 64)
     if variant == "long":
         config.teacher.steps = 8000
-        config.guidance.steps = 10_000
-        config.halving.steps = 2500
+        config.guidance.steps = 40_000
+        config.halving.steps = 5000
         config.evaluation.num_samples = 4096
         config.evaluation.batch_size = 512
         config.evaluation.teacher_num_steps = (4, 8, 64, 256)

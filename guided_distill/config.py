@@ -76,9 +76,14 @@ class Teacher(Optimization):
 
 @dataclass(frozen=True)
 class Guidance(Optimization):
-    """Stage one. The w range is the student's for good: the later rounds and samplers keep to it."""
+    """Stage one. The w range is the student's for good: the later rounds and samplers keep to it.
+
+    clipped, here and in Halving: distill the teacher as samplers of images use it, with its x held to
+    [-1, 1]; not in the papers.
+    """
 
     weighting: str = _one_of("snr", *WEIGHTINGS)
+    clipped: bool = False
     w_min: float = 0.0
     w_max: float = 4.0
 
@@ -92,6 +97,7 @@ class Halving(Optimization):
     """
 
     weighting: str = _one_of("truncated_snr", *WEIGHTINGS)
+    clipped: bool = False
     first_num_steps: int = 32
     last_num_steps: int = 1
     few_step_factor: int = 2

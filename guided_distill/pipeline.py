@@ -144,6 +144,11 @@ class Pipeline:
         self._source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
         self._mesh = data_mesh()
         self._network = network_of(experiment.model, self._source.shape, self._source.num_classes)
+        for kind in ("guidance", "halving"):
+            if getattr(experiment, kind).clipped and not self._network.of_images:
+                raise UserError(
+                    f"config.{kind}.clipped is for images, and {data.name} has points: set it to False"
+                )
         self._start: Trained | None = None
         self._latest: Trained | None = None
 
@@ -343,6 +348,7 @@ def _guidance_stage(
             weighting=settings.weighting,
             w_min=w_range[0],
             w_max=w_range[1],
+            clipped=settings.clipped,
         )
 
     return loss
@@ -366,6 +372,7 @@ def _halving_stage(
             w_max=w_range[1],
             num_steps=frozen["num_steps"],
             sampler=sampler,
+            clipped=settings.clipped,
         )
 
     return loss

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from guided_distill.diffusion import samplers
-from guided_distill.diffusion.guidance import with_guidance
-from guided_distill.diffusion.process import Prediction, clip_x
+from guided_distill.diffusion.guidance import with_clipping, with_guidance
+from guided_distill.diffusion.process import Prediction
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
@@ -39,12 +39,11 @@ def compiled_sampler(network: Network, sampler: str, mesh: Mesh) -> CompiledSamp
         denoiser = network.denoiser(params)
         if not denoiser.guided:
             denoiser = with_guidance(denoiser)
+        if network.of_images:
+            denoiser = with_clipping(denoiser, network.schedule)
 
         def predict(z: jax.Array, t: jax.Array) -> Prediction:
-            prediction = denoiser.predict(z, t, label, w)
-            if len(network.data_shape) == 3:
-                return clip_x(prediction, z=z, log_snr=network.schedule(t))
-            return prediction
+            return denoiser.predict(z, t, label, w)
 
         keys = samplers.sample_keys(key, indices)
         noise = samplers.normal(keys, network.data_shape)

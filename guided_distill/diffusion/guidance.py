@@ -6,12 +6,13 @@ guidance_scale = 1 + w.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from guided_distill.diffusion.process import Prediction, broadcast_to_rank
+from guided_distill.diffusion.process import Prediction, broadcast_to_rank, clip_x
+from guided_distill.diffusion.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,12 @@ def with_guidance(denoiser: Denoiser) -> Denoiser:
         return Prediction(*(combine(*jnp.split(branch, 2), w=w) for branch in both))
 
     return Denoiser(predict, guided=True, null_label=None)
+
+
+def with_clipping(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
+    """The denoiser as samplers of images use it: its x held to [-1, 1]."""
+
+    def predict(z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None) -> Prediction:
+        return clip_x(denoiser.predict(z, t, label, w), z=z, log_snr=schedule(t))
+
+    return replace(denoiser, predict=predict)

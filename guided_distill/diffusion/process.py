@@ -103,11 +103,17 @@ def velocity(prediction: Prediction, log_snr: jax.Array) -> jax.Array:
 def clip_x(prediction: Prediction, *, z: jax.Array, log_snr: jax.Array) -> Prediction:
     """The prediction with x held to the pixel range [-1, 1] and eps made to agree with it.
 
-    For sampling only; targets are never clipped (PD, official code).
+    What samplers of images do at every step (PD, official code).
     """
     x = jnp.clip(prediction.x, -1.0, 1.0)
     eps = convert(x, source="x", target="eps", z=z, log_snr=log_snr)
     return Prediction(x, jnp.where(x == prediction.x, prediction.eps, eps))
+
+
+def alike_when_clipped(x: jax.Array, y: jax.Array, *, tolerance: float = 1e-3) -> jax.Array:
+    """Where x and y lie at or beyond the same end of [-1, 1], so that `clip_x` makes them one."""
+    end = 1.0 - tolerance
+    return ((x >= end) & (y >= end)) | ((x <= -end) & (y <= -end))
 
 
 def ddim_step(prediction: Prediction, log_snr_s: jax.Array) -> jax.Array:

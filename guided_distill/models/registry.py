@@ -45,6 +45,11 @@ class Network:
     num_classes: int
     w_conditioned: bool
 
+    @property
+    def of_images(self) -> bool:
+        """Whether an example is an image with pixels in [-1, 1], and not a point."""
+        return len(self.data_shape) == 3
+
     def init(self, key: jax.Array) -> Params:
         """Fresh weights."""
         one = jnp.zeros((1,))

@@ -24,11 +24,12 @@ def guidance_loss(
     weighting: str,
     w_min: float,
     w_max: float,
+    clipped: bool = False,
 ) -> Loss:
     """Match the teacher's guided prediction at w ~ U[w_min, w_max], t ~ U[0, 1].
 
-    x is [B, ...], label [B]. Meng et al. 2023, section 3.1 and algorithm 1. Raises ValueError if the
-    teacher is guided already.
+    x is [B, ...], label [B]; clipped as for `prediction_loss`. Meng et al. 2023, section 3.1 and
+    algorithm 1. Raises ValueError if the teacher is guided already.
     """
     time_key, noise_key, weight_key = jax.random.split(key, 3)
     t = jax.random.uniform(time_key, x.shape[:1])
@@ -37,4 +38,6 @@ def guidance_loss(
     z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
     target = jax.lax.stop_gradient(with_guidance(teacher).predict(z, t, label, w))
     prediction = student.predict(z, t, label, w)
-    return prediction_loss(prediction, target, log_snr=log_snr, weighting=weighting)
+    return prediction_loss(
+        prediction, target, log_snr=log_snr, weighting=weighting, clipped=clipped
+    )

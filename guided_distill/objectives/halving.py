@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from guided_distill.diffusion.guidance import Denoiser
+from guided_distill.diffusion.guidance import Denoiser, with_clipping
 from guided_distill.diffusion.process import (
     Prediction,
     add_noise,
@@ -85,15 +85,19 @@ def halving_loss(
     w_max: float,
     num_steps: int | jax.Array,
     sampler: str,
+    clipped: bool = False,
 ) -> Loss:
     """Match two steps of the w-conditioned teacher in one, at t = i/N, i ~ U{1..N}.
 
     x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that
-    one compilation may serve every round; sampler is a key of GRID_STEPS. Raises
-    ValueError if the teacher doesn't take w: guidance belongs to stage one alone.
+    one compilation may serve every round; sampler is a key of GRID_STEPS. clipped: the teacher's two
+    steps clip x, as its sampler does, and the error is that of `prediction_loss`. Raises ValueError
+    if the teacher doesn't take w: guidance belongs to stage one alone.
     """
     if not teacher.guided:
         raise ValueError("step halving needs a w-conditioned teacher: run the guidance stage first")
+    if clipped:
+        teacher = with_clipping(teacher, schedule)
     index_key, noise_key, weight_key = jax.random.split(key, 3)
     i = jax.random.randint(index_key, x.shape[:1], 1, num_steps + 1)
     jump = jump_from(i, num_steps=num_steps, sampler=sampler)
@@ -104,4 +108,6 @@ def halving_loss(
         halving_target(teacher, z, label, w, jump=jump, schedule=schedule)
     )
     prediction = student.predict(z, jump.t, label, w)
-    return prediction_loss(prediction, target, log_snr=log_snr, weighting=weighting)
+    return prediction_loss(
+        prediction, target, log_snr=log_snr, weighting=weighting, clipped=clipped
+    )

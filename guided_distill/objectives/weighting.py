@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from guided_distill.diffusion.process import Prediction, velocity
+from guided_distill.diffusion.process import Prediction, alike_when_clipped, velocity
 
 WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "snr": lambda log_snr: jax.nn.sigmoid(log_snr),
@@ -33,12 +33,21 @@ class Loss(NamedTuple):
 
 
 def prediction_loss(
-    prediction: Prediction, target: Prediction, *, log_snr: jax.Array, weighting: str
+    prediction: Prediction,
+    target: Prediction,
+    *,
+    log_snr: jax.Array,
+    weighting: str,
+    clipped: bool = False,
 ) -> Loss:
     """The weighted squared error of two predictions at the same z, averaged over dimensions.
 
-    log_snr is [B]. The aux figure "v_error" is the same error unweighted.
+    log_snr is [B]. clipped: for samplers that clip x, a pixel counts as met where prediction and
+    target are both beyond the same end of the range. The aux figure "v_error" is the same error
+    unweighted.
     """
     error = velocity(prediction, log_snr) - velocity(target, log_snr)
+    if clipped:
+        error = jnp.where(alike_when_clipped(prediction.x, target.x), 0.0, error)
     v_error = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
     return Loss(WEIGHTINGS[weighting](log_snr) * v_error, {"v_error": v_error})

@@ -73,6 +73,15 @@ def test_converters_name_the_same_x_and_eps(source, target):
     np.testing.assert_allclose(found, values[target], atol=2e-5)
 
 
+def test_clipping_holds_x_and_keeps_the_pair_consistent():
+    z, log_snr = 3.0 * draw(0), jnp.linspace(-3, 3, 6)
+    raw = process.prediction_from(draw(1), source="v", z=z, log_snr=log_snr)
+    found = process.clip_x(raw, z=z, log_snr=log_snr)
+    assert np.abs(raw.x).max() > 1.5
+    np.testing.assert_array_equal(found.x, np.clip(raw.x, -1, 1))
+    np.testing.assert_allclose(process.add_noise(found.x, found.eps, log_snr=log_snr), z, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("t", "s"), [(0.9, 0.3), (0.2, 0.7)])
 def test_ddim_with_the_true_x_lands_on_the_same_noise(name, t, s):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from guided_distill.diffusion import process, schedules
-from guided_distill.diffusion.guidance import Denoiser, with_guidance
+from guided_distill.diffusion import process, samplers, schedules
+from guided_distill.diffusion.guidance import Denoiser, with_clipping, with_guidance
 from guided_distill.objectives import guidance, halving, teacher, weighting
 
 SCHEDULES = {
@@ -172,3 +172,81 @@ def test_teacher_loss_is_least_for_the_posterior_mean():
         ).per_example.mean()
 
     assert loss(1.0) < min(loss(0.98), loss(1.02))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_clipped_student_makes_its_teachers_clipped_steps(num_steps):
+    """The student that meets the clipped target at every z samples what its teacher samples."""
+    schedule = SCHEDULES["cosine"]
+    model = denoiser(schedule, guided=True)
+    z, label, w = batch()
+    z = 2.0 * z
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(16))
+    clipped = with_clipping(model, schedule)
+
+    def student(z, t, label, w):
+        i = jnp.round(t * num_steps).astype(jnp.int32)
+        jump = halving.jump_from(i, num_steps=num_steps, sampler="ddim")
+        return halving.halving_target(clipped, z, label, w, jump=jump, schedule=schedule)
+
+    def run(predict, steps):
+        return samplers.ddim(lambda z, t: predict(z, t, label, w), schedule, z, keys, steps)
+
+    expected = run(clipped.predict, 2 * num_steps)
+    np.testing.assert_allclose(run(student, num_steps), expected, atol=1e-4)
+    assert np.abs(expected - run(model.predict, 2 * num_steps)).max() > 0.1
+
+    def loss(clipped):
+        return halving.halving_loss(
+            Denoiser(student, guided=True, null_label=None),
+            model,
+            2.0 * z,
+            label,
+            jax.random.key(0),
+            schedule=schedule,
+            weighting="truncated_snr",
+            w_min=0.0,
+            w_max=4.0,
+            num_steps=num_steps,
+            sampler="ddim",
+            clipped=clipped,
+        ).per_example
+
+    np.testing.assert_allclose(loss(True), 0.0, atol=1e-8)
+    assert loss(False).max() > 1e-3
+
+
+def test_clipped_guidance_loss_is_zero_for_the_teacher_as_sampled():
+    schedule = SCHEDULES["cosine"]
+    x, label, _ = batch()
+    plain = denoiser(schedule, guided=False)
+    student = with_clipping(with_guidance(plain), schedule)
+    settings = {"schedule": schedule, "weighting": "snr_plus_one", "w_min": 0.0, "w_max": 4.0}
+    met, missed = (
+        guidance.guidance_loss(
+            student, plain, x, label, jax.random.key(0), clipped=clipped, **settings
+        ).per_example
+        for clipped in (True, False)
+    )
+    np.testing.assert_allclose(met, 0.0, atol=1e-8)
+    assert missed.max() > 1e-3
+
+
+def test_clipped_error_is_nothing_where_a_sampler_sees_no_difference():
+    x = jnp.array([1.5, 1.5, 1.5, -2.0, -2.0, 0.5, 0.5])[:, None]
+    student_x = jnp.array([1.0, 3.0, -1.5, -1.2, -0.9, 0.5, 1.5])[:, None]
+    log_snr, eps = jnp.zeros(7), jnp.zeros((7, 1))
+
+    def errors(clipped):
+        z = process.add_noise(x, eps, log_snr=log_snr)
+        pair = [
+            process.prediction_from(a, source="x", z=z, log_snr=log_snr) for a in (student_x, x)
+        ]
+        return weighting.prediction_loss(
+            *pair, log_snr=log_snr, weighting="snr_plus_one", clipped=clipped
+        ).per_example
+
+    found, plain = errors(clipped=True), errors(clipped=False)
+    unseen = np.array([True, True, False, True, False, True, False])
+    np.testing.assert_array_equal(found == 0, unseen)
+    np.testing.assert_array_equal(found[~unseen], plain[~unseen])

@@ -9,7 +9,7 @@ from etils import epath
 from guided_distill.training.checkpoints import latest_step
 
 # What meets it: parameters.txt, the first save, a later save, the last stage's.
-SIZES = ["4k", "24k", "100k", "600k", "2200k"]
+SIZES = ["4k", "16k", "24k", "100k", "600k", "2200k"]
 
 
 def mount(folder, options):
