@@ -8,7 +8,8 @@ Meng et al. 2023, section 3.2 and algorithms 2 (deterministic) and 3 (stochastic
                                    own sampler, which then adds noise back over 1/N
 
 A jump that ends at t = 0 has the teacher's second x as its target, for samplers answer x there. The
-stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x.
+stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x; at
+N = 1 that is the only jump, so the stochastic student of one step is its teacher.
 """
 
 from typing import NamedTuple

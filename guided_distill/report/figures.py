@@ -94,9 +94,12 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, log) in zip(panels, logs.items(), strict=False):
-        axes.plot([row["step"] for row in log], [row["loss"] for row in log])
+        losses = [row["loss"] for row in log]
+        axes.plot([row["step"] for row in log], losses)
         axes.set_title(name, fontsize=9)
-        _plain_log_axis(axes)
+        # A stochastic student of one step has its teacher's own x as its target: no loss at all.
+        if any(losses):
+            _plain_log_axis(axes)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     for axes in panels[len(logs) :]:
