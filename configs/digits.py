@@ -31,7 +31,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.ema_decay = 0.0
     config.evaluation.teacher_num_steps = (4, 8, 64)
     if variant == "long":
-        config.teacher.steps = 8000
         config.guidance.steps = 40_000
         config.halving.steps = 5000
         config.evaluation.num_samples = 4096

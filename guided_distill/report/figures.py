@@ -59,7 +59,7 @@ _WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
 
 def quality_figure(results: Sequence[Result]) -> Figure:
     """Distance and accuracy against steps, averaged over w; the real-against-real floor dashed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, (column, words) in zip(figure.subplots(1, 2), _COLUMNS.items(), strict=True):
         curves = mean_over_w(results, column)
         for (stage, sampler), curve in curves.items():
@@ -75,14 +75,15 @@ def quality_figure(results: Sequence[Result]) -> Figure:
         axes.set(xlabel="sampling steps", ylabel=f"{words}, mean over w")
         axes.grid(alpha=0.3)
     _plain_log_axis(figure.axes[0])
-    figure.axes[0].legend()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
 def _plain_log_axis(axes: Axes) -> None:
-    """A logarithmic y axis with ticks at 1, 2 and 5, written as plain numbers."""
+    """A logarithmic y axis with its ticks written as plain numbers."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
