@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/guided-distill report --workdir $(RUN)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
