@@ -41,7 +41,8 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
     extractor = functools.partial(evaluate.train_extractor, steps=2)
     monkeypatch.setattr(evaluate, "train_extractor", extractor)
     monkeypatch.setattr(evaluate, "MAX_REFERENCE", 64)
-    workdir = epath.Path(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    workdir = epath.Path("run")
     overrides = [f"--config.{key}={value}" for key, value in RUNS[name].items()]
     where = ["--workdir", str(workdir)]
     assert cli.main(["train", "--config", f"{FOLDER / name}", *where, *overrides]) == 0

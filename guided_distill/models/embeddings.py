@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 def inverse_cosine_time(log_snr: jax.Array) -> jax.Array:
@@ -28,7 +29,7 @@ class SinusoidMLP(nn.Module):
     width: int
     scale: float
     zero_output: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, value: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ class Conditioning(nn.Module):
     width: int
     num_classes: int
     w_conditioned: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, log_snr: jax.Array, label: jax.Array, w: jax.Array | None) -> jax.Array:

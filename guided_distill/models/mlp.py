@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from guided_distill.models.embeddings import Conditioning
 
@@ -16,7 +17,7 @@ class MLP(nn.Module):
     num_classes: int
     w_conditioned: bool = False
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from guided_distill.models.embeddings import Conditioning
 
@@ -31,7 +32,7 @@ class TransformerBlock(nn.Module):
     num_heads: int
     mlp_ratio: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, tokens: jax.Array, condition: jax.Array, *, train: bool) -> jax.Array:
@@ -72,7 +73,7 @@ class PatchTransformer(nn.Module):
     mlp_ratio: int = 4
     w_conditioned: bool = False
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -3,11 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from guided_distill.models.embeddings import Conditioning
 
 
-def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
+def group_norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
     """Group normalization with 32 groups, or as many as divide the channels."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, dtype=dtype, name=name)
@@ -27,7 +28,7 @@ class ResidualBlock(nn.Module):
 
     channels: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     resampling: str | None = None
 
     @nn.compact
@@ -57,7 +58,7 @@ class AttentionBlock(nn.Module):
     """Self-attention over the pixels, residual."""
 
     head_width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -93,7 +94,7 @@ class UNet(nn.Module):
     num_classes: int
     w_conditioned: bool = False
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -73,10 +73,11 @@ class StageCheckpoints:
 
     def __init__(self, directory: epath.Path, *, keep: int | None = None) -> None:
         """keep: how many checkpoints stay when a newer one is saved; None for all."""
-        self.directory = directory
+        # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
+        self.directory = directory if directory.is_absolute() else directory.absolute()
         try:
             self._manager = ocp.CheckpointManager(
-                directory / "checkpoints",
+                self.directory / "checkpoints",
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
                 item_handlers={
                     **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
