@@ -222,6 +222,19 @@ def test_a_sample_depends_on_its_own_key_alone(sampler, num_steps):
     np.testing.assert_allclose(together[3], alone[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_the_last_step_answers_the_predicted_x(sampler):
+    schedule = SCHEDULES["cosine"]
+    z = 100.0 * draw(0)
+
+    def predict(z, t):
+        return process.prediction_from(jnp.tanh(z), source="x", z=z, log_snr=schedule(t))
+
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(len(z)))
+    found = samplers.SAMPLERS[sampler](predict, schedule, z, keys, 1)
+    np.testing.assert_allclose(found, jnp.tanh(z), atol=1e-6)
+
+
 def toy_denoiser():
     def predict(z, t, label, w):
         x = z * 0.1 + label[:, None].astype(jnp.float32)
