@@ -36,6 +36,23 @@ def batch(size=16):
     )
 
 
+def losses_of(student, model, *, x, label, schedule, num_steps, sampler="ddim", clipped=False):
+    return halving.halving_loss(
+        student,
+        model,
+        x,
+        label,
+        jax.random.key(0),
+        schedule=schedule,
+        weighting="truncated_snr",
+        w_min=0.0,
+        w_max=4.0,
+        num_steps=num_steps,
+        sampler=sampler,
+        clipped=clipped,
+    ).per_example
+
+
 def test_weights_on_v_are_those_of_the_table():
     log_snr = np.linspace(-15, 15, 31)
     snr, sigma2 = np.exp(log_snr), 1 / (1 + np.exp(log_snr))
@@ -83,23 +100,16 @@ def test_a_teacher_whose_two_steps_are_one_has_nothing_to_teach(sampler, num_ste
         constant = jnp.broadcast_to((0.1 * label + 0.2 * w)[:, None], z.shape)
         return process.prediction_from(constant, source="x", z=z, log_snr=schedule(t))
 
-    def loss(student):
-        return halving.halving_loss(
-            student,
-            Denoiser(predict, guided=True, null_label=None),
-            x,
-            label,
-            jax.random.key(0),
-            schedule=schedule,
-            weighting="truncated_snr",
-            w_min=0.0,
-            w_max=4.0,
-            num_steps=num_steps,
-            sampler=sampler,
-        ).per_example
-
-    np.testing.assert_allclose(loss(Denoiser(predict, guided=True, null_label=None)), 0, atol=1e-7)
-    assert loss(denoiser(schedule, guided=True)).min() > 1e-4
+    model = Denoiser(predict, guided=True, null_label=None)
+    settings = {
+        "x": x,
+        "label": label,
+        "schedule": schedule,
+        "num_steps": num_steps,
+        "sampler": sampler,
+    }
+    np.testing.assert_allclose(losses_of(model, model, **settings), 0, atol=1e-7)
+    assert losses_of(denoiser(schedule, guided=True), model, **settings).min() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -196,24 +206,11 @@ def test_clipped_student_makes_its_teachers_clipped_steps(num_steps):
     np.testing.assert_allclose(run(student, num_steps), expected, atol=1e-4)
     assert np.abs(expected - run(model.predict, 2 * num_steps)).max() > 0.1
 
-    def loss(clipped):
-        return halving.halving_loss(
-            Denoiser(student, guided=True, null_label=None),
-            model,
-            2.0 * z,
-            label,
-            jax.random.key(0),
-            schedule=schedule,
-            weighting="truncated_snr",
-            w_min=0.0,
-            w_max=4.0,
-            num_steps=num_steps,
-            sampler="ddim",
-            clipped=clipped,
-        ).per_example
-
-    np.testing.assert_allclose(loss(True), 0.0, atol=1e-8)
-    assert loss(False).max() > 1e-3
+    learner = Denoiser(student, guided=True, null_label=None)
+    settings = {"x": 2.0 * z, "label": label, "schedule": schedule, "num_steps": num_steps}
+    met, missed = (losses_of(learner, model, clipped=each, **settings) for each in (True, False))
+    np.testing.assert_allclose(met, 0.0, atol=1e-8)
+    assert missed.max() > 1e-3
 
 
 def test_clipped_guidance_loss_is_zero_for_the_teacher_as_sampled():
