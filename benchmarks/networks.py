@@ -18,6 +18,7 @@ from step_time import measure
 from guided_distill import pipeline
 from guided_distill.config import parse
 from guided_distill.evaluation.evaluate import evaluate
+from guided_distill.stages import all_stages
 
 NETWORKS = {
     "mlp": {"width": 256, "depth": 4, "embedding_width": 128},
@@ -50,7 +51,7 @@ def main() -> None:
             config.model.options = options
         config.evaluation.teacher_num_steps = (64,)
         experiment = parse(config)
-        _, update = measure(experiment, pipeline.all_stages(experiment)[0])
+        _, update = measure(experiment, all_stages(experiment)[0])
         dispatch = config.steps_per_dispatch
         config.teacher.steps = max(1, round(seconds / update / dispatch)) * dispatch
         with tempfile.TemporaryDirectory() as folder:

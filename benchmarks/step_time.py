@@ -16,7 +16,7 @@ import numpy as np
 
 from guided_distill.config import Experiment, parse
 from guided_distill.data import sources
-from guided_distill.pipeline import Stage, all_stages, compiled_step
+from guided_distill.stages import Stage, all_stages, compiled_step
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.state import initial_state
 from guided_distill.training.trained import network_of
@@ -29,20 +29,22 @@ def measure(experiment: Experiment, stage: Stage) -> tuple[float, float]:
     """Seconds of a stage's first call, compiling included, and of an update after it."""
     source = sources.load(experiment.data.name, image_size=experiment.data.image_size)
     network = network_of(experiment.model, source.shape, source.num_classes)
+    told_w = network.told_w()
+    student = told_w if stage.takes_w else network
+    teacher = told_w if stage.takes_w and stage.kind == "halving" else network
     step, optimizer = compiled_step(
         stage.kind,
         stage.settings,
-        network,
-        data_mesh(),
+        student=student,
+        teacher=teacher,
+        mesh=data_mesh(),
         total_steps=stage.total_steps,
         sampler=stage.sampler,
         w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
     )
-    student = network if stage.kind == "teacher" else network.told_w()
-    teacher = network.told_w() if stage.kind == "halving" else network
     key = jax.random.key(0)
-    state = initial_state(student.init(key), optimizer, ema_decay=stage.settings.ema_decay)
-    frozen = {"params": teacher.init(key), "num_steps": jnp.asarray(stage.num_steps or 0)}
+    state = initial_state(jax.jit(student.init)(key), optimizer, ema_decay=stage.settings.ema_decay)
+    frozen = {"params": jax.jit(teacher.init)(key), "num_steps": jnp.asarray(stage.num_steps or 0)}
     size = (experiment.steps_per_dispatch, stage.settings.batch_size)
     batch = {
         "image": np.random.default_rng(0).normal(size=(*size, *source.shape)).astype(np.float32),

@@ -18,10 +18,11 @@ from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import SAMPLERS
 from guided_distill.diffusion.schedules import SCHEDULES
 from guided_distill.errors import UserError
-from guided_distill.objectives.halving import GRID_STEPS
+from guided_distill.objectives.halving import JUMPS
 from guided_distill.objectives.weighting import WEIGHTINGS
 
 STAGES = ("teacher", "guidance", "halving")
+METHODS = ("guided", "naive", "two_student")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 
@@ -33,10 +34,14 @@ def _one_of(*names: str) -> Any:
 
 @dataclass(frozen=True)
 class Data:
-    """Where examples come from: a name of guided_distill.data.sources."""
+    """Where examples come from: a name of guided_distill.data.sources.
+
+    channels: what the data must have, 1 for gray and 3 for colour; None takes it as it comes.
+    """
 
     name: str = "digits"
     image_size: int | None = None
+    channels: int | None = None
     flip: bool = False
 
 
@@ -120,11 +125,15 @@ class Evaluation:
 class Experiment:
     """A whole run.
 
+    method: "guided" is the paper's: stage one, then halving. Its baselines go without stage one: "naive"
+    halves the steps of the guided teacher directly; "two_student" halves those of its conditional and
+    unconditional branches apart, and guides the student when it is sampled.
     stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
     of another run, to distill a teacher that was trained elsewhere.
     """
 
     seed: int = 0
+    method: str = _one_of(*METHODS)
     stage: str = _one_of("all", *STAGES)
     start_from: str | None = None
     steps_per_dispatch: int = 50
@@ -304,7 +313,7 @@ def _check(experiment: Experiment) -> None:
     _positive("halving.few_step_factor", experiment.halving.few_step_factor)
     if not experiment.halving.samplers:
         raise UserError(
-            f"config.halving.samplers is empty; name at least one of {', '.join(GRID_STEPS)}"
+            f"config.halving.samplers is empty; name at least one of {', '.join(JUMPS)}"
         )
     rounds = experiment.rounds()
     if rounds[-1] != last or any(a != 2 * b for a, b in itertools.pairwise(rounds)):
@@ -340,7 +349,7 @@ def _check(experiment: Experiment) -> None:
             raise UserError(
                 f"config.{key} is {value}; make it a multiple of config.{unit}, {multiple_of}"
             )
-    _each_known("halving.samplers", experiment.halving.samplers, GRID_STEPS)
+    _each_known("halving.samplers", experiment.halving.samplers, JUMPS)
     _each_known("evaluation.teacher_samplers", experiment.evaluation.teacher_samplers, SAMPLERS)
     if "stochastic" in experiment.evaluation.teacher_samplers:
         raise UserError(

@@ -1,37 +1,20 @@
 """Which stages a run has, in which order, from which checkpoint; and how each is trained."""
 
 import contextlib
-import functools
 import json
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
-from jax.sharding import Mesh
 
-from guided_distill.config import (
-    STAGES,
-    Experiment,
-    Guidance,
-    Halving,
-    Optimization,
-    Teacher,
-    changed_keys,
-    parse,
-)
+from guided_distill.config import STAGES, Experiment, changed_keys, parse
 from guided_distill.data import sources
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import UserError
-from guided_distill.models.registry import Network, Params, student_params
-from guided_distill.objectives.guidance import guidance_loss
-from guided_distill.objectives.halving import halving_loss
-from guided_distill.objectives.teacher import teacher_loss
-from guided_distill.objectives.weighting import Loss
+from guided_distill.models.registry import student_params
+from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import (
     StageCheckpoints,
     abstract,
@@ -42,8 +25,7 @@ from guided_distill.training.loop import train
 from guided_distill.training.mesh import data_mesh, replicated
 from guided_distill.training.metrics import MetricsLog, parameter_table
 from guided_distill.training.progress import console
-from guided_distill.training.state import initial_state, make_optimizer
-from guided_distill.training.step import Batch, LossFunction, TrainStep, make_train_step
+from guided_distill.training.state import initial_state
 from guided_distill.training.trained import (
     Description,
     Trained,
@@ -52,46 +34,6 @@ from guided_distill.training.trained import (
     network_of,
     package_version,
 )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training: the teacher, stage one, or a halving round to `num_steps` for `sampler`."""
-
-    kind: str
-    settings: Optimization
-    total_steps: int
-    num_steps: int | None = None
-    sampler: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The stage's folder in the workdir."""
-        return "_".join(str(part) for part in (self.kind, self.sampler, self.num_steps) if part)
-
-
-def chains(experiment: Experiment) -> list[list[Stage]]:
-    """The run's stages: one chain for each student sampler, each stage the teacher of the next.
-
-    All chains begin with the same teacher and guidance stages.
-    """
-    start = [
-        Stage("teacher", experiment.teacher, experiment.teacher.steps),
-        Stage("guidance", experiment.guidance, experiment.guidance.steps),
-    ]
-    return [
-        start
-        + [
-            Stage("halving", experiment.halving, experiment.round_steps(n), n, sampler)
-            for n in experiment.rounds()
-        ]
-        for sampler in experiment.halving.samplers
-    ]
-
-
-def all_stages(experiment: Experiment) -> list[Stage]:
-    """Every stage once, in the order of training."""
-    return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
 
 
 def run(experiment: Experiment, workdir: epath.Path) -> None:
@@ -142,6 +84,11 @@ class Pipeline:
         self._workdir = workdir
         data = experiment.data
         self._source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
+        if data.channels not in (None, self._source.shape[-1]):
+            raise UserError(
+                f"config.data.channels is {data.channels}, but {data.name} has {self._source.shape[-1]}: "
+                f"give it images of that kind, or set config.data.channels to what it has"
+            )
         self._mesh = data_mesh()
         self._network = network_of(experiment.model, self._source.shape, self._source.num_classes)
         for kind in ("guidance", "halving"):
@@ -191,15 +138,17 @@ class Pipeline:
         init_key, loop_key = jax.random.split(jax.random.key(seed))
         order = all_stages(experiment)
         about = self._describe(stage, teacher)
-        params = about.network().init(init_key)
+        network = about.network()
+        params = jax.jit(network.init)(init_key)
         if teacher is not None:
             params = student_params(params, teacher.params)
         whole = replicated(self._mesh)
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
-            self._network,
-            self._mesh,
+            student=network,
+            teacher=teacher.description.network() if teacher else network,
+            mesh=self._mesh,
             total_steps=stage.total_steps,
             sampler=stage.sampler,
             w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
@@ -249,15 +198,14 @@ class Pipeline:
         return Trained(str(directory), stage.total_steps, state.result, about)
 
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
-        guided = stage.kind != "teacher"
         guidance = self._experiment.guidance
         return Description(
             stage=stage.kind,
             total_steps=stage.total_steps,
             num_steps=stage.num_steps,
             sampler=stage.sampler,
-            w_min=guidance.w_min if guided else None,
-            w_max=guidance.w_max if guided else None,
+            w_min=guidance.w_min if stage.takes_w else None,
+            w_max=guidance.w_max if stage.takes_w else None,
             data_shape=self._source.shape,
             class_names=self._source.class_names,
             teacher={"path": teacher.path, "step": teacher.step} if teacher else None,
@@ -277,7 +225,7 @@ class Pipeline:
             "data_shape": (about.data_shape, self._source.shape),
             "number of classes": (len(about.class_names), self._source.num_classes),
         }
-        if about.stage != "teacher":
+        if about.w_min is not None:
             here = (ours.guidance.w_min, ours.guidance.w_max)
             same["w range"] = ((about.w_min, about.w_max), here)
         if about.stage == "halving":
@@ -291,95 +239,3 @@ class Pipeline:
                 )
         after = STAGES.index(about.stage) + (about.stage != "halving")
         return start, [stage for stage in chain if STAGES.index(stage.kind) >= after]
-
-
-@functools.cache
-def compiled_step(
-    kind: str,
-    settings: Optimization,
-    network: Network,
-    mesh: Mesh,
-    *,
-    total_steps: int,
-    sampler: str | None,
-    w_range: tuple[float, float],
-) -> tuple[TrainStep, optax.GradientTransformation]:
-    """The train step of a stage and its optimizer; halving rounds of equal length share one.
-
-    `network` is the teacher's. The step's frozen argument holds the teacher's "params" and the
-    student's "num_steps".
-    """
-    loss = _LOSSES[kind](settings, network, sampler=sampler, w_range=w_range)
-    optimizer = make_optimizer(settings, steps=total_steps)
-    return make_train_step(loss, optimizer, ema_decay=settings.ema_decay, mesh=mesh), optimizer
-
-
-def _teacher_stage(settings: Teacher, network: Network, **_: Any) -> LossFunction:
-    network = network.with_dropout(settings.dropout)
-
-    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
-        loss_key, dropout_key = jax.random.split(key)
-        return teacher_loss(
-            network.denoiser(params, dropout_key),
-            batch["image"],
-            batch["label"],
-            loss_key,
-            schedule=network.schedule,
-            weighting=settings.weighting,
-            label_dropout=settings.label_dropout,
-        )
-
-    return loss
-
-
-def _guidance_stage(
-    settings: Guidance, network: Network, *, w_range: tuple[float, float], **_: Any
-) -> LossFunction:
-    student = network.told_w()
-
-    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
-        return guidance_loss(
-            student.denoiser(params),
-            network.denoiser(frozen["params"]),
-            batch["image"],
-            batch["label"],
-            key,
-            schedule=network.schedule,
-            weighting=settings.weighting,
-            w_min=w_range[0],
-            w_max=w_range[1],
-            clipped=settings.clipped,
-        )
-
-    return loss
-
-
-def _halving_stage(
-    settings: Halving, network: Network, *, sampler: str, w_range: tuple[float, float]
-) -> LossFunction:
-    network = network.told_w()
-
-    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
-        return halving_loss(
-            network.denoiser(params),
-            network.denoiser(frozen["params"]),
-            batch["image"],
-            batch["label"],
-            key,
-            schedule=network.schedule,
-            weighting=settings.weighting,
-            w_min=w_range[0],
-            w_max=w_range[1],
-            num_steps=frozen["num_steps"],
-            sampler=sampler,
-            clipped=settings.clipped,
-        )
-
-    return loss
-
-
-_LOSSES: dict[str, Callable[..., LossFunction]] = {
-    "teacher": _teacher_stage,
-    "guidance": _guidance_stage,
-    "halving": _halving_stage,
-}

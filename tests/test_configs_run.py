@@ -12,6 +12,7 @@ from etils import epath
 from guided_distill import cli, pipeline
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.results import read_results
+from guided_distill.stages import all_stages
 
 FOLDER = Path(__file__).parents[1] / "configs"
 TINY = {"model.options.width": 16, "model.options.depth": 1, "model.options.embedding_width": 16}
@@ -50,11 +51,7 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
     assert cli.main(["report", *where]) == 0
 
     experiment = pipeline.read_config(workdir)
-    wanted = [
-        stage
-        for stage in pipeline.all_stages(experiment)
-        if experiment.stage in ("all", stage.kind)
-    ]
+    wanted = [stage for stage in all_stages(experiment) if experiment.stage in ("all", stage.kind)]
     assert all((workdir / stage.name / "checkpoints").is_dir() for stage in wanted)
     measured = {
         (each.stage, each.sampler, each.num_steps) for each in read_results(workdir / "results.csv")

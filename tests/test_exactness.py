@@ -14,8 +14,8 @@ from guided_distill.diffusion.process import add_noise, prediction_from
 from guided_distill.diffusion.schedules import alpha_sigma
 from guided_distill.evaluation.energy import energy_distance
 from guided_distill.models.registry import Network, build_network
-from guided_distill.pipeline import compiled_step
 from guided_distill.sampling import compiled_sampler, cycling_labels
+from guided_distill.stages import compiled_step
 from guided_distill.training.state import initial_state
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0)
@@ -60,8 +60,9 @@ def train(kind, settings, *, start, frozen, network, mesh):
     step, optimizer = compiled_step(
         kind,
         settings,
-        network,
-        mesh,
+        student=network.told_w(),
+        teacher=network.told_w() if kind == "halving" else network,
+        mesh=mesh,
         total_steps=settings.steps,
         sampler="ddim",
         w_range=(0.0, 4.0),

@@ -1,40 +1,53 @@
-"""Images in one .npz file."""
+"""Images in .npz files: one with both splits, or one for each; as arrays, or as encoded files."""
 
+import io
+import itertools
 import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
+from guided_distill.data.pixels import crop_and_resize
 from guided_distill.data.source import Source, from_arrays, split_indices
 from guided_distill.errors import UserError
 
+SPLIT = "{split}"
 
-def load(path: str, *, split: str) -> Source:
+
+def load(path: str, *, split: str, image_size: int | None) -> Source:
     """Reads `image` and, where there, `label`; both may also be plural.
 
-    Images are uint8, or float32 already in [-1, 1], [N, H, W, C] or [N, H, W]; labels are integers
-    [N]. `test_image` and `test_label` are the test split; without them a tenth is held out by a
-    fixed shuffle. `class_names`, strings [K], is optional too.
+    Images are uint8, or float32 already in [-1, 1], [N, H, W, C] or [N, H, W]; or, in place of
+    `image`, `jpeg` and `offset`: image i is the file jpeg[offset[i]:offset[i + 1]] of bytes, in any
+    format that Pillow reads. Labels are integers [N]. With image_size, uint8 images are
+    centre-cropped to squares and resized. `class_names`, strings [K], is optional.
+
+    The test split is a file of its own where the path holds "{split}", which stands for train and
+    test; or `test_image` and `test_label`; or a tenth of the images, held out by a fixed shuffle.
 
     Raises:
       UserError: the file or a field of it is missing or not as said.
     """
-    fields = _read(path)
+    fields = _read(path.replace(SPLIT, split))
+    own_test = SPLIT in path or _find(fields, "test_image") is not None
     train = _examples(path, fields, prefix="")
-    has_own_test = _find(fields, "test_image") is not None
-    test = _examples(path, fields, prefix="test_") if has_own_test else train
+    in_file = SPLIT not in path and own_test
+    test = _examples(path, fields, prefix="test_") if in_file else train
     images, labels = test if split == "test" else train
     if images.shape[1:] != train[0].shape[1:]:
         raise UserError(
             f"{path}: test_image is {images.shape[1:]} an image and image is "
             f"{train[0].shape[1:]}; make them one size"
         )
-    if not has_own_test:
+    if not own_test:
         indices = split_indices(np.zeros(len(images), int), split=split, test_fraction=0.1)
         images, labels = images[indices], labels[indices]
     if not len(images):
         raise UserError(f"{path} has no images for the {split} split: add some")
+    if image_size is not None and images.dtype == np.uint8:
+        images = _resize(images, image_size)
     num_classes = int(max(train[1].max(initial=0), test[1].max(initial=0))) + 1
     return from_arrays(
         f"npz:{path}",
@@ -55,6 +68,28 @@ def _read(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read as an .npz file: {error}") from error
 
 
+def _decode(path: str, files: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, 3] of encoded files that lie end to end in the bytes `files`."""
+    images = []
+    for index, (start, end) in enumerate(itertools.pairwise(offset)):
+        try:
+            with Image.open(io.BytesIO(files[start:end].tobytes())) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except OSError as error:
+            raise UserError(f"{path}: image {index} of `jpeg` cannot be read: {error}") from error
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{path}: the images of `jpeg` differ in size; make them one size")
+    return np.stack(images)
+
+
+def _resize(images: np.ndarray, size: int) -> np.ndarray:
+    if images.shape[1:3] == (size, size):
+        return images
+    squeezed = images[..., 0] if images.shape[-1] == 1 else images
+    resized = [np.asarray(crop_and_resize(Image.fromarray(each), size)) for each in squeezed]
+    return np.stack(resized).reshape(len(images), size, size, -1)
+
+
 def _find(fields: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
     return fields.get(name, fields.get(name + "s"))
 
@@ -64,6 +99,8 @@ def _examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Checked images [N, H, W, C] and labels [N] of the fields whose names start with prefix."""
     images = _find(fields, prefix + "image")
+    if images is None and not prefix and {"jpeg", "offset"} <= fields.keys():
+        images = _decode(path, fields["jpeg"], fields["offset"])
     if images is None:
         raise UserError(f"{path} has no field `image`, only {sorted(fields)}: add it")
     if images.ndim == 3:

@@ -15,7 +15,8 @@ def load(
     Args:
       name: one of `KNOWN`; a PATH may be on any file system that etils.epath reads.
       split: "train" or "test"; which example is in which never depends on seed.
-      image_size: side in pixels. folder: and tfds: are resized to it; for others it is checked.
+      image_size: side in pixels. folder:, tfds: and npz: (uint8) are resized to it; for others it
+        is checked.
       seed: draws the points of mixture2d, and nothing else.
 
     Raises:
@@ -29,7 +30,7 @@ def load(
     if kind == "tfds" and place:
         return tfds.load(place, split=split, image_size=image_size)
     if kind == "npz" and place:
-        source = npz.load(place, split=split)
+        source = npz.load(place, split=split, image_size=image_size)
     elif name == "digits":
         source = builtin.digits(split)
     elif name == "photo10":

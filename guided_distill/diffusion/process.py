@@ -8,6 +8,8 @@ and s < t:
     (1)  z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I)                      noising        PD eq. 1
     (2)  v   = alpha_t eps - sigma_t x                                       velocity       PD app. D
          x   = alpha_t z_t - sigma_t v,   eps = sigma_t z_t + alpha_t v
+         two heads, x' and eps', are read as x = sigma_t^2 x' + alpha_t (z_t - sigma_t eps'),
+         which is the same as v = alpha_t eps' - sigma_t x'
     (3)  z_s = alpha_s x_hat + sigma_s eps_hat                               DDIM step      PD eq. 5
          with eps_hat = (z_t - alpha_t x_hat) / sigma_t; run with s > t it encodes
     (4)  q(z_s | z_t, x) = N(r (alpha_s/alpha_t) z_t + (1 - r) alpha_s x,    posterior      CFG eq. 3
@@ -15,7 +17,7 @@ and s < t:
     (5)  q(z_t | z_s)    = N((alpha_t/alpha_s) z_s,                          forward hop    CFG eq. 2
                              (1 - exp(lambda_t - lambda_s)) sigma_t^2)
     (6)  x_tilde = (z_s - q z_t) / (alpha_s - q alpha_t),  q = sigma_s/sigma_t              PD alg. 2
-         the one x for which a single DDIM step (3) from z_t lands on z_s
+         the one x for which a single DDIM step (3) from z_t lands on z_s, for s on either side of t
     (7)  x_w = (1 + w) x_hat(z, c) - w x_hat(z)                              guidance       CFG eq. 6
 
 A prediction is carried as the pair (x, eps): DDIM is then one line, and each is computed from the
@@ -70,7 +72,7 @@ CONVERTERS: dict[tuple[str, str], Converter] = {
     ("v", "v"): lambda v, z, alpha, sigma: v,
 }
 
-PARAMETERIZATIONS = ("x", "eps", "v")
+PARAMETERIZATIONS = ("x", "eps", "v", "x_and_eps")
 
 
 def convert(
@@ -78,7 +80,7 @@ def convert(
 ) -> jax.Array:
     """Turn one of "x", "eps", "v" at z [B, ...] into another.
 
-    Raises KeyError for a name that isn't one of PARAMETERIZATIONS.
+    Raises KeyError for another name.
     """
     return CONVERTERS[source, target](value, z, *levels(log_snr, z))
 
@@ -86,7 +88,13 @@ def convert(
 def prediction_from(
     value: jax.Array, *, source: str, z: jax.Array, log_snr: jax.Array
 ) -> Prediction:
-    """The pair (x, eps) that `value`, an "x", "eps" or "v" at z, stands for."""
+    """The pair (x, eps) that `value` stands for, a network's output at z of shape [B, ..., C].
+
+    source is one of PARAMETERIZATIONS; for "x_and_eps", value is [B, ..., 2C], x' before eps'.
+    """
+    if source == "x_and_eps":
+        value = velocity(Prediction(*jnp.split(value, 2, axis=-1)), log_snr)
+        source = "v"
     x, eps = (
         convert(value, source=source, target=target, z=z, log_snr=log_snr)
         for target in ("x", "eps")
@@ -154,11 +162,15 @@ def forward_hop(
     return (alpha_t / alpha_s) * z + jnp.sqrt(1.0 - ratio) * sigma_t * noise
 
 
-def single_step_x(
+def single_step(
     z_t: jax.Array, z_s: jax.Array, *, log_snr_t: jax.Array, log_snr_s: jax.Array
-) -> jax.Array:
-    """Equation (6): the x that takes one DDIM step from z_t exactly to z_s."""
+) -> Prediction:
+    """Equation (6): the prediction that takes one DDIM step from z_t exactly to z_s, either way."""
     alpha_t, sigma_t = levels(log_snr_t, z_t)
     alpha_s, sigma_s = levels(log_snr_s, z_t)
-    # Both sides of the fraction times sigma_t: no division by a small noise level.
-    return (sigma_t * z_s - sigma_s * z_t) / (sigma_t * alpha_s - sigma_s * alpha_t)
+    # Cramer's rule on (1) at t and at s: no division by a small noise or signal level.
+    determinant = sigma_t * alpha_s - sigma_s * alpha_t
+    return Prediction(
+        x=(sigma_t * z_s - sigma_s * z_t) / determinant,
+        eps=(alpha_s * z_t - alpha_t * z_s) / determinant,
+    )

@@ -16,8 +16,9 @@ from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distanc
 from guided_distill.evaluation.kid import kernel_distance
 from guided_distill.evaluation.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.results import Result, read_results, write_results
-from guided_distill.pipeline import Stage, all_stages, read_config
+from guided_distill.pipeline import read_config
 from guided_distill.sampling import cycling_labels, sample
+from guided_distill.stages import Stage, all_stages
 from guided_distill.training.progress import progress
 from guided_distill.training.trained import Trained, load_finished
 

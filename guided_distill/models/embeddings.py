@@ -1,5 +1,7 @@
 """Embeddings of time, class and guidance weight, summed to one vector that conditions a network."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,10 @@ def sinusoid(value: jax.Array, width: int, *, scale: float, max_period: float = 
 
 
 class SinusoidMLP(nn.Module):
-    """A number embedded as sinusoid -> Dense -> swish -> Dense."""
+    """A number embedded as sinusoid [sinusoid_width] -> Dense -> swish -> Dense."""
 
     width: int
+    sinusoid_width: int
     scale: float
     zero_output: bool = False
     dtype: DTypeLike = jnp.float32
@@ -34,7 +37,7 @@ class SinusoidMLP(nn.Module):
     @nn.compact
     def __call__(self, value: jax.Array) -> jax.Array:
         """[B] -> [B, width]."""
-        hidden = sinusoid(value, self.width, scale=self.scale)
+        hidden = sinusoid(value, self.sinusoid_width, scale=self.scale)
         hidden = nn.swish(nn.Dense(self.width, dtype=self.dtype, name="hidden")(hidden))
         init = nn.initializers.zeros if self.zero_output else nn.linear.default_kernel_init
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="output")(hidden)
@@ -50,6 +53,7 @@ class Conditioning(nn.Module):
     width: int
     num_classes: int
     w_conditioned: bool
+    sinusoid_width: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -61,14 +65,13 @@ class Conditioning(nn.Module):
         """
         if self.w_conditioned != (w is not None):
             raise ValueError(f"w_conditioned is {self.w_conditioned}, but w is {w}")
-        embedding = SinusoidMLP(self.width, scale=1000.0, dtype=self.dtype, name="time")(
-            inverse_cosine_time(log_snr)
+        sinusoid_mlp = functools.partial(
+            SinusoidMLP, self.width, self.sinusoid_width, dtype=self.dtype
         )
+        embedding = sinusoid_mlp(scale=1000.0, name="time")(inverse_cosine_time(log_snr))
         embedding += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label")(
             label
         )
         if w is not None:
-            embedding += SinusoidMLP(
-                self.width, scale=1000.0 / 16.0, zero_output=True, dtype=self.dtype, name="w"
-            )(w)
+            embedding += sinusoid_mlp(scale=1000.0 / 16.0, zero_output=True, name="w")(w)
         return embedding

@@ -16,6 +16,7 @@ class MLP(nn.Module):
     embedding_width: int
     num_classes: int
     w_conditioned: bool = False
+    num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
@@ -29,12 +30,13 @@ class MLP(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, ...], log_snr, label and w [B] -> an output of z's shape."""
+        """z [B, ..., C], log_snr, label and w [B] -> [B, ..., num_outputs C]."""
         condition = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
                 self.w_conditioned,
+                sinusoid_width=self.embedding_width,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, label, w)
@@ -66,6 +68,9 @@ class MLP(nn.Module):
         scale, shift = jnp.split(modulation(condition), 2, axis=-1)
         hidden = nn.LayerNorm(dtype=self.dtype, name="output_norm")(hidden) * (1.0 + scale) + shift
         output = nn.Dense(
-            z[0].size, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="output"
+            self.num_outputs * z[0].size,
+            kernel_init=nn.initializers.zeros,
+            dtype=jnp.float32,
+            name="output",
         )(hidden)
-        return output.reshape(z.shape)
+        return output.reshape(*z.shape[:-1], -1)

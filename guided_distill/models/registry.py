@@ -27,14 +27,22 @@ MODELS: dict[str, type[nn.Module]] = {
 Params = Mapping[str, Any]
 
 # Set by the run or by Flax, not by a config's model.options.
-_NOT_OPTIONS = ("num_classes", "w_conditioned", "dropout", "dtype", "parent", "name")
+_NOT_OPTIONS = (
+    "num_classes",
+    "w_conditioned",
+    "num_outputs",
+    "dropout",
+    "dtype",
+    "parent",
+    "name",
+)
 
 
 @dataclass(frozen=True)
 class Network:
     """A Flax module with what is needed to read its output: all of it but the weights.
 
-    parameterization: what the module's output stands for, "x", "eps" or "v".
+    parameterization: what the module's output stands for, one of process.PARAMETERIZATIONS.
     data_shape: the shape of one example, without the batch.
     """
 
@@ -120,7 +128,12 @@ def build_network(
         if option not in options:
             raise UserError(f"config.model.options.{option} is missing: {name} needs it")
     return Network(
-        module=MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), **options),
+        module=MODELS[name](
+            num_classes=num_classes,
+            num_outputs=2 if parameterization == "x_and_eps" else 1,
+            dtype=jnp.dtype(dtype),
+            **options,
+        ),
         schedule=SCHEDULES[schedule](),
         parameterization=parameterization,
         data_shape=data_shape,

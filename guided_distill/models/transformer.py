@@ -5,24 +5,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from guided_distill.models.embeddings import Conditioning
-
-
-def to_patches(image: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, (H/size) (W/size), size size C], row by row."""
-    batch, height, width, channels = image.shape
-    grid = image.reshape(batch, height // size, size, width // size, size, channels)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
-
-
-def from_patches(patches: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
-    """The inverse of to_patches, for images of `shape` (H, W, C)."""
-    height, width, channels = shape
-    grid = patches.reshape(-1, height // size, width // size, size, size, channels)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+from guided_distill.models.patches import from_patches, to_patches
 
 
 class TransformerBlock(nn.Module):
@@ -72,6 +58,7 @@ class PatchTransformer(nn.Module):
     num_classes: int
     mlp_ratio: int = 4
     w_conditioned: bool = False
+    num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
@@ -85,20 +72,26 @@ class PatchTransformer(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C] with H and W multiples of patch_size; log_snr, label, w [B] -> z's shape."""
+        """z [B, H, W, C]; log_snr, label, w [B] -> [B, H, W, num_outputs C].
+
+        H and W are multiples of patch_size.
+        """
         condition = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
                 self.w_conditioned,
+                sinusoid_width=self.embedding_width,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, label, w)
         )
         patches = to_patches(z, self.patch_size)
+        grid = patches.shape[1:3]
         tokens = nn.Dense(self.width, dtype=self.dtype, name="input")(patches)
+        tokens = tokens.reshape(len(z), -1, self.width)
         position = self.param(
-            "position", nn.initializers.normal(0.02), (1, patches.shape[1], self.width)
+            "position", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width)
         )
         tokens += position.astype(self.dtype)
         for index in range(self.depth):
@@ -112,9 +105,9 @@ class PatchTransformer(nn.Module):
             )(tokens, condition, train=train)
         tokens = nn.LayerNorm(dtype=self.dtype, name="output_norm")(tokens)
         output = nn.Dense(
-            int(np.prod(patches.shape[2:])),
+            self.num_outputs * patches.shape[-1],
             kernel_init=nn.initializers.zeros,
             dtype=jnp.float32,
             name="output",
         )(tokens)
-        return from_patches(output, z.shape[1:], self.patch_size)
+        return from_patches(output.reshape(len(z), *grid, -1), self.patch_size)

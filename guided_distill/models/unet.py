@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from guided_distill.models.embeddings import Conditioning
+from guided_distill.models.patches import from_patches, to_patches
 
 
 def group_norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
@@ -32,7 +33,7 @@ class ResidualBlock(nn.Module):
     resampling: str | None = None
 
     @nn.compact
-    def __call__(self, image: jax.Array, condition: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, image: jax.Array, condition: jax.Array, train: bool) -> jax.Array:
         """image [B, H, W, C], condition [B, D] -> [B, H', W', channels]."""
         branch = nn.swish(group_norm(image.shape[-1], self.dtype, "norm_1")(image))
         branch = resample(branch, self.resampling)
@@ -82,7 +83,10 @@ class UNet(nn.Module):
     """Down, middle and up, with a skip from every block of the way down to its like on the way up.
 
     width: channels at full resolution; level k has width * channel_multipliers[k] at 1/2^k.
-    attention_resolutions: the heights at which attention follows each residual block.
+    attention_resolutions: the heights at which attention follows each residual block; the middle has
+    it always. patch_size: side of the squares of pixels that the first level takes as one; "full
+    resolution" then is 1/patch_size of the image's. remat: keep the inputs of the blocks alone for the
+    backward pass, and compute the rest again.
     """
 
     width: int
@@ -92,7 +96,10 @@ class UNet(nn.Module):
     head_width: int
     embedding_width: int
     num_classes: int
+    patch_size: int = 1
+    remat: bool = False
     w_conditioned: bool = False
+    num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
@@ -106,57 +113,70 @@ class UNet(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C], H and W multiples of 2^(levels-1); log_snr, label, w [B] -> z's shape."""
+        """z [B, H, W, C]; log_snr, label, w [B] -> [B, H, W, num_outputs C].
+
+        H and W are multiples of patch_size 2^(levels-1).
+        """
+        residual_block, attention_block = ResidualBlock, AttentionBlock
+        if self.remat:
+            # Argument 3 is `train`: a Python bool, not an array.
+            residual_block = nn.remat(ResidualBlock, static_argnums=(3,))
+            attention_block = nn.remat(AttentionBlock)
+
         condition = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
                 self.w_conditioned,
+                sinusoid_width=self.width,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, label, w)
         )
 
-        def block(
+        def residual(
             image: jax.Array, level: int, name: str, resampling: str | None = None
         ) -> jax.Array:
-            image = ResidualBlock(
-                self.width * self.channel_multipliers[level],
-                self.dropout,
-                self.dtype,
-                resampling,
-                name=name,
-            )(image, condition, train=train)
-            if resampling is None and image.shape[1] in self.attention_resolutions:
-                image = AttentionBlock(self.head_width, self.dtype, name=f"{name}_attention")(image)
-            return image
+            channels = self.width * self.channel_multipliers[level]
+            block = residual_block(channels, self.dropout, self.dtype, resampling, name=name)
+            return block(image, condition, train)
+
+        def attention(image: jax.Array, name: str) -> jax.Array:
+            return attention_block(self.head_width, self.dtype, name=f"{name}_attention")(image)
+
+        def block(image: jax.Array, level: int, name: str) -> jax.Array:
+            image = residual(image, level, name)
+            wanted = image.shape[1] in self.attention_resolutions
+            return attention(image, name) if wanted else image
 
         last_level = len(self.channel_multipliers) - 1
-        image = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="input")(z)
+        image = to_patches(z, self.patch_size)
+        image = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="input")(image)
         skips = [image]
         for level in range(last_level + 1):
             for index in range(self.blocks_per_level):
                 image = block(image, level, f"down_{level}_{index}")
                 skips.append(image)
             if level < last_level:
-                image = block(image, level, f"down_{level}", "down")
+                image = residual(image, level, f"down_{level}", "down")
                 skips.append(image)
 
-        image = block(image, last_level, "middle_0")
-        image = block(image, last_level, "middle_1")
+        image = attention(residual(image, last_level, "middle_0"), "middle")
+        image = residual(image, last_level, "middle_1")
 
         for level in reversed(range(last_level + 1)):
             for index in range(self.blocks_per_level + 1):
                 image = jnp.concatenate([image, skips.pop()], axis=-1)
                 image = block(image, level, f"up_{level}_{index}")
             if level > 0:
-                image = block(image, level, f"up_{level}", "up")
+                image = residual(image, level, f"up_{level}", "up")
 
         image = nn.swish(group_norm(image.shape[-1], self.dtype, "output_norm")(image))
-        return nn.Conv(
-            z.shape[-1],
+        image = nn.Conv(
+            self.num_outputs * self.patch_size**2 * z.shape[-1],
             (3, 3),
             kernel_init=nn.initializers.zeros,
             dtype=jnp.float32,
             name="output",
         )(image)
+        return from_patches(image, self.patch_size)

@@ -1,17 +1,20 @@
 """Stage two: a student of N steps learns, in one step, what its teacher does in two.
 
-Meng et al. 2023, section 3.2 and algorithms 2 (deterministic) and 3 (stochastic); Salimans & Ho
-2022, algorithm 2. On the grid t = i/N, i in 1..N, the student learns one DDIM jump from t to s:
+Meng et al. 2023, section 3.2, algorithms 2 (deterministic) and 3 (stochastic), and the section on
+encoding; Salimans & Ho 2022, algorithm 2. On the grid i/N the student learns one DDIM jump from t to
+s, for i in 1..N:
 
-    deterministic   s = t - 1/N    the teacher's two steps go over t - 1/(2N)
-    stochastic      s = t - 2/N    the teacher's two steps go over t - 1/N; this is the jump of its
-                                   own sampler, which then adds noise back over 1/N
+    ddim         t = i/N        s = t - 1/N    the teacher's two steps go over t - 1/(2N)
+    stochastic   t = i/N        s = t - 2/N    the teacher's two steps go over t - 1/N; this is the jump
+                                               of its own sampler, which then adds noise back over 1/N
+    encode       t = (i-1)/N    s = t + 1/N    ddim run from data to noise, over t + 1/(2N)
 
 A jump that ends at t = 0 has the teacher's second x as its target, for samplers answer x there. The
 stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x; at
 N = 1 that is the only jump, so the stochastic student of one step is its teacher.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,14 +27,11 @@ from guided_distill.diffusion.process import (
     broadcast_to_rank,
     ddim_step,
     prediction_from,
-    single_step_x,
+    single_step,
 )
 from guided_distill.diffusion.schedules import Schedule
 from guided_distill.objectives.guidance import sample_weights
 from guided_distill.objectives.weighting import Loss, prediction_loss
-
-GRID_STEPS = {"ddim": 1, "stochastic": 2}
-"""How many steps of the student's grid one jump covers, by the sampler it is trained for."""
 
 
 class Jump(NamedTuple):
@@ -42,21 +42,19 @@ class Jump(NamedTuple):
     end: jax.Array
 
 
-def jump_from(i: jax.Array, *, num_steps: int | jax.Array, sampler: str) -> Jump:
-    """The student's jump from grid index i [B] in 1..N."""
-    span = GRID_STEPS[sampler]
-    return Jump(
-        t=i / num_steps,
-        half=jnp.maximum(i - 0.5 * span, 0.0) / num_steps,
-        end=jnp.maximum(i - span, 0) / num_steps,
-    )
+JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
+    "ddim": lambda i, n: Jump(i / n, (i - 0.5) / n, (i - 1) / n),
+    "stochastic": lambda i, n: Jump(i / n, (i - 1) / n, jnp.maximum(i - 2, 0) / n),
+    "encode": lambda i, n: Jump((i - 1) / n, (i - 0.5) / n, i / n),
+}
+"""f(i [B] in 1..N, N) -> the student's i-th jump, by the sampler that it is trained for."""
 
 
 def halving_target(
     teacher: Denoiser,
     z: jax.Array,
     label: jax.Array,
-    w: jax.Array,
+    w: jax.Array | None,
     *,
     jump: Jump,
     schedule: Schedule,
@@ -67,10 +65,11 @@ def halving_target(
     z_half = ddim_step(first, schedule(jump.half))
     second = teacher.predict(z_half, jump.half, label, w)
     z_end = ddim_step(second, log_snr_end)
-    x = single_step_x(z, z_end, log_snr_t=log_snr_t, log_snr_s=log_snr_end)
-    x = jnp.where(broadcast_to_rank(jump.end == 0.0, x), second.x, x)
-    x = jnp.where(broadcast_to_rank(jump.half == 0.0, x), first.x, x)
-    return prediction_from(x, source="x", z=z, log_snr=log_snr_t)
+    target = single_step(z, z_end, log_snr_t=log_snr_t, log_snr_s=log_snr_end)
+    last_x = jnp.where(broadcast_to_rank(jump.half == 0.0, z), first.x, second.x)
+    at_end = prediction_from(last_x, source="x", z=z, log_snr=log_snr_t)
+    ends = broadcast_to_rank(jump.end == 0.0, z)
+    return Prediction(*(jnp.where(ends, *pair) for pair in zip(at_end, target, strict=True)))
 
 
 def halving_loss(
@@ -88,21 +87,27 @@ def halving_loss(
     sampler: str,
     clipped: bool = False,
 ) -> Loss:
-    """Match two steps of the w-conditioned teacher in one, at t = i/N, i ~ U{1..N}.
+    """Match two steps of the teacher in one, from a jump drawn uniformly at w ~ U[w_min, w_max].
 
-    x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that
-    one compilation may serve every round; sampler is a key of GRID_STEPS. clipped: the teacher's two
-    steps clip x, as its sampler does, and the error is that of `prediction_loss`. Raises ValueError
-    if the teacher doesn't take w: guidance belongs to stage one alone.
+    x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that one compilation may
+    serve every round; sampler is a key of JUMPS. clipped: the teacher's two steps clip x, as its
+    sampler does, and the error is that of `prediction_loss`. Without guidance in either (the paper's
+    two-student baseline) w plays no part. Raises ValueError if one of them takes w and the other
+    doesn't: guidance belongs to stage one alone.
     """
-    if not teacher.guided:
-        raise ValueError("step halving needs a w-conditioned teacher: run the guidance stage first")
+    if student.guided != teacher.guided:
+        raise ValueError(
+            "step halving needs a w-conditioned teacher for a w-conditioned student: run the "
+            "guidance stage first"
+        )
     if clipped:
         teacher = with_clipping(teacher, schedule)
     index_key, noise_key, weight_key = jax.random.split(key, 3)
     i = jax.random.randint(index_key, x.shape[:1], 1, num_steps + 1)
-    jump = jump_from(i, num_steps=num_steps, sampler=sampler)
-    w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
+    jump = JUMPS[sampler](i, num_steps)
+    w = None
+    if student.guided:
+        w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
     log_snr = schedule(jump.t)
     z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
     target = jax.lax.stop_gradient(

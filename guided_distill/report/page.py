@@ -15,7 +15,7 @@ from PIL import Image
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, Result, read_results
-from guided_distill.pipeline import all_stages, read_config
+from guided_distill.pipeline import read_config
 from guided_distill.report.figures import (
     image_grid,
     loss_figure,
@@ -23,6 +23,7 @@ from guided_distill.report.figures import (
     point_plot,
     quality_figure,
 )
+from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
 from guided_distill.training.metrics import read_metrics
 

@@ -6,9 +6,10 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.pipeline import all_stages, read_config
+from guided_distill.pipeline import read_config
 from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import sample
+from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step, storage_error
 from guided_distill.training.trained import load_finished
 

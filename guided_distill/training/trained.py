@@ -22,8 +22,8 @@ class Description:
 
     num_steps and sampler: those of the sampler that a halving student was trained for; None for the
     teacher and the guidance stage, which know every t. w_min, w_max: the trained range of the guidance
-    weight; None for the teacher. teacher: folder and step of the checkpoint that it was distilled from.
-    total_steps: updates of the whole stage.
+    weight; None for the teacher and for two-student rounds, which don't take it. teacher: folder and
+    step of the checkpoint that it was distilled from. total_steps: updates of the whole stage.
     """
 
     stage: str
@@ -46,7 +46,7 @@ class Description:
     def network(self) -> Network:
         """The network whose weights the checkpoint holds."""
         network = network_of(self.model, self.data_shape, len(self.class_names))
-        return network if self.stage == "teacher" else network.told_w()
+        return network if self.w_min is None else network.told_w()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_json` is its inverse."""

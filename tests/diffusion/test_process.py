@@ -21,6 +21,7 @@ SCHEDULES = {
     "shifted": schedules.shifted(schedules.cosine(), 4.0),
 }
 DEVIATION = 0.5
+NAMES = ("x", "eps", "v")
 
 
 def draw(seed, shape=(6, 3)):
@@ -61,8 +62,8 @@ def test_scaled_linear_agrees_with_the_cumulative_product_at_every_index():
     np.testing.assert_allclose(schedules.timestep_index(t), np.arange(1000), atol=1e-3)
 
 
-@pytest.mark.parametrize("source", process.PARAMETERIZATIONS)
-@pytest.mark.parametrize("target", process.PARAMETERIZATIONS)
+@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize("target", NAMES)
 def test_converters_name_the_same_x_and_eps(source, target):
     x, eps = draw(0), draw(1)
     log_snr = jnp.linspace(-3, 3, 6)
@@ -71,6 +72,17 @@ def test_converters_name_the_same_x_and_eps(source, target):
     values = {"x": x, "eps": eps, "v": alpha * eps - sigma * x}
     found = process.convert(values[source], source=source, target=target, z=z, log_snr=log_snr)
     np.testing.assert_allclose(found, values[target], atol=2e-5)
+
+
+def test_two_heads_are_weighed_by_how_well_each_knows_x():
+    z, x, eps = draw(0), draw(1), draw(2)
+    log_snr = jnp.linspace(-12, 12, 6)
+    alpha, sigma = process.levels(log_snr, z)
+    found = process.prediction_from(
+        jnp.concatenate([x, eps], axis=-1), source="x_and_eps", z=z, log_snr=log_snr
+    )
+    np.testing.assert_allclose(found.x, sigma**2 * x + alpha * (z - sigma * eps), atol=1e-5)
+    np.testing.assert_allclose(process.add_noise(*found, log_snr=log_snr), z, atol=1e-5)
 
 
 def test_clipping_holds_x_and_keeps_the_pair_consistent():
@@ -94,13 +106,13 @@ def test_ddim_with_the_true_x_lands_on_the_same_noise(name, t, s):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("end", [0.0, 0.4])
-def test_single_step_x_lands_where_it_should(name, end):
+@pytest.mark.parametrize(("start", "end"), [(0.7, 0.0), (0.7, 0.4), (0.0, 0.1), (0.4, 1.0)])
+def test_single_step_joins_both_ends(name, start, end):
     z_t, z_s = draw(0), draw(1)
-    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.full(6, each)) for each in (0.7, end))
-    x = process.single_step_x(z_t, z_s, log_snr_t=log_snr_t, log_snr_s=log_snr_s)
-    prediction = process.prediction_from(x, source="x", z=z_t, log_snr=log_snr_t)
-    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_s), z_s, atol=2e-6)
+    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.full(6, each)) for each in (start, end))
+    prediction = process.single_step(z_t, z_s, log_snr_t=log_snr_t, log_snr_s=log_snr_s)
+    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_t), z_t, atol=5e-6)
+    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_s), z_s, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -148,8 +160,7 @@ def exact_jump_predict(schedule, num_steps):
         end = jnp.maximum(t - 2 / num_steps, 0.0)
         z_end = z * (deviation_at(end) / deviation_at(t))[:, None]
         log_snr = schedule(t)
-        x = process.single_step_x(z, z_end, log_snr_t=log_snr, log_snr_s=schedule(end))
-        return process.prediction_from(x, source="x", z=z, log_snr=log_snr)
+        return process.single_step(z, z_end, log_snr_t=log_snr, log_snr_s=schedule(end))
 
     return predict
 

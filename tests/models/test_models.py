@@ -7,8 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from guided_distill.errors import UserError
+from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.registry import build_network, student_params
-from guided_distill.models.transformer import from_patches, to_patches
 
 OPTIONS = {
     "mlp": {"width": 16, "depth": 2, "embedding_width": 8},
@@ -123,8 +123,8 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights_and_output(name):
 def test_patches_return_and_are_local():
     image = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
     patches = to_patches(image, 2)
-    np.testing.assert_array_equal(from_patches(patches, image.shape[1:], 2), image)
-    np.testing.assert_array_equal(patches[0, 1].reshape(2, 2, 3), image[0, :2, 2:4])
+    np.testing.assert_array_equal(from_patches(patches, 2), image)
+    np.testing.assert_array_equal(patches[0, 0, 1].reshape(2, 2, 3), image[0, :2, 2:4])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""Real CIFAR-10 at 16x16 on two CPU cores: the whole method, and the paper's baselines, small.
+
+    guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small \
+        --config.data.name='npz:DATA/cifar10_jpeg_{split}.npz'
+
+The data are two .npz files with the fields jpeg, offset, label and class_names (see
+guided_distill/data/npz.py). Cost: some 5 hours for all variants; evaluation apart.
+
+The variants share the main run's teacher: add --config.start_from=runs/cifar10_small/teacher.
+"single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
+one (see guided_distill/config.py, Experiment).
+"""
+
+import ml_collections
+
+from guided_distill.config import default_config, shrink
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
+    variants = variant.split(",")
+    config = default_config()
+    config.data.name = "npz:cifar10_jpeg_{split}.npz"
+    config.data.image_size = 16
+    config.data.channels = 3
+    config.data.flip = True
+    config.model.name = "unet"
+    config.model.options = {
+        "width": 48,
+        "channel_multipliers": (1, 2),
+        "blocks_per_level": 1,
+        "attention_resolutions": (4,),
+        "head_width": 32,
+        "embedding_width": 192,
+        "patch_size": 2,
+    }
+    # More than one update in a call is slow on a CPU: see training/step.py.
+    config.steps_per_dispatch = 1
+    config.checkpoint_every = 500
+    for stage in (config.teacher, config.guidance, config.halving):
+        stage.batch_size = 64
+        stage.learning_rate_schedule = "cosine"
+    config.teacher.steps = 16_000
+    config.teacher.learning_rate = 1e-3
+    config.teacher.warmup_steps = 500
+    config.teacher.ema_decay = 0.999
+    config.guidance.steps = 4000
+    config.guidance.learning_rate = 5e-4
+    config.guidance.ema_decay = 0.999
+    config.guidance.weighting = "snr_plus_one"
+    config.guidance.clipped = config.halving.clipped = True
+    config.halving.steps = 500
+    config.halving.learning_rate = 3e-4
+    config.halving.learning_rate_schedule = "linear"
+    config.halving.samplers = ("ddim", "stochastic", "encode")
+    config.evaluation.num_samples = 2048
+    config.evaluation.teacher_num_steps = (4, 8, 16, 64, 256)
+    if "single_w" in variants:
+        config.guidance.w_min = config.guidance.w_max = 1.0
+        config.guidance.steps = 2000
+    if "two_student" in variants:
+        config.method = "two_student"
+    if "naive" in variants:
+        config.method = "naive"
+        config.guidance.w_min = config.guidance.w_max = 1.0
+    if {"single_w", "two_student", "naive"} & set(variants):
+        config.halving.samplers = ("ddim",)
+        config.evaluation.teacher_num_steps = ()
+    if {"single_w", "naive"} & set(variants):
+        config.evaluation.weights = (1.0,)
+    return shrink(config) if "runlocal" in variants else config

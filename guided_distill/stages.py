@@ -1,0 +1,172 @@
+"""What each stage of a run is: its place in the chain, its loss, its compiled step."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from guided_distill.config import Experiment, Guidance, Halving, Optimization, Teacher
+from guided_distill.diffusion.guidance import with_guidance
+from guided_distill.models.registry import Network, Params
+from guided_distill.objectives.guidance import guidance_loss
+from guided_distill.objectives.halving import halving_loss
+from guided_distill.objectives.teacher import drop_labels, teacher_loss
+from guided_distill.objectives.weighting import Loss
+from guided_distill.training.state import make_optimizer
+from guided_distill.training.step import Batch, LossFunction, TrainStep, make_train_step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: the teacher, stage one, or a halving round to `num_steps` for `sampler`.
+
+    takes_w: whether its network takes the guidance weight, and so has guidance inside.
+    """
+
+    kind: str
+    settings: Optimization
+    total_steps: int
+    takes_w: bool
+    num_steps: int | None = None
+    sampler: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's folder in the workdir."""
+        return "_".join(str(part) for part in (self.kind, self.sampler, self.num_steps) if part)
+
+
+def chains(experiment: Experiment) -> list[list[Stage]]:
+    """The run's stages: one chain for each student sampler, each stage the teacher of the next.
+
+    All chains begin with the same teacher and, in the paper's method, the same guidance stage.
+    """
+    start = [Stage("teacher", experiment.teacher, experiment.teacher.steps, takes_w=False)]
+    if experiment.method == "guided":
+        start.append(
+            Stage("guidance", experiment.guidance, experiment.guidance.steps, takes_w=True)
+        )
+    takes_w = experiment.method != "two_student"
+    return [
+        start
+        + [
+            Stage("halving", experiment.halving, experiment.round_steps(n), takes_w, n, sampler)
+            for n in experiment.rounds()
+        ]
+        for sampler in experiment.halving.samplers
+    ]
+
+
+def all_stages(experiment: Experiment) -> list[Stage]:
+    """Every stage once, in the order of training."""
+    return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
+
+
+@functools.cache
+def compiled_step(
+    kind: str,
+    settings: Optimization,
+    *,
+    student: Network,
+    teacher: Network,
+    mesh: Mesh,
+    total_steps: int,
+    sampler: str | None,
+    w_range: tuple[float, float],
+) -> tuple[TrainStep, optax.GradientTransformation]:
+    """The train step of a stage and its optimizer; halving rounds of equal length share one.
+
+    The step's frozen argument holds the teacher's "params" and the student's "num_steps".
+    """
+    loss = _LOSSES[kind](settings, student, teacher, sampler=sampler, w_range=w_range)
+    optimizer = make_optimizer(settings, steps=total_steps)
+    return make_train_step(loss, optimizer, ema_decay=settings.ema_decay, mesh=mesh), optimizer
+
+
+def _teacher_stage(settings: Teacher, student: Network, teacher: Network, **_: Any) -> LossFunction:
+    student = student.with_dropout(settings.dropout)
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        loss_key, dropout_key = jax.random.split(key)
+        return teacher_loss(
+            student.denoiser(params, dropout_key),
+            batch["image"],
+            batch["label"],
+            loss_key,
+            schedule=student.schedule,
+            weighting=settings.weighting,
+            label_dropout=settings.label_dropout,
+        )
+
+    return loss
+
+
+def _guidance_stage(
+    settings: Guidance,
+    student: Network,
+    teacher: Network,
+    *,
+    w_range: tuple[float, float],
+    **_: Any,
+) -> LossFunction:
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        return guidance_loss(
+            student.denoiser(params),
+            teacher.denoiser(frozen["params"]),
+            batch["image"],
+            batch["label"],
+            key,
+            schedule=student.schedule,
+            weighting=settings.weighting,
+            w_min=w_range[0],
+            w_max=w_range[1],
+            clipped=settings.clipped,
+        )
+
+    return loss
+
+
+def _halving_stage(
+    settings: Halving,
+    student: Network,
+    teacher: Network,
+    *,
+    sampler: str,
+    w_range: tuple[float, float],
+) -> LossFunction:
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        learner, tutor = student.denoiser(params), teacher.denoiser(frozen["params"])
+        label = batch["label"]
+        if learner.null_label is not None:
+            # Two students in one network: half of the examples go to the unconditional one.
+            label_key, key = jax.random.split(key)
+            label = drop_labels(label, label_key, null_label=learner.null_label, rate=0.5)
+        elif not tutor.guided:
+            tutor = with_guidance(tutor)
+        return halving_loss(
+            learner,
+            tutor,
+            batch["image"],
+            label,
+            key,
+            schedule=student.schedule,
+            weighting=settings.weighting,
+            w_min=w_range[0],
+            w_max=w_range[1],
+            num_steps=frozen["num_steps"],
+            sampler=sampler,
+            clipped=settings.clipped,
+        )
+
+    return loss
+
+
+_LOSSES: dict[str, Callable[..., LossFunction]] = {
+    "teacher": _teacher_stage,
+    "guidance": _guidance_stage,
+    "halving": _halving_stage,
+}
