@@ -1,10 +1,9 @@
 """Real CIFAR-10 at 16x16 on two CPU cores: the whole method, and the paper's baselines, small.
 
-    guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small \
-        --config.data.name='npz:DATA/cifar10_jpeg_{split}.npz'
+    guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small
 
-The data are two .npz files with the fields jpeg, offset, label and class_names (see
-guided_distill/data/npz.py). Cost: some 5 hours for all variants; evaluation apart.
+The data are two files, data/cifar10_jpeg_train.npz and ..._test.npz, with the fields jpeg, offset,
+label and class_names (see guided_distill/data/npz.py). Cost: some 5 hours for all variants; evaluation apart.
 
 The variants share the main run's teacher: add --config.start_from=runs/cifar10_small/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
@@ -20,7 +19,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
     variants = variant.split(",")
     config = default_config()
-    config.data.name = "npz:cifar10_jpeg_{split}.npz"
+    config.data.name = "npz:data/cifar10_jpeg_{split}.npz"
     config.data.image_size = 16
     config.data.channels = 3
     config.data.flip = True
