@@ -3,7 +3,8 @@
     guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small
 
 The data are two files, data/cifar10_jpeg_train.npz and ..._test.npz, with the fields jpeg, offset,
-label and class_names (see guided_distill/data/npz.py). Cost: some 5 hours for all variants; evaluation apart.
+label and class_names (see guided_distill/data/npz.py). Cost: some 5 hours for all variants;
+evaluation apart.
 
 The variants share the main run's teacher: add --config.start_from=runs/cifar10_small/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage

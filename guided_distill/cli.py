@@ -1,4 +1,4 @@
-"""The command line: guided-distill train | sample | evaluate | report."""
+"""The command line: guided-distill train | sample | evaluate | report | export."""
 
 import argparse
 import contextlib
@@ -113,6 +113,18 @@ def _parser() -> argparse.ArgumentParser:
         "write report.html, one page that shows the run",
         "guided-distill report --workdir runs/digits",
     )
+
+    export = _verb(
+        verbs,
+        "export",
+        _export,
+        "copy a run's results to a folder of their own, to keep or to give away",
+        "guided-distill export --workdir runs/digits --stages teacher,halving_ddim_4 --out digits",
+    )
+    export.add_argument(
+        "--stages", help="folders of stages, separated by commas (default: all that are finished)"
+    )
+    export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
     return parser
 
 
@@ -120,7 +132,10 @@ def _verb(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
 ) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
-    verb.add_argument("--workdir", required=True, type=epath.Path, help="the run's folder")
+    default = " (default: runs/ and the config's name)" if name == "train" else ""
+    verb.add_argument(
+        "--workdir", required=not default, type=epath.Path, help=f"the run's folder{default}"
+    )
     verb.set_defaults(run=run)
     return verb
 
@@ -131,7 +146,8 @@ def _verb(
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config, pipeline
 
-    pipeline.run(config.parse(_read_config(options.config, overrides)), options.workdir)
+    experiment = config.parse(_read_config(options.config, overrides))
+    pipeline.run(experiment, options.workdir or _default_workdir(options.config))
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
@@ -166,6 +182,14 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
     print(write_report(options.workdir))
 
 
+def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.interop.weights import export_weights
+
+    stages = options.stages.split(",") if options.stages else None
+    for path in export_weights(options.workdir, options.out, stages=stages):
+        print(path)
+
+
 def _parse_labels(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -173,6 +197,12 @@ def _parse_labels(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--labels is {text!r}; give class numbers like 0,3,7") from None
+
+
+def _default_workdir(config: str) -> epath.Path:
+    """runs/NAME for NAME.py, runs/NAME_VARIANT for NAME.py:VARIANT."""
+    file, _, variant = config.partition(":")
+    return epath.Path("runs") / "_".join([epath.Path(file).stem, *filter(None, variant.split(","))])
 
 
 def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:

@@ -76,6 +76,15 @@ def read_config(workdir: epath.Path) -> Experiment:
     return parse(json.loads(path.read_text()))
 
 
+def finished_stages(workdir: epath.Path) -> list[str]:
+    """Folders of the run's finished stages, in the order of training, without opening them."""
+    return [
+        stage.name
+        for stage in all_stages(read_config(workdir))
+        if latest_step(workdir / stage.name) == stage.total_steps
+    ]
+
+
 class Pipeline:
     """Trains the stages of one run."""
 

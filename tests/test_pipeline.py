@@ -162,6 +162,33 @@ def test_sample_writes_a_picture_and_arrays(finished, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def test_export_is_a_smaller_run_that_samples_and_trains_on(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    stages = ["teacher", "guidance", "halving_ddim_4"]
+    command = ["export", "--workdir", str(finished), "--out", str(out)]
+    assert cli.main([*command, "--stages", ",".join(stages)]) == 0
+    assert capsys.readouterr().out.split() == [str(out / stage) for stage in stages]
+    for stage in stages:
+        ours, theirs = (weights(each, stage) for each in (out, finished))
+        assert ours.description == theirs.description
+        for name, value in flat(theirs.params).items():
+            np.testing.assert_array_equal(flat(ours.params)[name], value)
+        saved = [{path.name for path in Path(each, stage).rglob("*")} for each in (out, finished)]
+        assert "rest" in saved[1] - saved[0]
+
+    assert train(out) == 0
+    assert_same_runs(out, finished)
+    assert cli.main([*command, "--stages", "halving_ddim_64"]) == 2
+    assert "halving_ddim_64 holds no checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_without_workdir_is_named_by_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--config", f"{DIGITS}:runlocal", *OVERRIDES, "--config.stage=teacher"]
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "runs" / "digits_runlocal" / "teacher").is_dir()
+
+
 def test_evaluate_and_report(finished, capsys):
     assert cli.main(["report", "--workdir", str(finished)]) == 2
     assert "guided-distill evaluate" in capsys.readouterr().err

@@ -6,11 +6,10 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.pipeline import read_config
+from guided_distill.pipeline import finished_stages
 from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import sample
-from guided_distill.stages import all_stages
-from guided_distill.training.checkpoints import latest_step, storage_error
+from guided_distill.training.checkpoints import storage_error
 from guided_distill.training.trained import load_finished
 
 SMALLEST_SIDE = 64
@@ -74,11 +73,7 @@ def _draw(file: IO[bytes], samples: np.ndarray, labels: np.ndarray, *, columns: 
 
 
 def _last_finished(workdir: epath.Path) -> str:
-    names = [
-        stage.name
-        for stage in all_stages(read_config(workdir))
-        if latest_step(workdir / stage.name) == stage.total_steps
-    ]
+    names = finished_stages(workdir)
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     return names[-1]

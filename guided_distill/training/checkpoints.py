@@ -98,8 +98,22 @@ class StageCheckpoints:
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        self._save(int(state.step), items)
+
+    def save_result(self, step: int, params: Any, *, about: Mapping[str, Any]) -> None:
+        """Start to save the weights alone: enough for `restore_result`, not to train on."""
+        self._save(
+            step,
+            {
+                "params": ocp.args.StandardSave(params),
+                "about": ocp.args.JsonSave(dict(about)),
+                "layout": ocp.args.JsonSave(_layout(params)),
+            },
+        )
+
+    def _save(self, step: int, items: Mapping[str, Any]) -> None:
         try:
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             raise storage_error(self.directory, error) from error
 

@@ -1,0 +1,1 @@
+"""Trained stages in and out of a run's folder."""
