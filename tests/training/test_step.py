@@ -51,7 +51,7 @@ def test_one_call_makes_the_updates_of_plain_optax(mesh_of):
         params = optax.apply_updates(params, change)
         decay = min(0.9, (1 + n) / (10 + n))
         average = optax.incremental_update(params, average, 1 - decay)
-    for splits in ([6], [2, 2, 2]):
+    for splits in ([6], [2, 2, 2], [1] * 6):
         state, report = run(mesh_of(1), batches, splits)
         assert int(state.step) == 6
         # Programs that are compiled apart round apart, by an ulp or two an update.
