@@ -17,7 +17,13 @@ from jax import lax
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.pretrained import Source, fingerprint, read_params
+from guided_distill.evaluation.pretrained import (
+    Source,
+    check_images,
+    fingerprint,
+    read_params,
+    to_colour_squares,
+)
 
 FEATURES = 1280
 CLASSES = 1000
@@ -141,7 +147,8 @@ class Lite0(nn.Module):
         return features, nn.Dense(CLASSES, name="fc")(features)
 
 
-def _source(layer: tuple[str, ...]) -> Source:
+def source(layer: tuple[str, ...]) -> Source:
+    """Where the packaged file has a layer's weights."""
     match layer:
         case ("stem",):
             return Source("_conv_stem", "_bn0")
@@ -169,10 +176,13 @@ def packaged_weights() -> epath.Path:
 
 def lite0_params(path: epath.Path) -> dict[str, Any]:
     """The weights of a file; UserError as `read_params` says."""
-    shapes = jax.eval_shape(Lite0(by_taps=True).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))[
-        "params"
-    ]
-    return read_params(path, shapes, _source)
+    return read_params(path, param_shapes(), source)
+
+
+def param_shapes() -> Any:
+    """The tree of the network's weights."""
+    example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(Lite0(by_taps=True).init, jax.random.key(0), example)["params"]
 
 
 def input_side(image_size: int) -> int:
@@ -181,19 +191,14 @@ def input_side(image_size: int) -> int:
 
 
 def preprocess(images: jax.Array, side: int) -> jax.Array:
-    """Images [B, H, W, 1 or 3] in [-1, 1] -> [B, side, side, 3], pixels (u - 127) / 128.
-
-    Resized bilinearly, smoothed first only where they shrink; gray becomes three equal channels.
-    """
-    count = len(images)
-    images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
-    if images.shape[1:3] != (side, side):
-        images = jax.image.resize(images, (count, side, side, 3), "bilinear")
-    return (127.5 * images + 0.5) / 128
+    """Images [B, H, W, 1 or 3] in [-1, 1] -> [B, side, side, 3], pixels (u - 127) / 128."""
+    return (127.5 * to_colour_squares(images, side, smooth=True) + 0.5) / 128
 
 
 def lite0_extractor(shape: tuple[int, ...], path: str | None = None) -> Extractor:
     """The extractor for images of `shape` [H, W, C], with the packaged weights or those of a file.
+
+    Images are resized bilinearly to 64 or 224 pixels, and smoothed first only where they shrink.
 
     Raises UserError if the data are not gray or colour images, or for the weights.
     """
@@ -210,15 +215,6 @@ def lite0_extractor(shape: tuple[int, ...], path: str | None = None) -> Extracto
         params=params,
         batch_size=BATCH,
     )
-
-
-def check_images(extractor: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless data of `shape` are images [H, W, 1 or 3]."""
-    if len(shape) != 3 or shape[-1] not in (1, 3):
-        raise UserError(
-            f"the extractor {extractor} takes gray or colour images, and an example of this data has "
-            f"shape {list(shape)}: choose --extractor classifier"
-        )
 
 
 def _apply(

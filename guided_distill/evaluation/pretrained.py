@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -43,17 +45,32 @@ def read_params(
     another shape, or not of this network.
     """
     tensors = read_tensors(path)
-    flat = traverse_util.flatten_dict(shapes)
-    layers = {key[:-1]: leaf.shape for key, leaf in flat.items() if key[-1] == "kernel"}
-    expected: dict[str, tuple[int, ...]] = {}
-    for layer, shape in layers.items():
-        expected |= _tensor_shapes(source(layer), shape)
-    _check_layout(path, tensors, expected)
+    _check_layout(path, tensors, tensor_shapes(shapes, source))
     params: dict[tuple[str, ...], np.ndarray] = {}
-    for layer in layers:
+    for layer in _kernels(shapes):
         kernel, bias = _folded(tensors, source(layer))
         params[*layer, "kernel"], params[*layer, "bias"] = kernel, bias
     return traverse_util.unflatten_dict(params)
+
+
+def tensor_shapes(
+    shapes: Any, source: Callable[[tuple[str, ...]], Source]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a file of the network must hold; arguments as for `read_params`."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, kernel in _kernels(shapes).items():
+        weights, norm = source(layer)
+        # Ours is [height, width, in, out] or [in, out], torch's [out, in, height, width] or [out, in].
+        expected[f"{weights}.weight"] = (*kernel[:-3:-1], *kernel[:-2])
+        others = [f"{weights}.bias"] if norm is None else [f"{norm}.{part}" for part in _NORM_PARTS]
+        expected |= dict.fromkeys(others, (kernel[-1],))
+    return expected
+
+
+def _kernels(shapes: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The kernel's shape of every layer."""
+    flat = traverse_util.flatten_dict(shapes)
+    return {key[:-1]: leaf.shape for key, leaf in flat.items() if key[-1] == "kernel"}
 
 
 def fingerprint(path: epath.Path) -> str:
@@ -61,13 +78,25 @@ def fingerprint(path: epath.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
-def _tensor_shapes(source: Source, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    # Ours is [height, width, in, out] or [in, out]; torch's is [out, in, height, width] or [out, in].
-    outputs = kernel[-1]
-    shapes = {f"{source.weights}.weight": (*kernel[:-3:-1], *kernel[:-2])}
-    if source.norm is None:
-        return shapes | {f"{source.weights}.bias": (outputs,)}
-    return shapes | {f"{source.norm}.{part}": (outputs,) for part in _NORM_PARTS}
+def check_images(extractor: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless data of `shape` are images [H, W, 1 or 3]."""
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise UserError(
+            f"the extractor {extractor} takes gray or colour images, and an example of this data has "
+            f"shape {list(shape)}: choose --extractor classifier"
+        )
+
+
+def to_colour_squares(images: jax.Array, side: int, *, smooth: bool) -> jax.Array:
+    """Images [B, H, W, 1 or 3] -> [B, side, side, 3]: gray thrice, resized bilinearly.
+
+    smooth: whether to smooth images that shrink, so that no pixel goes unseen.
+    """
+    images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
+    shape = (len(images), side, side, 3)
+    if images.shape == shape:
+        return images
+    return jax.image.resize(images, shape, "bilinear", antialias=smooth)
 
 
 def _check_layout(

@@ -87,7 +87,7 @@ def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.numpy.load(data)
-        if zipfile.is_zipfile(io.BytesIO(data)):
+        if data.startswith(b"PK"):
             return _read_zip(data)
         return _read_legacy(data)
     except _Refused as error:
