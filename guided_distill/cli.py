@@ -7,7 +7,7 @@ import logging
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 from absl import flags
@@ -15,6 +15,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from guided_distill.errors import UserError
+
+Value = TypeVar("Value", int, float, str)
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -99,12 +101,28 @@ def _parser() -> argparse.ArgumentParser:
         help="allow a w, num_steps or sampler that the student wasn't trained for",
     )
 
-    _verb(
+    evaluate = _verb(
         verbs,
         "evaluate",
         _evaluate,
-        "measure every stage: results.csv",
-        "guided-distill evaluate --workdir runs/digits",
+        "measure every stage: results.csv; run again to resume",
+        "guided-distill evaluate --workdir runs/digits --extractor lite0 --num_samples 10000",
+    )
+    evaluate.add_argument(
+        "--extractor",
+        help="classifier (trained on the run's data), lite0, lite0:PATH or inception:PATH "
+        "(default, here and below: the run's config)",
+    )
+    evaluate.add_argument("--num_samples", type=int, help="samples of each row")
+    evaluate.add_argument("--w", help="guidance weights, separated by commas")
+    evaluate.add_argument(
+        "--stages", help="folders of stages in the workdir, separated by commas (default: all)"
+    )
+    evaluate.add_argument("--num_steps", help="sampling steps of the teacher, separated by commas")
+    evaluate.add_argument(
+        "--reference",
+        type=epath.Path,
+        help="an .npz file of statistics to measure against (default: those of the training data)",
     )
     _verb(
         verbs,
@@ -157,7 +175,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
         options.workdir,
         stage=options.stage,
         count=options.num,
-        labels=_parse_labels(options.labels),
+        labels=_parse_list("--labels", options.labels, int),
         w=options.w,
         num_steps=options.num_steps,
         sampler=options.sampler,
@@ -170,9 +188,17 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.evaluation.evaluate import evaluate
+    from guided_distill.evaluation.evaluate import Request, evaluate
 
-    evaluate(options.workdir)
+    request = Request(
+        extractor=options.extractor,
+        num_samples=options.num_samples,
+        weights=_parse_list("--w", options.w, float),
+        stages=_parse_list("--stages", options.stages, str),
+        num_steps=_parse_list("--num_steps", options.num_steps, int),
+        reference=options.reference,
+    )
+    evaluate(options.workdir, request)
     print(options.workdir / "results.csv")
 
 
@@ -185,18 +211,19 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.interop.weights import export_weights
 
-    stages = options.stages.split(",") if options.stages else None
+    stages = _parse_list("--stages", options.stages, str)
     for path in export_weights(options.workdir, options.out, stages=stages):
         print(path)
 
 
-def _parse_labels(text: str | None) -> list[int] | None:
+def _parse_list(flag: str, text: str | None, kind: type[Value]) -> tuple[Value, ...] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--labels is {text!r}; give class numbers like 0,3,7") from None
+        example = "0.5,1,2" if kind is float else "0,3,7"
+        raise UserError(f"{flag} is {text!r}; give numbers like {example}") from None
 
 
 def _default_workdir(config: str) -> epath.Path:

@@ -25,6 +25,7 @@ STAGES = ("teacher", "guidance", "halving")
 METHODS = ("guided", "naive", "two_student")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH")
 
 
 def _one_of(*names: str) -> Any:
@@ -111,8 +112,12 @@ class Halving(Optimization):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measures: every student at its own N, and the teacher by these samplers."""
+    """What `evaluate` measures: every student at its own N, and the teacher by these samplers.
 
+    extractor: what it looks through, one of `EXTRACTORS`.
+    """
+
+    extractor: str = "classifier"
     num_samples: int = 1024
     batch_size: int = 256
     weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
@@ -356,6 +361,7 @@ def _check(experiment: Experiment) -> None:
             "config.evaluation.teacher_samplers holds stochastic, which only a student trained for it "
             "can use: take it out"
         )
+    check_extractor("config.evaluation.extractor", experiment.evaluation.extractor)
     _positive("evaluation.num_samples", experiment.evaluation.num_samples)
     _positive("evaluation.batch_size", experiment.evaluation.batch_size)
     for num_steps in experiment.evaluation.teacher_num_steps:
@@ -366,6 +372,13 @@ def _check(experiment: Experiment) -> None:
                 f"config.evaluation.weights holds {w}, outside the trained range [{low}, {high}] of "
                 f"config.guidance.w_min and w_max: take it out or widen the range"
             )
+
+
+def check_extractor(where: str, name: str) -> None:
+    """Raises UserError, naming the key or flag `where`, unless `name` is one of `EXTRACTORS`."""
+    kind, _, path = name.partition(":")
+    if not (name in EXTRACTORS or (path and f"{kind}:PATH" in EXTRACTORS)) or path == "PATH":
+        raise UserError(f"{where} is {name!r}; choose one of {', '.join(EXTRACTORS)}")
 
 
 def _positive(key: str, value: float) -> None:

@@ -1,7 +1,7 @@
 """Samples from a trained stage, by what its checkpoint says of itself."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,37 @@ def sample(
 ) -> np.ndarray:
     """One sample for each of `labels` [n]: float32 [n, *data_shape], images in [-1, 1].
 
+    All of `sample_batches` in one array.
+    """
+    batches = sample_batches(
+        trained,
+        labels=labels,
+        w=w,
+        num_steps=num_steps,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        allow_untrained=allow_untrained,
+    )
+    return np.concatenate(list(batches))
+
+
+def sample_batches(
+    trained: Trained,
+    *,
+    labels: np.ndarray,
+    w: float,
+    num_steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    start: int = 0,
+    allow_untrained: bool = False,
+) -> Iterator[np.ndarray]:
+    """Yields one sample for each of `labels` [n] from the index `start` on, batch_size at a time.
+
+    Arrays are float32 [b, *data_shape], images in [-1, 1].
+
     num_steps and sampler come from the checkpoint unless given. Sample i depends on (seed, i), its
     label and w, and not on batch_size, which only bounds the memory. Raises UserError for what the
     checkpoint wasn't trained for, unless allow_untrained.
@@ -84,21 +115,20 @@ def sample(
     batch_size = -(-batch_size // mesh.size) * mesh.size
     run = compiled_sampler(trained.description.network(), sampler, mesh)
     count = len(labels)
-    padded = -(-count // batch_size) * batch_size
+    padded = count + batch_size
     indices = np.arange(padded)
     labels = np.resize(labels, padded).astype(np.int32)
-    chunks = [
-        run(
+    for first in range(start, count, batch_size):
+        batch = slice(first, first + batch_size)
+        samples = run(
             trained.params,
             jax.random.key(seed),
-            indices[start : start + batch_size],
-            labels[start : start + batch_size],
+            indices[batch],
+            labels[batch],
             np.full(batch_size, w, np.float32),
             jnp.asarray(num_steps, jnp.int32),
         )
-        for start in range(0, padded, batch_size)
-    ]
-    return np.concatenate([np.asarray(chunk) for chunk in chunks])[:count]
+        yield np.asarray(samples)[: count - first]
 
 
 def check_request(

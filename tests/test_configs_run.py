@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from guided_distill import cli, pipeline
-from guided_distill.evaluation import evaluate
+from guided_distill.evaluation import evaluate, reference, registry
 from guided_distill.evaluation.results import read_results
 from guided_distill.stages import all_stages
 
@@ -39,9 +39,10 @@ def test_no_config_file_is_left_out():
 @pytest.mark.parametrize("name", RUNS)
 def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
     # The measure itself needs no training here, nor every image of the data.
-    extractor = functools.partial(evaluate.train_extractor, steps=2)
-    monkeypatch.setattr(evaluate, "train_extractor", extractor)
-    monkeypatch.setattr(evaluate, "MAX_REFERENCE", 64)
+    extractor = functools.partial(registry.train_extractor, steps=2)
+    monkeypatch.setattr(registry, "train_extractor", extractor)
+    for module in (evaluate, reference):
+        monkeypatch.setattr(module, "MAX_EXAMPLES", 64)
     monkeypatch.chdir(tmp_path)
     workdir = epath.Path("run")
     overrides = [f"--config.{key}={value}" for key, value in RUNS[name].items()]

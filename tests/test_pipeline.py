@@ -199,7 +199,7 @@ def test_evaluate_and_report(finished, capsys):
         == ",".join(COLUMNS)
         == (
             "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
-            "network_calls,extractor"
+            "network_calls,extractor,inception_score"
         )
     )
     results = read_results(epath.Path(finished) / "results.csv")

@@ -1,6 +1,6 @@
 """What a data source is, and how one is held out for testing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from guided_distill.errors import UserError
 SPLITS = ("train", "test")
 
 _READ_CHUNK = 256
+_CHUNK = 16 * _READ_CHUNK
 # Fixed for good: another seed would move test examples of existing runs into their training set.
 _SPLIT_SEED = 20221204
 
@@ -44,15 +45,22 @@ class Source:
         images, labels = self.read(np.array([range(self.size)[index]]))
         return {"image": images[0], "label": labels[0]}
 
-    def arrays(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Reads all images [N, *shape] and labels [N], or a fixed random subset of `limit`."""
+    def chunks(self, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields all images [n, *shape] and labels [n] in turn, or a fixed random subset of `limit`."""
         indices = np.arange(self.size)
         if limit is not None and limit < self.size:
             subset = np.random.default_rng(0).permutation(self.size)[:limit]
             indices = np.sort(subset)
-        chunks = np.array_split(indices, max(1, len(indices) // _READ_CHUNK))
         with ThreadPoolExecutor() as pool:
-            images, labels = zip(*pool.map(self.read, chunks), strict=True)
+            for start in range(0, len(indices), _CHUNK):
+                chosen = indices[start : start + _CHUNK]
+                parts = np.array_split(chosen, max(1, len(chosen) // _READ_CHUNK))
+                images, labels = zip(*pool.map(self.read, parts), strict=True)
+                yield np.concatenate(images), np.concatenate(labels)
+
+    def arrays(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Reads all images [N, *shape] and labels [N], or a fixed random subset of `limit`."""
+        images, labels = zip(*self.chunks(limit), strict=True)
         return np.concatenate(images), np.concatenate(labels)
 
 

@@ -1,31 +1,65 @@
 """Measure every student of a run, and its teacher at many steps, against the training data."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from guided_distill.config import Evaluation
+from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.data import sources
-from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.evaluation.extractor import Extractor, train_extractor
-from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
-from guided_distill.evaluation.kid import kernel_distance
-from guided_distill.evaluation.precision_recall import Manifold, precision_recall
-from guided_distill.evaluation.results import Result, read_results, write_results
+from guided_distill.evaluation.measures import caveats, measure
+from guided_distill.evaluation.reference import (
+    MAX_EXAMPLES,
+    read_reference,
+    training_reference,
+)
+from guided_distill.evaluation.registry import load_extractor
+from guided_distill.evaluation.results import Result, metric_name, read_results, write_results
 from guided_distill.pipeline import read_config
-from guided_distill.sampling import cycling_labels, sample
+from guided_distill.sampling import cycling_labels, sample_batches
 from guided_distill.stages import Stage, all_stages
-from guided_distill.training.progress import progress
+from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
 KEPT_SAMPLES = 64
 """How many of each row's samples are kept for pictures."""
 
-MAX_REFERENCE = 50_000
+
+FEWEST_SAMPLES = 4
+"""A ball of precision and recall reaches to the third of the other samples."""
+
+Chunks = Iterator[tuple[np.ndarray, np.ndarray]]
+"""Samples [n, ...] and their classes [n], some at a time."""
+
+
+class Row(NamedTuple):
+    """The first columns of `results.csv`."""
+
+    stage: str
+    sampler: str | None
+    num_steps: int | None
+    w: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for in place of the config; None leaves a thing as it is there.
+
+    stages: folders of the workdir, for all of them. num_steps: the teacher's. reference: a file of
+    statistics, in place of the training data's.
+    """
+
+    extractor: str | None = None
+    num_samples: int | None = None
+    weights: tuple[float, ...] | None = None
+    stages: tuple[str, ...] | None = None
+    num_steps: tuple[int, ...] | None = None
+    reference: epath.Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +72,11 @@ class Task:
     w: float
 
     @property
+    def row(self) -> Row:
+        """What tells its row from others."""
+        return Row(self.stage.kind, self.sampler, self.num_steps, self.w)
+
+    @property
     def samples_name(self) -> str:
         """Where its first samples are kept."""
         return f"{self.stage.kind}_{self.sampler}_{self.num_steps}_w{self.w:g}.npz"
@@ -48,117 +87,121 @@ class Task:
         return self.num_steps * (2 if self.stage.kind == "teacher" else 1)
 
 
-def evaluate(workdir: epath.Path) -> list[Result]:
+def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
     """Write `results.csv`, row by row; rows that are there already are kept.
 
-    Raises UserError if the folder holds no run or an unfinished one.
+    Raises UserError if the folder holds no run or an unfinished one, or for what the request names.
     """
+    request = request or Request()
     experiment = read_config(workdir)
-    settings, data = experiment.evaluation, experiment.data
+    settings, data = _settings(experiment, request), experiment.data
     train, test = (
         sources.load(data.name, split=split, image_size=data.image_size, seed=experiment.seed)
         for split in ("train", "test")
     )
-    stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
-    if not stages:
-        raise UserError(f"{workdir} has no trained stage: run `guided-distill train` on it first")
-    extractor = train_extractor(train, workdir / "classifier")
-    reference = Reference(train, extractor)
+    tasks = list(_tasks(_stages(workdir, experiment, request), experiment, settings))
+    extractor = load_extractor(settings.extractor, train, workdir)
+    if request.reference is None:
+        reference = training_reference(train, extractor, workdir / "reference")
+    else:
+        reference = read_reference(request.reference, train, extractor)
+    for line in caveats(settings.num_samples, extractor.width):
+        console.print(line, highlight=False, markup=False)
+
     path = workdir / "results.csv"
     results = read_results(path)
-    known = {result.key for result in results}
+    name = f"{extractor.name}@{reference.of}" if reference.of else extractor.name
 
-    def add(result: Result) -> None:
+    def known(row: Row, count: int) -> bool:
+        key = (*row, count, settings.seed, name)
+        return any(result.key == key for result in results)
+
+    def add(
+        row: Row,
+        chunks: Chunks,
+        count: int,
+        clock: "_Clock | None" = None,
+        calls: int | None = None,
+    ) -> Result:
+        measures = measure(chunks, count=count, extractor=extractor, reference=reference)
+        result = Result(
+            *row,
+            **dataclasses.asdict(measures),
+            seed=settings.seed,
+            seconds=clock.seconds if clock else None,
+            network_calls=calls,
+            extractor=name,
+        )
         results.append(result)
         write_results(path, results)
+        return result
 
-    if not any(result.stage == "real" for result in results):
-        images, labels = test.arrays(MAX_REFERENCE)
-        add(reference.measure(images, labels, stage="real", seed=settings.seed))
+    real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
+    if not known(real, count):
+        add(real, test.chunks(MAX_EXAMPLES), count)
     labels = cycling_labels(settings.num_samples, train.num_classes)
-    tasks = list(_tasks(stages, experiment.evaluation, 2 * experiment.halving.first_num_steps))
     loaded: Trained | None = None
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
         for done, task in enumerate(tasks, start=1):
-            key = (
-                task.stage.kind,
-                task.sampler,
-                task.num_steps,
-                task.w,
-                settings.num_samples,
-                settings.seed,
-                extractor.name,
-            )
-            if key not in known:
+            words = ""
+            if not known(task.row, len(labels)):
                 directory = workdir / task.stage.name
                 if loaded is None or loaded.path != str(directory):
                     loaded = load_finished(directory)
-                images, seconds = _timed_samples(loaded, task, labels, settings)
-                result = reference.measure(
-                    images,
-                    labels,
-                    stage=task.stage.kind,
-                    sampler=task.sampler,
-                    num_steps=task.num_steps,
-                    w=task.w,
-                    seed=settings.seed,
-                    seconds=seconds,
-                    network_calls=task.network_calls,
+                clock = _Clock(_drawn(loaded, task, labels, settings))
+                chunks = _keeping(workdir / "samples" / task.samples_name, clock)
+                result = add(task.row, chunks, len(labels), clock, task.network_calls)
+                words = (
+                    f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}: "
+                    f"{metric_name('fd', name)} {result.fd:.3f} of n={result.n}"
                 )
-                _keep(workdir / "samples" / task.samples_name, images, labels)
-                add(result)
-                words = f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}"
-                advance(done, f"{words}: FD {result.fd:.3f}")
-            else:
-                advance(done, "")
+            advance(done, words)
     return results
 
 
-class Reference:
-    """The training data in feature space, and what samples are measured by against it."""
-
-    def __init__(self, source: Source, extractor: Extractor) -> None:
-        self._extractor = extractor
-        self._features, _ = extractor(source.arrays(MAX_REFERENCE)[0])
-        self._statistics = FeatureStatistics.from_features(self._features)
-        self._manifold = Manifold.from_features(self._features)
-
-    def measure(
-        self,
-        samples: np.ndarray,
-        labels: np.ndarray,
-        *,
-        stage: str,
-        seed: int,
-        sampler: str | None = None,
-        num_steps: int | None = None,
-        w: float | None = None,
-        seconds: float | None = None,
-        network_calls: int | None = None,
-    ) -> Result:
-        """The row of samples [n, ...] that should be of classes `labels` [n]."""
-        features, predicted = self._extractor(samples)
-        nearness = precision_recall(self._manifold, Manifold.from_features(features))
-        statistics = FeatureStatistics.from_features(features)
-        return Result(
-            stage=stage,
-            sampler=sampler,
-            num_steps=num_steps,
-            w=w,
-            fd=frechet_distance(self._statistics, statistics),
-            kid=kernel_distance(self._features, features),
-            precision=nearness.precision,
-            recall=nearness.recall,
-            accuracy=float(np.mean(predicted == labels)),
-            n=len(samples),
-            seed=seed,
-            seconds=seconds,
-            network_calls=network_calls,
-            extractor=self._extractor.name,
+def _settings(experiment: Experiment, request: Request) -> Evaluation:
+    """The config's, with what the request replaces. Raises UserError, naming the flag."""
+    changes: dict[str, Any] = {
+        "extractor": request.extractor,
+        "num_samples": request.num_samples,
+        "weights": request.weights,
+        "teacher_num_steps": request.num_steps,
+    }
+    settings = dataclasses.replace(
+        experiment.evaluation,
+        **{key: value for key, value in changes.items() if value is not None},
+    )
+    check_extractor("--extractor", settings.extractor)
+    if settings.num_samples < FEWEST_SAMPLES:
+        raise UserError(
+            f"--num_samples is {settings.num_samples}: measure at least {FEWEST_SAMPLES} samples"
         )
+    if min(settings.teacher_num_steps) < 1:
+        raise UserError(f"--num_steps holds {min(settings.teacher_num_steps)}: a step is the least")
+    low, high = experiment.guidance.w_min, experiment.guidance.w_max
+    for w in settings.weights:
+        if not low <= w <= high:
+            raise UserError(
+                f"--w holds {w}, outside the range [{low}, {high}] that the students were trained on"
+            )
+    return settings
 
 
-def _tasks(stages: list[Stage], settings: Evaluation, guidance_steps: int) -> Iterator[Task]:
+def _stages(workdir: epath.Path, experiment: Experiment, request: Request) -> list[Stage]:
+    """The stages to measure. Raises UserError if there is none, or one that was asked for is not."""
+    stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
+    if not stages:
+        raise UserError(f"{workdir} has no trained stage: run `guided-distill train` on it first")
+    names = [stage.name for stage in stages]
+    for name in request.stages or ():
+        if name not in names:
+            raise UserError(
+                f"--stages names {name}, which {workdir} has not: choose from {', '.join(names)}"
+            )
+    return [stage for stage in stages if request.stages is None or stage.name in request.stages]
+
+
+def _tasks(stages: list[Stage], experiment: Experiment, settings: Evaluation) -> Iterator[Task]:
     for stage in stages:
         if stage.kind == "teacher":
             grids = [
@@ -167,7 +210,7 @@ def _tasks(stages: list[Stage], settings: Evaluation, guidance_steps: int) -> It
                 for num_steps in settings.teacher_num_steps
             ]
         elif stage.kind == "guidance":
-            grids = [("ddim", guidance_steps)]
+            grids = [("ddim", 2 * experiment.halving.first_num_steps)]
         else:
             grids = [(str(stage.sampler), int(stage.num_steps or 0))]
         for sampler, num_steps in grids:
@@ -175,13 +218,11 @@ def _tasks(stages: list[Stage], settings: Evaluation, guidance_steps: int) -> It
                 yield Task(stage, sampler, num_steps, w)
 
 
-def _timed_samples(
-    trained: Trained, task: Task, labels: np.ndarray, settings: Evaluation
-) -> tuple[np.ndarray, float]:
-    """The task's samples, and the seconds they took once compiled."""
+def _drawn(trained: Trained, task: Task, labels: np.ndarray, settings: Evaluation) -> Chunks:
+    """The task's samples, by a sampler that is compiled already."""
 
-    def draw(labels: np.ndarray, num_steps: int) -> np.ndarray:
-        return sample(
+    def draw(labels: np.ndarray, num_steps: int) -> Iterator[np.ndarray]:
+        return sample_batches(
             trained,
             labels=labels,
             w=task.w,
@@ -192,14 +233,47 @@ def _timed_samples(
             allow_untrained=True,
         )
 
-    draw(labels[:1], 1)
-    start = time.perf_counter()
-    samples = draw(labels, task.num_steps)
-    return samples, time.perf_counter() - start
+    next(draw(labels[:1], 1))
+    return _with_labels(draw(labels, task.num_steps), labels)
 
 
-def _keep(path: epath.Path, samples: np.ndarray, labels: np.ndarray) -> None:
-    """Save the first few samples for pictures."""
+def _with_labels(chunks: Iterator[np.ndarray], labels: np.ndarray) -> Chunks:
+    start = 0
+    for samples in chunks:
+        yield samples, labels[start : start + len(samples)]
+        start += len(samples)
+
+
+class _Clock:
+    """Hands on what an iterator makes, and counts the seconds that it takes to make it."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self.seconds = 0.0
+
+    def __iter__(self) -> Chunks:
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        start = time.perf_counter()
+        chunk = next(self._chunks)
+        self.seconds += time.perf_counter() - start
+        return chunk
+
+
+def _keeping(path: epath.Path, chunks: Chunks) -> Chunks:
+    """Hands on the samples, and saves the first few for pictures."""
+    images: list[np.ndarray] = []
+    classes: list[np.ndarray] = []
+    for samples, labels in chunks:
+        if sum(map(len, images)) < KEPT_SAMPLES:
+            images.append(samples)
+            classes.append(labels)
+        yield samples, labels
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        np.savez_compressed(file, image=samples[:KEPT_SAMPLES], label=labels[:KEPT_SAMPLES])
+        np.savez_compressed(
+            file,
+            image=np.concatenate(images)[:KEPT_SAMPLES],
+            label=np.concatenate(classes)[:KEPT_SAMPLES],
+        )

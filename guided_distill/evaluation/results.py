@@ -1,7 +1,12 @@
-"""`results.csv`: one row for each (stage, sampler, num_steps, w) that was measured."""
+"""`results.csv`: a row for each (stage, sampler, num_steps, w) that was measured.
+
+Rows of several extractors, numbers of samples and seeds live beside each other.
+"""
 
 import csv
 import io
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,9 +19,10 @@ from guided_distill.training.checkpoints import write_text
 class Result:
     """A row. Fields that don't apply (the real data has no sampler) are None and written empty.
 
-    fd: Frechet distance of features to the training data; kid: kernel distance (unbiased, may be below
+    fd: Fréchet distance of features to the training data; kid: kernel distance (unbiased, may be below
     0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: sampling
-    time, compilation apart; network_calls: calls for one sample; extractor: the feature space.
+    time, compilation apart; network_calls: calls for one sample; extractor: the feature space, with
+    @FILE where statistics of other data took the training data's place.
     """
 
     stage: str
@@ -24,15 +30,16 @@ class Result:
     num_steps: int | None
     w: float | None
     fd: float
-    kid: float
-    precision: float
-    recall: float
-    accuracy: float
+    kid: float | None
+    precision: float | None
+    recall: float | None
+    accuracy: float | None
     n: int
     seed: int
     seconds: float | None
     network_calls: int | None
     extractor: str
+    inception_score: float | None = None
 
     @property
     def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:
@@ -46,6 +53,39 @@ class Result:
             self.seed,
             self.extractor,
         )
+
+
+_FAMILIES = {
+    "lite0": {"fd": "FD-Lite0", "kid": "KID-Lite0", "inception_score": "IS-Lite0"},
+    "inception": {"fd": "FID", "kid": "KID", "inception_score": "Inception Score"},
+}
+
+
+def family(extractor: str) -> str:
+    """The kind of an extractor, of a name in `results.csv` or in a config: "lite0" of "lite0-64"."""
+    return re.split("[-:@]", extractor)[0].replace("coordinates", "classifier")
+
+
+def metric_name(column: str, extractor: str) -> str:
+    """What people call the measure of a column that was made with this extractor."""
+    plain = {"fd": "Fréchet distance", "kid": "kernel distance", "inception_score": "class score"}
+    return _FAMILIES.get(family(extractor), plain)[column]
+
+
+def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
+    """The rows of one extractor, and of each thing measured only that of most samples.
+
+    extractor: the config's; if it has no rows, the one that measured last stands in.
+    """
+    names = [each.extractor for each in results]
+    own = [name for name in names if family(name) == family(extractor)]
+    chosen = (own or names)[-1:]
+    rows: dict[tuple[str, str | None, int | None, float | None], Result] = {}
+    for each in results:
+        what = each.key[:4]
+        if each.extractor in chosen and (what not in rows or each.n >= rows[what].n):
+            rows[what] = each
+    return list(rows.values())
 
 
 COLUMNS = tuple(field.name for field in fields(Result))

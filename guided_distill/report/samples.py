@@ -1,5 +1,6 @@
 """Samples of a stage as files: a picture to look at and the arrays to work with."""
 
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
@@ -21,7 +22,7 @@ def sample_to_files(
     *,
     stage: str | None,
     count: int,
-    labels: list[int] | None,
+    labels: Sequence[int] | None,
     w: float,
     num_steps: int | None,
     sampler: str | None,

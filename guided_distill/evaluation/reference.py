@@ -1,0 +1,195 @@
+"""What samples are measured against: statistics of the training data, computed once and kept in a file.
+
+The file is an npz of `mean` [D], `covariance` [D, D] and `count` of up to 50,000 training examples,
+`features` of a fixed subset of at most 10,000 of them, and what they are of: `extractor`, `weights`
+(a SHA-256 of the extractor's), `shape` and `data` (a SHA-256 of it), with a `checksum` over all. The
+npz of the FID literature, with `mu` and `sigma` alone, is read too.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.frechet import FeatureStatistics
+from guided_distill.evaluation.precision_recall import Manifold
+from guided_distill.training.checkpoints import storage_error
+from guided_distill.training.progress import progress
+
+MAX_EXAMPLES = 50_000
+MAX_FEATURES = 10_000
+"""How many features are kept, for the measures that compare pairs."""
+
+FINGERPRINT_EXAMPLES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of all examples, and features [N, D] of some, or None where there are none.
+
+    of: what results name beside the extractor; empty for the run's own training data.
+    """
+
+    statistics: FeatureStatistics
+    features: np.ndarray | None
+    of: str = ""
+
+    @cached_property
+    def manifold(self) -> Manifold | None:
+        """The features with the balls around them (see `precision_recall`)."""
+        return None if self.features is None else Manifold.from_features(self.features)
+
+
+def training_reference(source: Source, extractor: Extractor, folder: epath.Path) -> Reference:
+    """The reference of a run's training data, from `folder` or computed and put there.
+
+    A file there that is of other data, of another extractor, or damaged, is replaced.
+    """
+    path = folder / f"{extractor.name}.npz"
+    about = _about(source, extractor)
+    if path.exists():
+        fields = _read(path)
+        if fields and _intact(fields) and all(fields[key] == about[key] for key in about):
+            return _reference(fields)
+    reference = _compute(source, extractor)
+    _write(path, reference, about)
+    return reference
+
+
+def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Reference:
+    """The reference of a file that the user names.
+
+    Raises UserError if the file is missing or damaged, or of another extractor or image size.
+    """
+    if not path.is_file():
+        raise UserError(f"--reference {path} is not a file: name one of statistics, .npz")
+    fields = _read(path)
+    if {"mu", "sigma"} <= fields.keys():
+        mean, covariance = (np.asarray(fields[key], np.float64) for key in ("mu", "sigma"))
+        _check_width(path, mean, covariance, extractor)
+        # The format doesn't say of how many; a distance asks for two at least.
+        return Reference(FeatureStatistics(mean, covariance, count=2), None, of=path.stem)
+    if "checksum" not in fields:
+        raise UserError(
+            f"--reference {path} holds no statistics: give an .npz file of WORKDIR/reference, or one "
+            f"with mu and sigma"
+        )
+    if not _intact(fields):
+        raise UserError(f"--reference {path} is damaged: make it again, or give another")
+    about = _about(source, extractor)
+    _check_width(path, fields["mean"], fields["covariance"], extractor)
+    for key, words in (("extractor", "the extractor"), ("shape", "images of shape")):
+        if fields[key] != about[key]:
+            raise UserError(
+                f"--reference {path} is of {words} {fields[key]}, and this run needs {about[key]}: give "
+                f"statistics made with the same"
+            )
+    if fields["weights"] != about["weights"]:
+        raise UserError(
+            f"--reference {path} was made with other weights of {extractor.name} "
+            f"({str(fields['weights'])[:8]}) than are used here ({about['weights'][:8]}): make it again"
+        )
+    return _reference(fields, of="" if fields["data"] == about["data"] else path.stem)
+
+
+def _reference(fields: Mapping[str, np.ndarray], of: str = "") -> Reference:
+    statistics = FeatureStatistics(fields["mean"], fields["covariance"], int(fields["count"]))
+    return Reference(statistics, fields["features"], of)
+
+
+def _compute(source: Source, extractor: Extractor) -> Reference:
+    count = min(source.size, MAX_EXAMPLES)
+    # Examples come in the source's order, which may be by class: the subset is drawn.
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(0).permutation(count)[:MAX_FEATURES]] = True
+    statistics = FeatureStatistics.empty(extractor.width)
+    kept = []
+    with progress("reference", total=count, unit="images") as advance:
+        for images, _ in source.chunks(MAX_EXAMPLES):
+            features, _ = extractor(images)
+            kept.append(features[chosen[statistics.count :][: len(features)]])
+            statistics = statistics.accumulate(features)
+            advance(statistics.count, extractor.name)
+    return Reference(statistics, np.concatenate(kept))
+
+
+def _about(source: Source, extractor: Extractor) -> dict[str, str]:
+    return {
+        "extractor": extractor.name,
+        "weights": _sha256(jax.tree.leaves(extractor.params)),
+        "shape": " x ".join(map(str, source.shape)),
+        "data": data_fingerprint(source),
+    }
+
+
+def data_fingerprint(source: Source) -> str:
+    """A SHA-256 of the data's size and shape and of 1,000 of its examples with their labels."""
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.permutation(source.size)[:FINGERPRINT_EXAMPLES])
+    return _sha256([np.array([source.size, *source.shape]), *source.read(indices)])
+
+
+def _sha256(arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.asarray(array)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(fields: Mapping[str, np.ndarray]) -> str:
+    return _sha256(fields[key] for key in sorted(fields) if key != "checksum")
+
+
+def _intact(fields: Mapping[str, np.ndarray]) -> bool:
+    return "checksum" in fields and str(fields["checksum"]) == _checksum(fields)
+
+
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; none where it can't be read."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception:  # Whatever damaged bytes raise in zipfile and NumPy.
+        return {}
+
+
+def _write(path: epath.Path, reference: Reference, about: Mapping[str, str]) -> None:
+    assert reference.features is not None
+    fields = {
+        "mean": reference.statistics.mean,
+        "covariance": reference.statistics.covariance,
+        "count": np.asarray(reference.statistics.count),
+        "features": reference.features,
+        **{key: np.asarray(value) for key, value in about.items()},
+    }
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, **fields, checksum=np.asarray(_checksum(fields)))
+    part = path.parent / f"{path.name}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data.getvalue())
+        part.replace(path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _check_width(
+    path: epath.Path, mean: np.ndarray, covariance: np.ndarray, extractor: Extractor
+) -> None:
+    width = extractor.width
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise UserError(
+            f"--reference {path} is of features of width {mean.shape[-1]}, and the extractor "
+            f"{extractor.name} has {width}: give statistics made with the same extractor"
+        )
