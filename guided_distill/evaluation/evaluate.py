@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.config import Evaluation
 from guided_distill.data import sources
 from guided_distill.data.source import Source
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor, train_extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -160,6 +161,8 @@ class Reference:
 
 def _tasks(stages: list[Stage], settings: Evaluation, guidance_steps: int) -> Iterator[Task]:
     for stage in stages:
+        if stage.sampler == ENCODE:
+            continue
         if stage.kind == "teacher":
             grids = [
                 (sampler, num_steps)
