@@ -21,13 +21,14 @@ CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @functools.cache
-def compiled_sampler(network: Network, sampler: str, mesh: Mesh) -> CompiledSampler:
+def compiled_sampler(
+    network: Network, sampler: str, mesh: Mesh, *, clipped: bool
+) -> CompiledSampler:
     """f(params, z [B, ...], keys [B], label [B], w [B], num_steps) -> [B, ...].
 
     From z at t = 1 to x; with samplers.ENCODE, from x at t = 0 to z. One compilation serves every
     num_steps, and all students of one network. A network that doesn't take w is guided by two calls in
-    one batch. Samplers hold images to [-1, 1] at every step. Encoding doesn't: at t = 0 the image is z
-    itself, and to clip x there would make eps the rest, divided by sigma_0 = 4.5e-5.
+    one batch. clipped: hold x to [-1, 1] at every step.
     """
 
     def run(
@@ -41,7 +42,7 @@ def compiled_sampler(network: Network, sampler: str, mesh: Mesh) -> CompiledSamp
         denoiser = network.denoiser(params)
         if not denoiser.guided:
             denoiser = with_guidance(denoiser)
-        if network.of_images and sampler != samplers.ENCODE:
+        if clipped:
             denoiser = with_clipping(denoiser, network.schedule)
 
         def predict(z: jax.Array, t: jax.Array) -> Prediction:
@@ -84,9 +85,11 @@ def sample(
     """One sample for each of `labels` [n]: float32 [n, *data_shape], images in [-1, 1].
 
     num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
-    [n, *data_shape], such as `encode` answers; drawn unless given. Sample i depends on (seed, i), its
-    label, its noise and w, and not on batch_size, which only bounds the memory. Raises UserError for
-    what the checkpoint wasn't trained for, unless allow_untrained.
+    [n, *data_shape], such as `encode` answers; drawn unless given. Images are held to [-1, 1] at every
+    step from drawn noise, but only at the end from given noise, for clipping on the way doesn't undo an
+    encoding. Sample i depends on (seed, i), its label, its noise and w, and not on batch_size, which
+    only bounds the memory. Raises UserError for what the checkpoint wasn't trained for, unless
+    allow_untrained.
     """
     num_steps, sampler = check_request(
         trained.description,
@@ -96,7 +99,8 @@ def sample(
         sampler=sampler,
         allow_untrained=allow_untrained,
     )
-    return _run(
+    of_images = trained.description.network().of_images
+    samples = _run(
         trained,
         sampler,
         noise,
@@ -105,7 +109,9 @@ def sample(
         num_steps=num_steps,
         seed=seed,
         batch_size=batch_size,
+        clipped=of_images and noise is None,
     )
+    return np.clip(samples, -1.0, 1.0) if of_images else samples
 
 
 def encode(
@@ -120,7 +126,8 @@ def encode(
     """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its label [n].
 
     By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
-    DDIM inversion. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
+    DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
+    sigma_0. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
     sigma_0 = 4.5e-5: one that predicts x tells eps there by float32's last digits, and its own errors
     count 22,000-fold. Encode with a network that predicts v or eps. Raises UserError for a decoder
     student, and for what the checkpoint wasn't trained for.
@@ -135,6 +142,7 @@ def encode(
         num_steps=num_steps,
         seed=0,
         batch_size=batch_size,
+        clipped=False,
     )
 
 
@@ -148,11 +156,12 @@ def _run(
     num_steps: int,
     seed: int,
     batch_size: int,
+    clipped: bool,
 ) -> np.ndarray:
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
     network, mesh = trained.description.network(), data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    run = compiled_sampler(network, sampler, mesh)
+    run = compiled_sampler(network, sampler, mesh, clipped=clipped)
     draw = compiled_noise(network.data_shape, mesh)
     count = len(labels)
     chunks = []
