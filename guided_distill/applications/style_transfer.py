@@ -138,7 +138,7 @@ def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.
 
 
 def images_at(path: epath.Path, about: Description, *, count: int) -> np.ndarray:
-    """Up to `count` images of a file or folder, of the model's shape. Raises UserError if there are none."""
+    """Up to `count` images of a file or folder. Raises UserError if there is none that can be read."""
     if not about.network().of_images:
         raise UserError(f"--images is {path}, but this run has points, not images: give data")
     return read_images(path, shape=about.data_shape, limit=count)
