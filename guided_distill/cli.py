@@ -1,4 +1,4 @@
-"""The command line: guided-distill train | sample | evaluate | report | export."""
+"""The command line: guided-distill train | sample | transfer | evaluate | report | export."""
 
 import argparse
 import contextlib
@@ -101,6 +101,46 @@ def _parser() -> argparse.ArgumentParser:
         help="allow a w, num_steps or sampler that the student wasn't trained for",
     )
 
+    transfer = _verb(
+        verbs,
+        "transfer",
+        _transfer,
+        "carry images from one class or run to another by way of noise: a PNG figure and an npz file",
+        "guided-distill transfer --workdir runs/digits --images data --from_label 7 --to_label 5",
+    )
+    transfer.add_argument(
+        "--to", type=epath.Path, help="run to decode by (default: WORKDIR, which encodes)"
+    )
+    transfer.add_argument(
+        "--images",
+        required=True,
+        help="an image file, a folder of them, or data: test images of --from_label",
+    )
+    transfer.add_argument(
+        "--from_label", required=True, help="class of the images, by name or number"
+    )
+    transfer.add_argument("--to_label", required=True, help="class to make of them")
+    transfer.add_argument(
+        "--encoder", help="folder of the encoder (default: the round nearest to 8 steps)"
+    )
+    transfer.add_argument(
+        "--decoder",
+        help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
+    )
+    transfer.add_argument(
+        "--w_encode", type=float, default=0.0, help="weight to encode at (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--w", type=float, default=1.0, help="weight to decode at (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--num", type=int, default=8, help="images at most (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--seed", type=int, default=0, help="chooses the images of data (default: %(default)s)"
+    )
+    transfer.add_argument("--out", help="folder to write to (default: WORKDIR/transfers)")
+
     evaluate = _verb(
         verbs,
         "evaluate",
@@ -182,6 +222,27 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
         seed=options.seed,
         out=epath.Path(options.out or options.workdir / "samples"),
         allow_untrained=options.allow_untrained,
+    )
+    for path in paths:
+        print(path)
+
+
+def _transfer(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.transfers import transfer_to_files
+
+    paths = transfer_to_files(
+        options.workdir,
+        to=options.to or options.workdir,
+        images=options.images,
+        from_label=options.from_label,
+        to_label=options.to_label,
+        encoder=options.encoder,
+        decoder=options.decoder,
+        w_encode=options.w_encode,
+        w=options.w,
+        count=options.num,
+        seed=options.seed,
+        out=epath.Path(options.out or options.workdir / "transfers"),
     )
     for path in paths:
         print(path)

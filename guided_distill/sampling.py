@@ -17,21 +17,24 @@ from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.trained import Description, Trained
 
 CompiledSampler = Callable[..., jax.Array]
+CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @functools.cache
-def compiled_sampler(network: Network, sampler: str, mesh: Mesh) -> CompiledSampler:
-    """f(params, key, indices [B], label [B], w [B], num_steps) -> x [B, ...].
+def compiled_sampler(
+    network: Network, sampler: str, mesh: Mesh, *, clipped: bool
+) -> CompiledSampler:
+    """f(params, z [B, ...], keys [B], label [B], w [B], num_steps) -> [B, ...].
 
-    One compilation serves every num_steps, and all students of one network. A network that doesn't
-    take w is guided by two calls in one batch. Images are held to [-1, 1] at every step. Sample i draws
-    from fold_in(key, indices[i]) alone.
+    From z at t = 1 to x; with samplers.ENCODE, from x at t = 0 to z. One compilation serves every
+    num_steps, and all students of one network. A network that doesn't take w is guided by two calls in
+    one batch. clipped: hold x to [-1, 1] at every step.
     """
 
-    def sample(
+    def run(
         params: Params,
-        key: jax.Array,
-        indices: jax.Array,
+        z: jax.Array,
+        keys: jax.Array,
         label: jax.Array,
         w: jax.Array,
         num_steps: jax.Array,
@@ -39,20 +42,32 @@ def compiled_sampler(network: Network, sampler: str, mesh: Mesh) -> CompiledSamp
         denoiser = network.denoiser(params)
         if not denoiser.guided:
             denoiser = with_guidance(denoiser)
-        if network.of_images:
+        if clipped:
             denoiser = with_clipping(denoiser, network.schedule)
 
         def predict(z: jax.Array, t: jax.Array) -> Prediction:
             return denoiser.predict(z, t, label, w)
 
-        keys = samplers.sample_keys(key, indices)
-        noise = samplers.normal(keys, network.data_shape)
-        return samplers.SAMPLERS[sampler](predict, network.schedule, noise, keys, num_steps)
+        if sampler == samplers.ENCODE:
+            return samplers.encode(predict, network.schedule, z, num_steps)
+        return samplers.SAMPLERS[sampler](predict, network.schedule, z, keys, num_steps)
 
     whole, split = replicated(mesh), split_batch(mesh)
     return jax.jit(
-        sample, in_shardings=(whole, whole, split, split, split, whole), out_shardings=split
+        run, in_shardings=(whole, split, split, split, split, whole), out_shardings=split
     )
+
+
+@functools.cache
+def compiled_noise(data_shape: tuple[int, ...], mesh: Mesh) -> CompiledNoise:
+    """f(key, indices [B]) -> (unit noise [B, *data_shape], keys [B]); row i from fold_in(key, i)."""
+
+    def draw(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = samplers.sample_keys(key, indices)
+        return samplers.normal(keys, data_shape), keys
+
+    split = split_batch(mesh)
+    return jax.jit(draw, in_shardings=(replicated(mesh), split), out_shardings=(split, split))
 
 
 def sample(
@@ -60,6 +75,7 @@ def sample(
     *,
     labels: np.ndarray,
     w: float,
+    noise: np.ndarray | None = None,
     num_steps: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
@@ -74,6 +90,7 @@ def sample(
         trained,
         labels=labels,
         w=w,
+        noise=noise,
         num_steps=num_steps,
         sampler=sampler,
         seed=seed,
@@ -88,6 +105,7 @@ def sample_batches(
     *,
     labels: np.ndarray,
     w: float,
+    noise: np.ndarray | None = None,
     num_steps: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
@@ -99,9 +117,12 @@ def sample_batches(
 
     Arrays are float32 [b, *data_shape], images in [-1, 1].
 
-    num_steps and sampler come from the checkpoint unless given. Sample i depends on (seed, i), its
-    label and w, and not on batch_size, which only bounds the memory. Raises UserError for what the
-    checkpoint wasn't trained for, unless allow_untrained.
+    num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
+    [n, *data_shape], such as `encode` answers; drawn unless given. Images are held to [-1, 1] at every
+    step from drawn noise, but only at the end from given noise, for clipping on the way doesn't undo an
+    encoding. Sample i depends on (seed, i), its label, its noise and w, and not on batch_size, which
+    only bounds the memory. Raises UserError for what the checkpoint wasn't trained for, unless
+    allow_untrained.
     """
     num_steps, sampler = check_request(
         trained.description,
@@ -111,24 +132,89 @@ def sample_batches(
         sampler=sampler,
         allow_untrained=allow_untrained,
     )
-    mesh = data_mesh()
+    of_images = trained.description.network().of_images
+    batches = _run(
+        trained,
+        sampler,
+        noise,
+        labels=labels,
+        w=w,
+        num_steps=num_steps,
+        seed=seed,
+        batch_size=batch_size,
+        start=start,
+        clipped=of_images and noise is None,
+    )
+    for samples in batches:
+        yield np.clip(samples, -1.0, 1.0) if of_images else samples
+
+
+def encode(
+    trained: Trained,
+    images: np.ndarray,
+    *,
+    labels: np.ndarray,
+    w: float,
+    num_steps: int | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its label [n].
+
+    By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
+    DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
+    sigma_0. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
+    sigma_0 = 4.5e-5: one that predicts x tells eps there by float32's last digits, and its own errors
+    count 22,000-fold. Encode with a network that predicts v or eps. Raises UserError for a decoder
+    student, and for what the checkpoint wasn't trained for.
+    """
+    num_steps = check_encoding(trained.description, labels=labels, w=w, num_steps=num_steps)
+    batches = _run(
+        trained,
+        samplers.ENCODE,
+        images,
+        labels=labels,
+        w=w,
+        num_steps=num_steps,
+        seed=0,
+        batch_size=batch_size,
+        start=0,
+        clipped=False,
+    )
+    return np.concatenate(list(batches))
+
+
+def _run(
+    trained: Trained,
+    sampler: str,
+    z: np.ndarray | None,
+    *,
+    labels: np.ndarray,
+    w: float,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    start: int,
+    clipped: bool,
+) -> Iterator[np.ndarray]:
+    """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
+    network, mesh = trained.description.network(), data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    run = compiled_sampler(trained.description.network(), sampler, mesh)
+    run = compiled_sampler(network, sampler, mesh, clipped=clipped)
+    draw = compiled_noise(network.data_shape, mesh)
     count = len(labels)
-    padded = count + batch_size
-    indices = np.arange(padded)
-    labels = np.resize(labels, padded).astype(np.int32)
     for first in range(start, count, batch_size):
-        batch = slice(first, first + batch_size)
-        samples = run(
+        indices = np.arange(first, first + batch_size)
+        rows = indices % count
+        noise, keys = draw(jax.random.key(seed), indices)
+        batch = run(
             trained.params,
-            jax.random.key(seed),
-            indices[batch],
-            labels[batch],
+            noise if z is None else np.asarray(z[rows], np.float32),
+            keys,
+            np.asarray(labels)[rows].astype(np.int32),
             np.full(batch_size, w, np.float32),
             jnp.asarray(num_steps, jnp.int32),
         )
-        yield np.asarray(samples)[: count - first]
+        yield np.asarray(batch)[: count - first]
 
 
 def check_request(
@@ -141,26 +227,19 @@ def check_request(
     allow_untrained: bool,
 ) -> tuple[int, str]:
     """The number of steps and the sampler to use. Raises UserError, saying what was trained."""
-    trained_sampler = about.sampler or "ddim"
-    trained_steps = about.num_steps or 2 * about.experiment.halving.first_num_steps
-    num_steps = trained_steps if num_steps is None else num_steps
-    sampler = sampler or trained_sampler
-    num_classes = len(about.class_names)
+    if about.sampler == samplers.ENCODE:
+        raise UserError(
+            "this student was trained to encode images, not to sample: choose a stage of another "
+            "sampler, such as halving_ddim_4"
+        )
+    num_steps = _steps_or_trained(about, num_steps)
+    sampler = sampler or about.sampler or "ddim"
     if sampler not in samplers.SAMPLERS:
         raise UserError(f"--sampler is {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}")
-    if num_steps < 1:
-        raise UserError(f"--num_steps is {num_steps}; sampling takes at least 1 step")
-    if len(labels) == 0 or np.min(labels) < 0 or np.max(labels) >= num_classes:
-        raise UserError(
-            f"--labels must name classes in 0 ... {num_classes - 1}, at least one of them"
-        )
+    _check_labels(about, labels)
     if allow_untrained:
         return num_steps, sampler
-    if about.w_min is not None and about.w_max is not None and not about.w_min <= w <= about.w_max:
-        raise UserError(
-            f"--w is {w}, outside the range [{about.w_min}, {about.w_max}] that this {about.stage} "
-            f"student was trained on: choose a w in it, or add --allow_untrained"
-        )
+    _check_w(about, w, flag="--w", way_out=", or add --allow_untrained")
     if about.num_steps is not None and (num_steps, sampler) != (about.num_steps, about.sampler):
         raise UserError(
             f"this student was trained for {about.num_steps} steps of the {about.sampler} sampler, not "
@@ -172,6 +251,50 @@ def check_request(
             "config.halving.samplers to ('stochastic',) and train one"
         )
     return num_steps, sampler
+
+
+def check_encoding(
+    about: Description, *, labels: np.ndarray, w: float, num_steps: int | None
+) -> int:
+    """The number of steps to encode in. Raises UserError, saying what was trained."""
+    if about.sampler not in (None, samplers.ENCODE):
+        raise UserError(
+            f"this student was trained to sample ({about.sampler}), not to encode: choose one of "
+            f"config.halving.samplers=('encode',), such as halving_encode_4, or the guidance stage"
+        )
+    num_steps = _steps_or_trained(about, num_steps)
+    _check_labels(about, labels)
+    _check_w(about, w, flag="--w_encode")
+    if about.num_steps not in (None, num_steps):
+        raise UserError(
+            f"this student was trained to encode in {about.num_steps} steps, not in {num_steps}: leave "
+            f"num_steps out"
+        )
+    return num_steps
+
+
+def _steps_or_trained(about: Description, num_steps: int | None) -> int:
+    if num_steps is None:
+        return about.num_steps or 2 * about.experiment.halving.first_num_steps
+    if num_steps < 1:
+        raise UserError(f"--num_steps is {num_steps}; sampling takes at least 1 step")
+    return num_steps
+
+
+def _check_labels(about: Description, labels: np.ndarray) -> None:
+    num_classes = len(about.class_names)
+    if len(labels) == 0 or np.min(labels) < 0 or np.max(labels) >= num_classes:
+        raise UserError(
+            f"--labels must name classes in 0 ... {num_classes - 1}, at least one of them"
+        )
+
+
+def _check_w(about: Description, w: float, *, flag: str, way_out: str = "") -> None:
+    if about.w_min is not None and about.w_max is not None and not about.w_min <= w <= about.w_max:
+        raise UserError(
+            f"{flag} is {w}, outside the range [{about.w_min}, {about.w_max}] that this {about.stage} "
+            f"student was trained on: choose a w in it{way_out}"
+        )
 
 
 def cycling_labels(count: int, num_classes: int) -> np.ndarray:

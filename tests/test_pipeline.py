@@ -1,6 +1,8 @@
 """The whole pipeline, killed and not, and the commands over it."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,12 @@ from etils import epath
 from PIL import Image
 
 from guided_distill import cli, pipeline
+from guided_distill.applications import style_transfer
+from guided_distill.data import sources
+from guided_distill.diffusion import samplers
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, read_results
+from guided_distill.evaluation.results import COLUMNS, read_results, write_rows
+from guided_distill.evaluation.round_trip import RoundTrip, evaluate_round_trips
 from guided_distill.report.page import headline, write_report
 from guided_distill.sampling import cycling_labels, sample
 from guided_distill.training.trained import load_finished
@@ -21,7 +27,7 @@ TINY = {
     "model.options.depth": 1,
     "model.options.embedding_width": 16,
     "halving.first_num_steps": 4,
-    "halving.samplers": "('ddim','stochastic')",
+    "halving.samplers": "('ddim','stochastic','encode')",
     "teacher.steps": 12,
     "guidance.steps": 12,
     "halving.steps": 6,
@@ -30,7 +36,7 @@ OVERRIDES = [f"--config.{key}={value}" for key, value in TINY.items()]
 STAGES = [
     "teacher",
     "guidance",
-    *(f"halving_{sampler}_{n}" for sampler in ("ddim", "stochastic") for n in (4, 2, 1)),
+    *(f"halving_{sampler}_{n}" for sampler in ("ddim", "stochastic", "encode") for n in (4, 2, 1)),
 ]
 
 
@@ -76,7 +82,7 @@ def test_every_stage_says_what_it_is(finished):
         assert (about.teacher or {}).get("path") == previous
         previous = str(finished / name)
     last = weights(finished, STAGES[-1]).description
-    assert (last.num_steps, last.sampler) == (1, "stochastic")
+    assert (last.num_steps, last.sampler) == (1, "encode")
     students, teacher = (
         flat(weights(finished, "guidance").params),
         flat(weights(finished, "teacher").params),
@@ -143,6 +149,7 @@ def test_samples_depend_on_their_index_and_seed_alone(finished):
         (["--labels", "3,12"], "--labels"),
         (["--labels", "a"], "--labels"),
         (["--num", "0"], "--num"),
+        (["--stage", "halving_encode_2"], "trained to encode"),
         (["--stage", "nothing"], "holds no checkpoint"),
     ],
 )
@@ -189,6 +196,133 @@ def test_a_run_without_workdir_is_named_by_its_config(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "digits_runlocal" / "teacher").is_dir()
 
 
+def test_round_trips_are_measured_once_and_as_they_say(finished):
+    workdir = epath.Path(finished)
+    rows = evaluate_round_trips(workdir)
+    students = [(f"halving_encode_{n}", f"halving_ddim_{n}", n) for n in (4, 2, 1)]
+    plain = [("guidance", "guidance", n) for n in (4, 2, 1, 256)]
+    expected = [(*way, w) for way in students + plain for w in (0.0, 1.0)]
+    assert [row.key[:4] for row in rows] == expected
+    assert {(row.n, row.seed) for row in rows} == {(32, 0)}
+
+    path = workdir / "round_trip.csv"
+    lines = path.read_text().splitlines()
+    assert lines[0] == "encoder,decoder,num_steps,w,rms_error,n,seed"
+    marked = lines[1].split(",")
+    marked[4] = "7"
+    path.write_text("\n".join([lines[0], ",".join(marked), *lines[2:-1]]) + "\n")
+    again = evaluate_round_trips(workdir)
+    assert again[0].rms_error == 7
+    assert [row.key for row in again] == [row.key for row in rows]
+    assert again[-1].rms_error == pytest.approx(rows[-1].rms_error, rel=1e-5)
+    path.unlink()
+
+    encoder, decoder = (weights(finished, name) for name in students[1][:2])
+    test = sources.load("digits", split="test")
+    images, labels = test.read(np.sort(np.random.default_rng(0).permutation(test.size)[:32]))
+
+    def predictor(trained):
+        denoiser = trained.description.network().denoiser(trained.params)
+        return lambda z, t: denoiser.predict(z, t, labels, np.ones(32, np.float32))
+
+    schedule = encoder.description.network().schedule
+    z = samplers.encode(predictor(encoder), schedule, images, 2)
+    back = np.clip(samplers.ddim(predictor(decoder), schedule, z, None, 2), -1, 1)
+    (row,) = (row for row in rows if row.key[:4] == (*students[1], 1.0))
+    assert row.rms_error == pytest.approx(np.sqrt(np.mean((back - images) ** 2)), rel=1e-4)
+
+
+def transfer(workdir, out, *more, **flags):
+    flags = {"images": "data", "from_label": "7", "to_label": "5", "num": "3"} | flags
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return cli.main(["transfer", "--workdir", str(workdir), "--out", str(out), *arguments, *more])
+
+
+def arrays_in(folder):
+    (path,) = folder.glob("*.npz")
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_transfer_carries_images_through_their_noise(finished, tmp_path):
+    assert transfer(finished, tmp_path / "a") == 0
+    found = arrays_in(tmp_path / "a")
+    (picture,) = (tmp_path / "a").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (3 * 64 + 2 * 8, 3 * 64 + 2 * 8)
+    assert picture.stem == "7_to_5_halving_encode_4_halving_ddim_4_w0_1_seed0"
+    test = sources.load("digits", split="test")
+    of_class = [image for image, label in zip(*test.arrays(), strict=True) if label == 7]
+    for image in found["image"]:
+        assert any(np.array_equal(image, each) for each in of_class)
+    noise, decoder = found["noise"], weights(finished, "halving_ddim_4")
+    for name, label in (("returned", 7), ("transferred", 5)):
+        expected = sample(decoder, labels=np.full(3, label), w=1.0, noise=noise)
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    assert np.abs(found["returned"] - found["transferred"]).max() > 1e-3
+
+    chosen = {"encoder": "guidance", "decoder": "halving_ddim_2", "seed": 1, "w_encode": 2}
+    assert transfer(finished, tmp_path / "b", to=finished, to_label=7, **chosen) == 0
+    other = arrays_in(tmp_path / "b")
+    np.testing.assert_array_equal(other["returned"], other["transferred"])
+    assert not np.array_equal(other["image"], found["image"])
+
+
+def test_transfer_reads_pictures_and_fits_them(finished, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture = np.zeros((16, 40, 3), np.uint8)
+    picture[:, 12:28] = 255
+    Image.fromarray(picture).save(folder / "a.png")
+    Image.new("L", (8, 8), 51).save(folder / "b.jpg", quality=100)
+    assert transfer(finished, tmp_path / "out", images=folder, num=5) == 0
+    image = arrays_in(tmp_path / "out")["image"]
+    assert image.shape == (2, 8, 8, 1)
+    np.testing.assert_allclose(image[0], 1.0)
+    np.testing.assert_allclose(image[1], -0.6, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"from_label": "11"}, "--from_label is '11'"),
+        ({"to_label": "seven"}, "--to_label is 'seven'"),
+        ({"w_encode": "5"}, "--w_encode is 5.0, outside"),
+        ({"w": "-1"}, "--w is -1.0, outside"),
+        ({"num": "0"}, "--num"),
+        ({"images": "nowhere"}, "no images at nowhere"),
+        ({"encoder": "halving_ddim_4"}, "not to encode"),
+        ({"decoder": "halving_encode_4"}, "trained to encode"),
+        ({"decoder": "halving_stochastic_4"}, "--decoder is halving_stochastic_4"),
+        ({"encoder": "nothing"}, "holds no checkpoint"),
+        ({"to": "nowhere"}, "nowhere holds no run"),
+    ],
+)
+def test_transfer_refuses_in_one_sentence(finished, tmp_path, capsys, flags, said):
+    assert transfer(finished, tmp_path, **flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_transfer_wants_runs_of_one_shape(finished, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(finished / "halving_ddim_4", other / "halving_ddim_4")
+    shutil.copy(finished / "config.json", other)
+
+    def load(directory):
+        trained = load_finished(directory)
+        if other not in Path(directory).parents:
+            return trained
+        about = dataclasses.replace(trained.description, data_shape=(16, 16, 1))
+        return dataclasses.replace(trained, description=about)
+
+    monkeypatch.setattr(style_transfer, "load_finished", load)
+    assert transfer(finished, tmp_path / "out", to=other) == 2
+    said = capsys.readouterr().err
+    assert f"{finished} has data of 8 x 8 x 1 and --to {other} of 16 x 16 x 1" in said
+
+
 def test_evaluate_and_report(finished, capsys):
     assert cli.main(["report", "--workdir", str(finished)]) == 2
     assert "guided-distill evaluate" in capsys.readouterr().err
@@ -204,6 +338,7 @@ def test_evaluate_and_report(finished, capsys):
     )
     results = read_results(epath.Path(finished) / "results.csv")
     assert {result.stage for result in results} == {"real", "teacher", "guidance", "halving"}
+    assert "encode" not in {result.sampler for result in results}
     for result in results:
         if result.num_steps is not None:
             factor = 2 if result.stage == "teacher" else 1
@@ -215,7 +350,10 @@ def test_evaluate_and_report(finished, capsys):
     assert again[:-2] == results[:-2]
     assert [result.fd for result in again] == pytest.approx([r.fd for r in results], rel=1e-4)
 
+    rows = [RoundTrip("guidance", "guidance", n, 1.0, 0.1 * n, 8, 0) for n in (1, 256)]
+    write_rows(epath.Path(finished) / "round_trip.csv", RoundTrip, rows)
     page = write_report(epath.Path(finished)).read_text()
+    assert "Encoding and decoding" in page
     assert headline(again) in page
     assert "http" not in page.split("<pre>")[0]
     assert page.count("<img") == page.count("alt=")
@@ -278,7 +416,7 @@ def test_bad_images_are_one_sentence(tmp_path, capsys, pictures, said):
     assert said in line
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "report"])
+@pytest.mark.parametrize("verb", ["train", "sample", "transfer", "evaluate", "report"])
 def test_help_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([verb, "--help"])

@@ -5,14 +5,22 @@ import numpy as np
 import pytest
 
 from guided_distill.config import parse
+from guided_distill.diffusion import samplers
+from guided_distill.diffusion.guidance import with_guidance
 from guided_distill.errors import UserError
-from guided_distill.sampling import compiled_sampler, cycling_labels, sample
+from guided_distill.sampling import (
+    compiled_noise,
+    compiled_sampler,
+    cycling_labels,
+    encode,
+    sample,
+)
 from guided_distill.training.trained import Description, Trained
 
 OPTIONS = {"width": 16, "depth": 1, "embedding_width": 16}
 
 
-def trained(stage, *, num_steps=None, sampler=None):
+def trained(stage, *, num_steps=None, sampler=None, data_shape=(2,)):
     """A checkpoint's content with random weights, none of them zero."""
     description = Description(
         stage=stage,
@@ -21,7 +29,7 @@ def trained(stage, *, num_steps=None, sampler=None):
         sampler=sampler,
         w_min=None if stage == "teacher" else 0.0,
         w_max=None if stage == "teacher" else 4.0,
-        data_shape=(2,),
+        data_shape=data_shape,
         class_names=("0", "1", "2"),
         teacher=None,
         package_version="0",
@@ -35,7 +43,10 @@ def trained(stage, *, num_steps=None, sampler=None):
     return Trained(path="", step=1, params=params, description=description)
 
 
+TEACHER = trained("teacher")
 STUDENT = trained("halving", num_steps=2, sampler="stochastic")
+DECODER = trained("halving", num_steps=2, sampler="ddim")
+ENCODER = trained("halving", num_steps=2, sampler="encode")
 
 
 def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
@@ -46,24 +57,93 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
     assert len(np.unique(whole.round(3), axis=0)) == 19
 
 
-@pytest.mark.parametrize("who", [trained("teacher"), STUDENT], ids=["teacher", "student"])
+@pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])
 def test_devices_make_no_difference(who, mesh_of):
     about = who.description
     sampler = about.sampler or "ddim"
-    arguments = (
-        who.params,
-        jax.random.key(0),
-        np.arange(8),
-        cycling_labels(8, 3),
-        np.linspace(0, 4, 8, dtype=np.float32),
-        np.int32(2),
-    )
-    one, two, four = (
-        np.asarray(compiled_sampler(about.network(), sampler, mesh_of(count))(*arguments))
-        for count in (1, 2, 4)
-    )
+
+    def run(count):
+        noise, keys = compiled_noise((2,), mesh_of(count))(jax.random.key(0), np.arange(8))
+        return np.asarray(
+            compiled_sampler(about.network(), sampler, mesh_of(count), clipped=False)(
+                who.params,
+                noise,
+                keys,
+                cycling_labels(8, 3),
+                np.linspace(0, 4, 8, dtype=np.float32),
+                np.int32(2),
+            )
+        )
+
+    one, two, four = map(run, (1, 2, 4))
     np.testing.assert_allclose(two, one, atol=1e-4)
     np.testing.assert_allclose(four, one, atol=1e-4)
+
+
+def test_noise_that_is_given_is_decoded_as_noise_that_is_drawn(mesh_of):
+    labels = cycling_labels(10, 3)
+    drawn = sample(STUDENT, labels=labels, w=1.0, seed=3)
+    noise, _ = compiled_noise((2,), mesh_of(1))(jax.random.key(3), np.arange(10))
+    noise = np.asarray(noise)
+    for size in (16, 4):
+        given = sample(STUDENT, labels=labels, w=1.0, seed=3, noise=noise, batch_size=size)
+        np.testing.assert_allclose(given, drawn, atol=1e-5)
+    other = sample(STUDENT, labels=labels, w=1.0, seed=3, noise=noise + 0.1)
+    assert np.abs(other - drawn).max() > 1e-3
+
+
+@pytest.mark.parametrize("who", [TEACHER, ENCODER], ids=["teacher", "encoder"])
+def test_encoding_is_the_plain_encoder_of_its_network_at_its_own_steps(who):
+    about, w, steps = who.description, 1.5, 2
+    x = np.random.default_rng(1).uniform(-1, 1, (11, 2)).astype(np.float32)
+    labels = cycling_labels(11, 3)
+    denoiser = about.network().denoiser(who.params)
+    if not denoiser.guided:
+        denoiser = with_guidance(denoiser)
+    expected = samplers.encode(
+        lambda z, t: denoiser.predict(z, t, labels, np.full(11, w, np.float32)),
+        about.network().schedule,
+        x,
+        steps,
+    )
+    asked = {} if who is ENCODER else {"num_steps": steps}
+    for size in (16, 4):
+        found = encode(who, x, labels=labels, w=w, batch_size=size, **asked)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_encoding_an_image_never_clips_it():
+    """Clipping sets eps to (z - x) / sigma_0 at the ends of the range: nothing, at t = 0."""
+    who = trained("halving", num_steps=1, sampler="encode", data_shape=(2, 2, 1))
+    x = np.ones((4, 2, 2, 1), np.float32)
+    labels = cycling_labels(4, 3)
+    denoiser = who.description.network().denoiser(who.params)
+    eps = denoiser.predict(x, np.zeros(4, np.float32), labels, np.ones(4, np.float32)).eps
+    found = encode(who, x, labels=labels, w=1.0)
+    np.testing.assert_allclose(found, eps, atol=1e-3)
+    assert np.abs(eps).min() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: sample(ENCODER, labels=np.array([0]), w=1.0), "trained to encode"),
+        (lambda: sample(TEACHER, labels=np.array([0]), w=1.0, sampler="encode"), "--sampler"),
+        (lambda: encode_one(DECODER), "not to encode"),
+        (lambda: encode_one(ENCODER, num_steps=3), "in 2 steps, not in 3"),
+        (lambda: encode_one(TEACHER, num_steps=0), "at least 1 step"),
+        (lambda: encode_one(ENCODER, w=4.5), "--w_encode is 4.5, outside"),
+        (lambda: encode_one(ENCODER, labels=np.array([3])), "classes in 0 ... 2"),
+    ],
+)
+def test_what_cannot_be_encoded_or_sampled_is_refused(call, said):
+    with pytest.raises(UserError, match=said):
+        call()
+
+
+def encode_one(who, **request_):
+    x = np.zeros((1, 2), np.float32)
+    return encode(who, x, **{"labels": np.array([0]), "w": 1.0, **request_})
 
 
 @pytest.mark.parametrize(

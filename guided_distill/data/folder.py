@@ -54,6 +54,24 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
     )
 
 
+def read_images(path: epath.Path, *, shape: tuple[int, ...], limit: int) -> np.ndarray:
+    """A file, or the first `limit` of a folder by name: float32 [n, *shape] in [-1, 1].
+
+    Centre-cropped to squares and resized to shape, which is (size, size, 1 or 3). Raises UserError if
+    there is no image, or a damaged one.
+    """
+    files = [path] if path.is_file() else _images_in(path) if path.is_dir() else []
+    if not files:
+        raise UserError(f"no images at {path}: give a file, or a folder of {', '.join(_SUFFIXES)}")
+    pixels = []
+    for file in files[:limit]:
+        _header_size(file)
+        image = Image.fromarray(_decode(file, (shape[1], shape[0]), resize=True))
+        gray = shape[-1] == 1
+        pixels.append(np.asarray(image.convert("L") if gray else image).reshape(shape))
+    return from_uint8(np.stack(pixels))
+
+
 def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndarray]:
     """Class names, files, and the class index [N] of each file."""
     if not root.is_dir():

@@ -23,6 +23,9 @@ from guided_distill.diffusion.schedules import Schedule
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
 
+ENCODE = "encode"
+"""What takes the place of a sampler's name, in configs and checkpoints, where `encode` is meant."""
+
 
 def sample_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
     """Keys [B], one for each global sample index [B]."""
@@ -140,7 +143,12 @@ def dpm_solver_pp(
 
 
 def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Array) -> jax.Array:
-    """Data to noise: DDIM run forwards from t = 0, predict called at t = 0, 1/N ... (N-1)/N."""
+    """Data to noise: DDIM run forwards from t = 0, predict called at t = 0, 1/N ... (N-1)/N.
+
+    What is known of the noise at t = 0 is eps alone, for z is x there but for sigma_0 = 4.5e-5: predict
+    must tell eps without dividing by sigma_0, as networks of v and eps do. For the same reason there is
+    no clipping of x on the way.
+    """
 
     def body(i: jax.Array, z: jax.Array) -> jax.Array:
         prediction = predict(z, _time(i, num_steps, z))

@@ -126,7 +126,7 @@ def train_extractor(
                 batches=iterator,
                 key=loop_key,
                 total_steps=steps,
-                steps_per_dispatch=50,
+                steps_per_dispatch=1,
                 log_every=100,
                 checkpoint_every=500,
                 max_nonfinite_steps=10,

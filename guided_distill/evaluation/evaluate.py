@@ -11,6 +11,7 @@ from etils import epath
 
 from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.data import sources
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.reference import (
@@ -20,6 +21,7 @@ from guided_distill.evaluation.reference import (
 )
 from guided_distill.evaluation.registry import load_extractor
 from guided_distill.evaluation.results import Result, metric_name, read_results, write_results
+from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import cycling_labels, sample_batches
 from guided_distill.stages import Stage, all_stages
@@ -83,12 +85,12 @@ class Task:
 
     @property
     def network_calls(self) -> int:
-        """For one sample: a teacher is called twice a step."""
-        return self.num_steps * (2 if self.stage.kind == "teacher" else 1)
+        """For one sample: a network that doesn't take w is called twice a step."""
+        return self.num_steps * (1 if self.stage.takes_w else 2)
 
 
 def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
-    """Write `results.csv`, row by row; rows that are there already are kept.
+    """Write `results.csv`, row by row, and `round_trip.csv`; rows that are there already are kept.
 
     Raises UserError if the folder holds no run or an unfinished one, or for what the request names.
     """
@@ -156,6 +158,8 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     f"{metric_name('fd', name)} {result.fd:.3f} of n={result.n}"
                 )
             advance(done, words)
+    if request.stages is None:
+        evaluate_round_trips(workdir, settings)
     return results
 
 
@@ -176,7 +180,7 @@ def _settings(experiment: Experiment, request: Request) -> Evaluation:
         raise UserError(
             f"--num_samples is {settings.num_samples}: measure at least {FEWEST_SAMPLES} samples"
         )
-    if min(settings.teacher_num_steps) < 1:
+    if min(settings.teacher_num_steps, default=1) < 1:
         raise UserError(f"--num_steps holds {min(settings.teacher_num_steps)}: a step is the least")
     low, high = experiment.guidance.w_min, experiment.guidance.w_max
     for w in settings.weights:
@@ -203,6 +207,8 @@ def _stages(workdir: epath.Path, experiment: Experiment, request: Request) -> li
 
 def _tasks(stages: list[Stage], experiment: Experiment, settings: Evaluation) -> Iterator[Task]:
     for stage in stages:
+        if stage.sampler == ENCODE:
+            continue
         if stage.kind == "teacher":
             grids = [
                 (sampler, num_steps)

@@ -8,11 +8,16 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
 from guided_distill.training.checkpoints import write_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -93,26 +98,36 @@ COLUMNS = tuple(field.name for field in fields(Result))
 
 def write_results(path: epath.Path, results: list[Result]) -> None:
     """Write all rows, whole or not at all."""
+    write_rows(path, Result, results)
+
+
+def read_results(path: epath.Path) -> list[Result]:
+    """The rows of a results.csv; none where there is no file."""
+    return read_rows(path, Result)
+
+
+def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
+    """Write a csv file of dataclass instances, a column a field, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
-    for result in results:
+    for row in rows:
         writer.writerow(
             {
                 name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in asdict(result).items()
+                for name, value in asdict(row).items()
             }
         )
     write_text(path, text.getvalue())
 
 
-def read_results(path: epath.Path) -> list[Result]:
-    """The rows of a results.csv; none where there is no file."""
+def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
+    """What `write_rows` wrote; nothing where there is no file."""
     if not path.exists():
         return []
-    kinds = {field.name: str(field.type) for field in fields(Result)}
+    kinds = {field.name: str(field.type) for field in fields(kind)}
     return [
-        Result(**{name: _parse(kinds[name], text) for name, text in row.items()})
+        kind(**{name: _parse(kinds[name], text) for name, text in row.items()})
         for row in csv.DictReader(io.StringIO(path.read_text()))
     ]
 

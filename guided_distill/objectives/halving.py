@@ -29,6 +29,7 @@ from guided_distill.diffusion.process import (
     prediction_from,
     single_step,
 )
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.diffusion.schedules import Schedule
 from guided_distill.objectives.guidance import sample_weights
 from guided_distill.objectives.weighting import Loss, prediction_loss
@@ -45,7 +46,7 @@ class Jump(NamedTuple):
 JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
     "ddim": lambda i, n: Jump(i / n, (i - 0.5) / n, (i - 1) / n),
     "stochastic": lambda i, n: Jump(i / n, (i - 1) / n, jnp.maximum(i - 2, 0) / n),
-    "encode": lambda i, n: Jump((i - 1) / n, (i - 0.5) / n, i / n),
+    ENCODE: lambda i, n: Jump((i - 1) / n, (i - 0.5) / n, i / n),
 }
 """f(i [B] in 1..N, N) -> the student's i-th jump, by the sampler that it is trained for."""
 
@@ -91,15 +92,17 @@ def halving_loss(
 
     x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that one compilation may
     serve every round; sampler is a key of JUMPS. clipped: the teacher's two steps clip x, as its
-    sampler does, and the error is that of `prediction_loss`. Without guidance in either (the paper's
-    two-student baseline) w plays no part. Raises ValueError if one of them takes w and the other
-    doesn't: guidance belongs to stage one alone.
+    sampler does, and the error is that of `prediction_loss`; it plays no part in encoding, which never
+    clips. Without guidance in either (the paper's two-student baseline) w plays no part. Raises
+    ValueError if one of them takes w and the other doesn't: guidance belongs to stage one alone.
     """
     if student.guided != teacher.guided:
         raise ValueError(
             "step halving needs a w-conditioned teacher for a w-conditioned student: run the "
             "guidance stage first"
         )
+    # At t = 0 x is z, and a pixel at the end of the range would count as met whatever its eps.
+    clipped = clipped and sampler != ENCODE
     if clipped:
         teacher = with_clipping(teacher, schedule)
     index_key, noise_key, weight_key = jax.random.split(key, 3)

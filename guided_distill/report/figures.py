@@ -1,6 +1,6 @@
 """Pictures of a run: curves by matplotlib, grids of samples by Pillow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 
 from guided_distill.data.pixels import to_uint8
 from guided_distill.evaluation.results import Result
+from guided_distill.evaluation.round_trip import RoundTrip
 
 GAP = 8
 """Pixels between the images of a grid."""
@@ -68,16 +69,42 @@ def quality_figure(results: Sequence[Result]) -> Figure:
         for result in results:
             if result.stage == "real":
                 axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
-        axes.set_xscale("log", base=2)
-        steps = sorted({n for curve in curves.values() for n in curve})
-        axes.set_xticks(steps, [str(n) for n in steps])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="sampling steps", ylabel=f"{words}, mean over w")
+        _step_axis(axes, {n for curve in curves.values() for n in curve})
+        axes.set_ylabel(f"{words}, mean over w")
         axes.grid(alpha=0.3)
     _plain_log_axis(figure.axes[0])
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def round_trip_figure(rows: Sequence[RoundTrip]) -> Figure:
+    """What a round trip loses against its steps, averaged over w: students and plain DDIM."""
+    curves: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
+    for row in rows:
+        by_students = row.encoder != row.decoder
+        curves[by_students].setdefault(row.num_steps, []).append(row.rms_error)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for by_students, curve in curves.items():
+        steps = sorted(curve)
+        means = [float(np.mean(curve[n])) for n in steps]
+        style, label = ("o-", "students") if by_students else ("s--", "plain DDIM")
+        axes.plot(steps, means, style, label=label)
+    _step_axis(axes, {row.num_steps for row in rows})
+    axes.set_ylabel("RMS error of a round trip, mean over w")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _plain_log_axis(axes)
+    return figure
+
+
+def _step_axis(axes: Axes, steps: Iterable[int]) -> None:
+    """A logarithmic x axis with a tick at each number of steps."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("sampling steps")
 
 
 def _plain_log_axis(axes: Axes) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, Result, read_results
+from guided_distill.evaluation.results import COLUMNS, Result, read_results, read_rows
+from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pipeline import read_config
 from guided_distill.report.figures import (
     image_grid,
@@ -22,6 +23,7 @@ from guided_distill.report.figures import (
     mean_over_w,
     point_plot,
     quality_figure,
+    round_trip_figure,
 )
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
@@ -50,6 +52,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         for stage in all_stages(experiment)
         if (log := read_metrics(workdir / stage.name))
     }
+    round_trips = read_rows(workdir / "round_trip.csv", RoundTrip)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("guided_distill.report", ""),
         autoescape=True,
@@ -64,6 +67,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         quality=_figure_url(quality_figure(results)),
         losses=_figure_url(loss_figure(logs)),
         grids=_grids(workdir, results),
+        round_trips=_figure_url(round_trip_figure(round_trips)) if round_trips else None,
         columns=COLUMNS,
         results=[[_cell(value) for value in astuple(result)] for result in results],
     )

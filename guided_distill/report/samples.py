@@ -1,15 +1,17 @@
 """Samples of a stage as files: a picture to look at and the arrays to work with."""
 
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.pipeline import finished_stages
+from guided_distill.pipeline import finished_stages, read_config
 from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import sample
+from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import storage_error
 from guided_distill.training.trained import load_finished
 
@@ -32,7 +34,7 @@ def sample_to_files(
 ) -> tuple[epath.Path, epath.Path]:
     """Write a picture and an npz (image, label) of `count` samples; answer their paths.
 
-    stage: a stage's folder in the workdir; None for the last one that is finished. labels are gone
+    stage: a stage's folder in the workdir; None for the last finished one that samples. labels are gone
     through in turn; None for all classes. Raises UserError for a stage that isn't there, and as
     `sample` does.
     """
@@ -52,29 +54,50 @@ def sample_to_files(
         allow_untrained=allow_untrained,
     )
     stem = f"{epath.Path(trained.path).name}_w{w:g}_seed{seed}"
-    picture, arrays = out / f"{stem}.png", out / f"{stem}.npz"
+    arrays = {"image": images, "label": all_labels}
+    return write_files(
+        out, stem, drawn=images, colours=all_labels, columns=num_classes, arrays=arrays
+    )
+
+
+def write_files(
+    out: epath.Path,
+    stem: str,
+    *,
+    drawn: np.ndarray,
+    colours: np.ndarray,
+    columns: int,
+    arrays: Mapping[str, Any],
+) -> tuple[epath.Path, epath.Path]:
+    """Write out/stem.png and out/stem.npz, which holds `arrays`; answer their paths.
+
+    drawn: images [n, H, W, C], row by row, or points [n, 2] with a colour each. Raises UserError if the
+    folder can't be written.
+    """
+    picture, data = out / f"{stem}.png", out / f"{stem}.npz"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with picture.open("wb") as file:
-            _draw(file, images, all_labels, columns=num_classes)
-        with arrays.open("wb") as file:
-            np.savez_compressed(file, image=images, label=all_labels)
+            _draw(file, drawn, colours, columns=columns)
+        with data.open("wb") as file:
+            np.savez_compressed(file, **arrays)
     except OSError as error:
         raise storage_error(out, error) from error
-    return picture, arrays
+    return picture, data
 
 
-def _draw(file: IO[bytes], samples: np.ndarray, labels: np.ndarray, *, columns: int) -> None:
+def _draw(file: IO[bytes], samples: np.ndarray, colours: np.ndarray, *, columns: int) -> None:
     """Write a PNG: a grid of images [n, H, W, C], or a plot of points [n, 2]."""
     if samples.ndim == 2:
-        point_plot(samples, labels).savefig(file, format="png")
+        point_plot(samples, colours).savefig(file, format="png")
     else:
         scale = -(-SMALLEST_SIDE // samples.shape[1])
         image_grid(samples, columns=columns, scale=scale).save(file, "PNG")
 
 
 def _last_finished(workdir: epath.Path) -> str:
-    names = finished_stages(workdir)
+    encoders = {stage.name for stage in all_stages(read_config(workdir)) if stage.sampler == ENCODE}
+    names = [name for name in finished_stages(workdir) if name not in encoders]
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     return names[-1]

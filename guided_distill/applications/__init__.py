@@ -1,0 +1,1 @@
+"""What distilled models are used for."""

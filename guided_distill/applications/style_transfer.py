@@ -1,0 +1,144 @@
+"""Images of one domain made images of another, by way of the noise that both share.
+
+Dual implicit bridges (Su et al. 2022), as Meng et al. 2023 use them: the encoder student of domain A
+takes an image to noise, and the deterministic student of domain B takes this noise to an image. The two
+domains are two runs, or two classes of one.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from guided_distill.data.folder import read_images
+from guided_distill.data.source import Source
+from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.errors import UserError
+from guided_distill.pipeline import read_config
+from guided_distill.sampling import encode, sample
+from guided_distill.stages import all_stages
+from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.trained import Description, Trained, load_finished
+
+NEAREST_STEPS = 8
+"""Which round is taken unless one is named."""
+
+_READ_CHUNK = 256
+
+
+class Models(NamedTuple):
+    """The students of a transfer from domain A to B; returner: the decoder of A."""
+
+    encoder: Trained
+    returner: Trained
+    decoder: Trained
+
+
+class Transfer(NamedTuple):
+    """Arrays [n, *data_shape]: images, their noise, as they come back to their own class, and carried
+    over to the other one.
+    """
+
+    image: np.ndarray
+    noise: np.ndarray
+    returned: np.ndarray
+    transferred: np.ndarray
+
+
+def transfer(
+    models: Models,
+    images: np.ndarray,
+    *,
+    from_label: int,
+    to_label: int,
+    w_encode: float,
+    w: float,
+) -> Transfer:
+    """Encode images [n, *data_shape] at w_encode under from_label; decode at w under both labels.
+
+    Raises UserError if a model wasn't trained for what is asked.
+    """
+    own, other = (np.full(len(images), label, np.int32) for label in (from_label, to_label))
+    noise = encode(models.encoder, images, labels=own, w=w_encode)
+    returned = sample(models.returner, labels=own, w=w, noise=noise)
+    transferred = sample(models.decoder, labels=other, w=w, noise=noise)
+    return Transfer(images, noise, returned, transferred)
+
+
+def load_models(
+    workdir: epath.Path, to: epath.Path, *, encoder: str | None, decoder: str | None
+) -> Models:
+    """The encoder of the run in `workdir`, and the decoders of this run and of the one in `to`.
+
+    encoder, decoder: folders of stages, the decoder's in both runs; None for the finished round with N
+    nearest to `NEAREST_STEPS`. Raises UserError if there is none, or if the two runs' data differ in
+    shape.
+    """
+    models = Models(
+        encoder=load_finished(workdir / (encoder or _nearest_round(workdir, ENCODE))),
+        returner=load_finished(workdir / (decoder or _nearest_round(workdir, "ddim"))),
+        decoder=load_finished(to / (decoder or _nearest_round(to, "ddim"))),
+    )
+    if models.decoder.description.sampler == "stochastic":
+        raise UserError(
+            f"--decoder is {decoder}, which adds noise of its own: give a ddim student, such as "
+            f"halving_ddim_{NEAREST_STEPS}"
+        )
+    shapes = [each.description.data_shape for each in (models.encoder, models.decoder)]
+    if shapes[0] != shapes[1]:
+        here, there = (" x ".join(map(str, shape)) for shape in shapes)
+        raise UserError(
+            f"--workdir {workdir} has data of {here} and --to {to} of {there}: choose runs of one shape"
+        )
+    return models
+
+
+def _nearest_round(workdir: epath.Path, sampler: str) -> str:
+    rounds = [
+        stage
+        for stage in all_stages(read_config(workdir))
+        if stage.sampler == sampler and latest_step(workdir / stage.name) == stage.total_steps
+    ]
+    if not rounds:
+        raise UserError(
+            f"{workdir} has no finished round of the sampler {sampler}: train it with "
+            f"config.halving.samplers=('ddim', '{ENCODE}')"
+        )
+    return min(rounds, key=lambda stage: abs((stage.num_steps or 0) - NEAREST_STEPS)).name
+
+
+def class_index(text: str, about: Description, *, flag: str) -> int:
+    """The class that `text` names, or counts from 0. Raises UserError, naming the flag."""
+    names = about.class_names
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    raise UserError(
+        f"{flag} is {text!r}; give a number in 0 ... {len(names) - 1}, or one of "
+        f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+    )
+
+
+def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.ndarray:
+    """Up to `count` random images of a class. Raises UserError if it has none."""
+    order = np.random.default_rng(seed).permutation(source.size)
+    found: list[np.ndarray] = []
+    for start in range(0, source.size, _READ_CHUNK):
+        images, labels = source.read(order[start : start + _READ_CHUNK])
+        found.extend(images[labels == label])
+        if len(found) >= count:
+            break
+    if not found:
+        raise UserError(
+            f"--images data: the {source.split} split of {source.name} has nothing of class "
+            f"{source.class_names[label]}: choose another --from_label"
+        )
+    return np.stack(found[:count])
+
+
+def images_at(path: epath.Path, about: Description, *, count: int) -> np.ndarray:
+    """Up to `count` images of a file or folder. Raises UserError if there is none that can be read."""
+    if not about.network().of_images:
+        raise UserError(f"--images is {path}, but this run has points, not images: give data")
+    return read_images(path, shape=about.data_shape, limit=count)

@@ -1,0 +1,146 @@
+"""`round_trip.csv`: what is lost of an image that is encoded to noise and decoded again.
+
+Meng et al. 2023, the section on encoding: encoder and decoder students against DDIM run both ways.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from guided_distill.config import Evaluation, Experiment
+from guided_distill.data import sources
+from guided_distill.data.source import Source
+from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.evaluation.results import read_rows, write_rows
+from guided_distill.pipeline import read_config
+from guided_distill.sampling import encode, sample
+from guided_distill.stages import all_stages
+from guided_distill.training.progress import progress
+from guided_distill.training.trained import Trained, load_finished
+
+PLAIN_STEPS = 256
+"""Steps of plain DDIM at which hardly anything is lost."""
+
+MAX_IMAGES = 512
+"""Enough to know an error of this kind to a percent or two."""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """A row: encoder and decoder are folders of stages, both run in num_steps steps at weight w.
+
+    rms_error: root of the mean squared difference over all values of n test examples, pixels being in
+    [-1, 1]; seed: draws which examples, where the test split has more than n.
+    """
+
+    encoder: str
+    decoder: str
+    num_steps: int
+    w: float
+    rms_error: float
+    n: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int, float, int, int]:
+        """What was measured: two rows with one key measure the same thing."""
+        return (self.encoder, self.decoder, self.num_steps, self.w, self.n, self.seed)
+
+
+class Pair(NamedTuple):
+    """The two ways of a round trip: folders of stages, and their steps."""
+
+    encoder: str
+    decoder: str
+    num_steps: int
+
+
+def evaluate_round_trips(
+    workdir: epath.Path, settings: Evaluation | None = None
+) -> list[RoundTrip]:
+    """Write `round_trip.csv`, row by row; rows that are there already are kept.
+
+    settings: in place of the config's; its num_samples, batch_size, weights and seed count. A run that
+    has no encoder and decoder of the same number of steps has no rows, and no file. Raises UserError if
+    the folder holds no run, or a stage that is unfinished.
+    """
+    experiment = read_config(workdir)
+    settings = settings or experiment.evaluation
+    trips = [(pair, w) for pair in _pairs(workdir, experiment) for w in settings.weights]
+    if not trips:
+        return []
+    data = experiment.data
+    test = sources.load(data.name, split="test", image_size=data.image_size, seed=experiment.seed)
+    images, labels = _examples(test, settings)
+    path = workdir / "round_trip.csv"
+    rows = read_rows(path, RoundTrip)
+    known = {row.key for row in rows}
+    ways: dict[str, Trained] = {}
+    with progress("round trips", total=len(trips), unit="rows") as advance:
+        for done, (pair, w) in enumerate(trips, start=1):
+            words = ""
+            if (*pair, w, len(images), settings.seed) not in known:
+                names = (pair.encoder, pair.decoder)
+                ways = {name: ways.get(name) or load_finished(workdir / name) for name in names}
+                back = round_trip(
+                    ways[pair.encoder],
+                    ways[pair.decoder],
+                    images,
+                    labels=labels,
+                    w=w,
+                    num_steps=pair.num_steps,
+                    batch_size=settings.batch_size,
+                )
+                error = float(np.sqrt(np.mean(np.square(back - images))))
+                rows.append(RoundTrip(*pair, w, error, len(images), settings.seed))
+                write_rows(path, RoundTrip, rows)
+                words = f"{pair.encoder} {pair.decoder} N={pair.num_steps} w={w:g}: {error:.4f}"
+            advance(done, words)
+    return rows
+
+
+def round_trip(
+    encoder: Trained,
+    decoder: Trained,
+    images: np.ndarray,
+    *,
+    labels: np.ndarray,
+    w: float,
+    num_steps: int,
+    batch_size: int,
+) -> np.ndarray:
+    """The images [n, ...] as they come back, encoded and decoded in num_steps steps each at w."""
+    noise = encode(encoder, images, labels=labels, w=w, num_steps=num_steps, batch_size=batch_size)
+    return sample(
+        decoder, labels=labels, w=w, noise=noise, num_steps=num_steps, batch_size=batch_size
+    )
+
+
+def _pairs(workdir: epath.Path, experiment: Experiment) -> Iterator[Pair]:
+    """Students of each N that has both; then plain DDIM at the same N and at many steps."""
+    stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
+    encoders, decoders = (
+        {
+            stage.num_steps: stage.name
+            for stage in stages
+            if stage.sampler == sampler and stage.num_steps
+        }
+        for sampler in (ENCODE, "ddim")
+    )
+    both = [n for n in encoders if n in decoders]
+    if not both:
+        return
+    for n in both:
+        yield Pair(encoders[n], decoders[n], n)
+    plain = [stage.name for stage in stages if stage.num_steps is None]
+    for n in (*both, PLAIN_STEPS) if plain else ():
+        yield Pair(plain[-1], plain[-1], n)
+
+
+def _examples(test: Source, settings: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    count = min(settings.num_samples, test.size, MAX_IMAGES)
+    shuffled = np.random.default_rng(settings.seed).permutation(test.size)
+    return test.read(np.sort(shuffled[:count]))

@@ -1,0 +1,67 @@
+"""Style transfers as files: a figure to look at and the arrays to work with."""
+
+import numpy as np
+from etils import epath
+
+from guided_distill.applications.style_transfer import (
+    class_index,
+    images_at,
+    images_of_class,
+    load_models,
+    transfer,
+)
+from guided_distill.data import sources
+from guided_distill.errors import UserError
+from guided_distill.pipeline import read_config
+from guided_distill.report.samples import write_files
+
+
+def transfer_to_files(
+    workdir: epath.Path,
+    *,
+    to: epath.Path,
+    images: str,
+    from_label: str,
+    to_label: str,
+    encoder: str | None,
+    decoder: str | None,
+    w_encode: float,
+    w: float,
+    count: int,
+    seed: int,
+    out: epath.Path,
+) -> tuple[epath.Path, epath.Path]:
+    """Write a figure and an npz of images carried from the run in `workdir` to that in `to`.
+
+    The figure's rows: the images, as they come back under their own label, and transferred. images: a
+    file, a folder, or "data" for test images of from_label, which `seed` chooses; at most `count`.
+    Labels are names of classes, or their numbers. The npz holds the fields of `Transfer` and the two
+    labels. Answers the two paths. Raises UserError for what isn't there, and as `transfer` does.
+    """
+    if count < 1:
+        raise UserError(f"--num is {count}; ask for at least 1 image")
+    models = load_models(workdir, to, encoder=encoder, decoder=decoder)
+    about = models.encoder.description
+    own = class_index(from_label, about, flag="--from_label")
+    other = class_index(to_label, models.decoder.description, flag="--to_label")
+    if images == "data":
+        experiment = read_config(workdir)
+        data = experiment.data
+        test = sources.load(
+            data.name, split="test", image_size=data.image_size, seed=experiment.seed
+        )
+        originals = images_of_class(test, own, count=count, seed=seed)
+    else:
+        originals = images_at(epath.Path(images), about, count=count)
+    found = transfer(models, originals, from_label=own, to_label=other, w_encode=w_encode, w=w)
+    names = [epath.Path(each.path).name for each in (models.encoder, models.decoder)]
+    target = f"{other}" if to == workdir else f"{to.name}_{other}"
+    rows = (found.image, found.returned, found.transferred)
+    return write_files(
+        out,
+        f"{own}_to_{target}_{'_'.join(names)}_w{w_encode:g}_{w:g}_seed{seed}",
+        drawn=np.concatenate(rows),
+        colours=np.repeat(np.arange(len(rows)), len(originals)),
+        columns=len(originals),
+        arrays={**found._asdict(), "from_label": np.asarray(own), "to_label": np.asarray(other)},
+    )
