@@ -1,6 +1,6 @@
 """Encoders of Gaussian data, where the exact denoiser and the exact flow to noise are known.
 
-z_t has mean alpha mu and variance alpha^2 s^2 + sigma^2, and the flow keeps (z_t - mean) / deviation. So x
+z_t has mean alpha mu and variance alpha^2 s^2 + sigma^2; the flow keeps (z_t - mean) / deviation. So x
 goes to z_1 = (x - mu) / s, but for the ends of the schedule.
 """
 
