@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,34 +71,9 @@ def compiled_noise(data_shape: tuple[int, ...], mesh: Mesh) -> CompiledNoise:
     return jax.jit(draw, in_shardings=(replicated(mesh), split), out_shardings=(split, split))
 
 
-def sample(
-    trained: Trained,
-    *,
-    labels: np.ndarray,
-    w: float,
-    noise: np.ndarray | None = None,
-    num_steps: int | None = None,
-    sampler: str | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    allow_untrained: bool = False,
-) -> np.ndarray:
-    """One sample for each of `labels` [n]: float32 [n, *data_shape], images in [-1, 1].
-
-    All of `sample_batches` in one array.
-    """
-    batches = sample_batches(
-        trained,
-        labels=labels,
-        w=w,
-        noise=noise,
-        num_steps=num_steps,
-        sampler=sampler,
-        seed=seed,
-        batch_size=batch_size,
-        allow_untrained=allow_untrained,
-    )
-    return np.concatenate(list(batches))
+def sample(trained: Trained, **request: Any) -> np.ndarray:
+    """All that `sample_batches` yields for the same arguments, in one array [n, *data_shape]."""
+    return np.concatenate(list(sample_batches(trained, **request)))
 
 
 def sample_batches(
