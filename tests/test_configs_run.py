@@ -15,19 +15,15 @@ from guided_distill.evaluation.results import read_results
 from guided_distill.stages import all_stages
 
 FOLDER = Path(__file__).parents[1] / "configs"
-TINY = {"model.options.width": 16, "model.options.depth": 1, "model.options.embedding_width": 16}
-TINY_UNET = {
-    "model.options.width": 8,
-    "model.options.channel_multipliers": (1, 2),
-    "model.options.blocks_per_level": 1,
-    "model.options.head_width": 8,
-    "model.options.embedding_width": 16,
-}
-# The U-Net takes a minute to compile for each stage: its first one stands for all.
+# U-Nets take longest to compile: their first stage stands for all.
+TEACHER_ALONE = {"stage": "teacher"}
 RUNS = {
-    "mixture2d.py:runlocal": TINY,
-    "photo10.py:runlocal": {**TINY, "model.options.patch_size": 8},
-    "photo10.py:unet,runlocal": {**TINY_UNET, "stage": "teacher"},
+    "mixture2d.py:runlocal": {},
+    "photo10.py:runlocal": {},
+    "photo10.py:unet,runlocal": TEACHER_ALONE,
+    "cifar10_small.py:runlocal": TEACHER_ALONE,
+    "cifar10.py:runlocal": TEACHER_ALONE,
+    "imagenet64.py:runlocal": TEACHER_ALONE,
 }
 
 
