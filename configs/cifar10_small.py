@@ -13,12 +13,12 @@ one (see guided_distill/config.py, Experiment).
 
 import ml_collections
 
-from guided_distill.config import default_config, shrink
+from guided_distill.config import default_config
+from guided_distill.recipes import as_variant
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
-    variants = variant.split(",")
     config = default_config()
     config.data.name = "npz:data/cifar10_jpeg_{split}.npz"
     config.data.image_size = 16
@@ -55,17 +55,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.samplers = ("ddim", "stochastic", "encode")
     config.evaluation.num_samples = 2048
     config.evaluation.teacher_num_steps = (4, 8, 16, 64, 256)
-    if "single_w" in variants:
-        config.guidance.w_min = config.guidance.w_max = 1.0
+    if "single_w" in variant:
         config.guidance.steps = 2000
-    if "two_student" in variants:
-        config.method = "two_student"
-    if "naive" in variants:
-        config.method = "naive"
-        config.guidance.w_min = config.guidance.w_max = 1.0
-    if {"single_w", "two_student", "naive"} & set(variants):
-        config.halving.samplers = ("ddim",)
-        config.evaluation.teacher_num_steps = ()
-    if {"single_w", "naive"} & set(variants):
-        config.evaluation.weights = (1.0,)
-    return shrink(config) if "runlocal" in variants else config
+    return as_variant(config, variant, single_w=1.0)

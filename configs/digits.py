@@ -7,7 +7,8 @@ Variant "long" trains and measures more: it made docs/results/digits.csv.
 
 import ml_collections
 
-from guided_distill.config import default_config, shrink
+from guided_distill.config import default_config
+from guided_distill.recipes import shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -9,7 +9,8 @@ Variant "unet" has a small U-Net in its place.
 
 import ml_collections
 
-from guided_distill.config import default_config, shrink
+from guided_distill.config import default_config
+from guided_distill.recipes import shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

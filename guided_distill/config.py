@@ -181,21 +181,6 @@ def default_config() -> ml_collections.ConfigDict:
     return to_config_dict(Experiment())
 
 
-def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same experiment in seconds on a laptop: every stage and round, a few updates each."""
-    for stage in STAGES:
-        config[stage].update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
-    first, last = config.halving.first_num_steps, config.halving.last_num_steps
-    while first > 2 * last:
-        first //= 2
-    config.halving.first_num_steps = first
-    config.steps_per_dispatch = config.log_every = config.checkpoint_every = 2
-    config.evaluation.update(
-        {"num_samples": 32, "batch_size": 16, "teacher_num_steps": (2, 4), "weights": (0.0, 1.0)}
-    )
-    return config
-
-
 def to_config_dict(experiment: Experiment) -> ml_collections.ConfigDict:
     """The ConfigDict of a parsed experiment; `parse` is its inverse."""
     return _config_dict_of(experiment).lock()

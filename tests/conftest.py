@@ -26,9 +26,7 @@ matplotlib.use("Agg")
 def tiny_arguments() -> list[str]:
     """The arguments that name the tiny config on the command line: every stage in seconds."""
     file = Path(__file__).parents[1] / "configs" / "digits.py"
-    options = {"width": 16, "depth": 1, "embedding_width": 16}
-    overrides = [f"--config.model.options.{name}={value}" for name, value in options.items()]
-    return ["--config", f"{file}:runlocal", *overrides]
+    return ["--config", f"{file}:runlocal"]
 
 
 @pytest.fixture(scope="session")

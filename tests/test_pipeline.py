@@ -23,9 +23,6 @@ from guided_distill.training.trained import load_finished
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
 TINY = {
-    "model.options.width": 16,
-    "model.options.depth": 1,
-    "model.options.embedding_width": 16,
     "halving.first_num_steps": 4,
     "halving.samplers": "('ddim','stochastic','encode')",
     "teacher.steps": 12,
