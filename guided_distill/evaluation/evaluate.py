@@ -176,6 +176,10 @@ def _settings(experiment: Experiment, request: Request) -> Evaluation:
         **{key: value for key, value in changes.items() if value is not None},
     )
     check_extractor("--extractor", settings.extractor)
+    if request.reference is not None and not request.reference.is_file():
+        raise UserError(
+            f"--reference {request.reference} is not a file: name one of statistics, .npz"
+        )
     if settings.num_samples < FEWEST_SAMPLES:
         raise UserError(
             f"--num_samples is {settings.num_samples}: measure at least {FEWEST_SAMPLES} samples"

@@ -68,10 +68,8 @@ def training_reference(source: Source, extractor: Extractor, folder: epath.Path)
 def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Reference:
     """The reference of a file that the user names.
 
-    Raises UserError if the file is missing or damaged, or of another extractor or image size.
+    Raises UserError if the file is damaged, or of another extractor or image size.
     """
-    if not path.is_file():
-        raise UserError(f"--reference {path} is not a file: name one of statistics, .npz")
     fields = _read(path)
     if {"mu", "sigma"} <= fields.keys():
         mean, covariance = (np.asarray(fields[key], np.float64) for key in ("mu", "sigma"))

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from guided_distill.data.pixels import to_uint8
-from guided_distill.evaluation.results import Result
+from guided_distill.evaluation.results import Result, metric_name
 from guided_distill.evaluation.round_trip import RoundTrip
 
 GAP = 8
@@ -46,22 +46,31 @@ def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str],
     for result in results:
         if result.sampler is not None and result.num_steps is not None:
             curve = values.setdefault((result.stage, result.sampler), {})
-            curve.setdefault(result.num_steps, []).append(getattr(result, column))
+            value = getattr(result, column)
+            curve.setdefault(result.num_steps, []).append(np.nan if value is None else value)
     return {
         name: {n: float(np.mean(each)) for n, each in sorted(curve.items())}
         for name, curve in values.items()
     }
 
 
-_COLUMNS = {"fd": "Fréchet distance (lower is better)", "accuracy": "class accuracy"}
 _STYLES = {"teacher": "s--", "guidance": "D", "halving": "o-"}
 _WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
 
 
 def quality_figure(results: Sequence[Result]) -> Figure:
-    """Distance and accuracy against steps, averaged over w; the real-against-real floor dashed."""
+    """Distance and accuracy against steps, averaged over w; the real-against-real floor dotted.
+
+    Results are of one extractor. The Inception Score stands in for an accuracy that it can't tell.
+    """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    for axes, (column, words) in zip(figure.subplots(1, 2), _COLUMNS.items(), strict=True):
+    extractor = results[0].extractor
+    columns = {"fd": f"{metric_name('fd', extractor)} (lower is better)"}
+    if all(result.accuracy is None for result in results):
+        columns["inception_score"] = metric_name("inception_score", extractor)
+    else:
+        columns["accuracy"] = "class accuracy"
+    for axes, (column, words) in zip(figure.subplots(1, 2), columns.items(), strict=True):
         curves = mean_over_w(results, column)
         for (stage, sampler), curve in curves.items():
             label = f"{_WORDS[stage]}, {sampler}"

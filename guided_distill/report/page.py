@@ -14,7 +14,14 @@ from PIL import Image
 
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, Result, read_results, read_rows
+from guided_distill.evaluation.results import (
+    COLUMNS,
+    Result,
+    comparable,
+    metric_name,
+    read_results,
+    read_rows,
+)
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pipeline import read_config
 from guided_distill.report.figures import (
@@ -47,6 +54,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         raise UserError(
             f"{workdir} has no results.csv: run `guided-distill evaluate --workdir {workdir}` first"
         )
+    shown = comparable(results, experiment.evaluation.extractor)
     logs = {
         stage.name: log
         for stage in all_stages(experiment)
@@ -60,13 +68,13 @@ def write_report(workdir: epath.Path) -> epath.Path:
     )
     page = environment.get_template("page.html.jinja").render(
         title=f"guided_distill: {experiment.data.name}",
-        headline=headline(results),
+        headline=headline(shown),
         config=experiment,
         config_text=json.dumps(asdict(experiment), indent=2),
         stages=_stages(experiment, logs),
-        quality=_figure_url(quality_figure(results)),
+        quality=_figure_url(quality_figure(shown)),
         losses=_figure_url(loss_figure(logs)),
-        grids=_grids(workdir, results),
+        grids=_grids(workdir, shown),
         round_trips=_figure_url(round_trip_figure(round_trips)) if round_trips else None,
         columns=COLUMNS,
         results=[[_cell(value) for value in astuple(result)] for result in results],
@@ -77,7 +85,10 @@ def write_report(workdir: epath.Path) -> epath.Path:
 
 
 def headline(results: list[Result]) -> str:
-    """The run in a sentence: a few-step student beside its teacher at most steps, mean over w."""
+    """The run in a sentence: a few-step student beside its teacher at most steps, mean over w.
+
+    results: those of one extractor (`comparable`).
+    """
     distances = mean_over_w(results, "fd")
     teacher = distances.get(("teacher", "ddim"), {})
     students = [curve for (stage, _), curve in distances.items() if stage == "halving"]
@@ -87,10 +98,12 @@ def headline(results: list[Result]) -> str:
     best = min(teacher, key=lambda n: teacher[n])
     few = min(students[0], key=lambda n: abs(n - FEW_STEPS))
     at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
+    counts = sorted({result.n for result in results if result.stage != "real"})
     return (
-        f"The {few}-step student, with {few} network calls a sample: Fréchet distance "
-        f"{students[0][few]:.3f}. Its teacher: {teacher[most]:.3f} at {most} steps, {2 * most} calls"
-        f"{at_best}. Means over the guidance weights."
+        f"The {few}-step student, with {few} network calls a sample: "
+        f"{metric_name('fd', results[0].extractor)} {students[0][few]:.3f}. Its teacher: "
+        f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. Means over the guidance "
+        f"weights, of n = {' or '.join(map(str, counts))} samples each."
     )
 
 

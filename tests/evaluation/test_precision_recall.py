@@ -117,3 +117,33 @@ def test_input_that_makes_no_manifold():
         Manifold.from_features(np.full((5, 2), np.nan))
     with pytest.raises(UserError, match="same dimension, got 2 and 3"):
         compare(np.zeros((5, 2)), np.zeros((5, 3)))
+
+
+def test_devices_make_no_difference(mesh_of):
+    rng = np.random.default_rng(7)
+    real, generated = rng.normal(size=(1100, 5)), rng.normal(size=(1050, 5)) * 1.1 + 0.4
+    found = []
+    for count in (1, 4):
+        mesh = mesh_of(count)
+        manifolds = [Manifold.from_features(each, mesh=mesh) for each in (real, generated)]
+        found.append((manifolds[0].squared_radii, precision_recall(*manifolds, mesh=mesh)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert 0.1 < found[0][1].precision < 0.95
+
+
+def test_what_float32_cannot_tell_apart():
+    # Clusters of points at 1e-6 of their distance from each other.
+    rng = np.random.default_rng(8)
+    centres = rng.normal(size=(10, 1, 4))
+    real, generated = (
+        (centres + 1e-6 * rng.normal(size=(10, 30, 4))).reshape(-1, 4) for _ in range(2)
+    )
+    distances = np.linalg.norm(real[:, None] - generated, axis=2)
+    real_radii, generated_radii = (cKDTree(x).query(x, k=4)[0][:, 3] for x in (real, generated))
+    found = Manifold.from_features(real).squared_radii
+    np.testing.assert_allclose(found, real_radii**2, rtol=1e-6)
+    realistic = (distances <= real_radii[:, None]).any(axis=0)
+    covered = (distances <= generated_radii).any(axis=1)
+    assert 0.3 < realistic.mean() < 1
+    assert compare(real, generated) == (realistic.mean(), covered.mean())
