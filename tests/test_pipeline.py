@@ -18,7 +18,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, read_results, write_rows
 from guided_distill.evaluation.round_trip import RoundTrip, evaluate_round_trips
 from guided_distill.report.page import headline, write_report
-from guided_distill.sampling import cycling_labels, sample
+from guided_distill.sampling import cycling_labels, encode, sample
 from guided_distill.training.trained import load_finished
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
@@ -253,6 +253,9 @@ def test_transfer_carries_images_through_their_noise(finished, tmp_path):
     for image in found["image"]:
         assert any(np.array_equal(image, each) for each in of_class)
     noise, decoder = found["noise"], weights(finished, "halving_ddim_4")
+    encoder, own = weights(finished, "halving_encode_4"), np.full(3, 7)
+    expected = encode(encoder, found["image"], labels=own, w=0.0)
+    np.testing.assert_allclose(noise, expected, atol=1e-4)
     for name, label in (("returned", 7), ("transferred", 5)):
         expected = sample(decoder, labels=np.full(3, label), w=1.0, noise=noise)
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
