@@ -10,7 +10,7 @@ from PIL import Image
 
 from guided_distill import cli, pipeline
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, read_results
+from guided_distill.evaluation.results import COLUMNS, comparable, read_results
 from guided_distill.report.page import headline, write_report
 from guided_distill.sampling import cycling_labels, sample
 from guided_distill.training.trained import load_finished
@@ -188,8 +188,22 @@ def test_evaluate_and_report(finished, capsys):
     assert again[:-2] == results[:-2]
     assert [result.fd for result in again] == pytest.approx([r.fd for r in results], rel=1e-4)
 
+    flags = ["--num_samples", "40", "--w", "1,3", "--stages", "teacher,halving_ddim_1"]
+    assert cli.main(["evaluate", "--workdir", str(finished), *flags, "--num_steps", "3"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("n = 40") == 2
+    with_flags = read_results(epath.Path(finished) / "results.csv")
+    assert with_flags[: len(again)] == again
+    assert {(each.stage, each.num_steps, each.w, each.n) for each in with_flags[len(again) :]} == {
+        (stage, num_steps, w, 40)
+        for stage, num_steps in (("teacher", 3), ("halving", 1))
+        for w in (1.0, 3.0)
+    }
+    assert not list((finished / "evaluation").rglob("*.npz"))
+
     page = write_report(epath.Path(finished)).read_text()
-    assert headline(again) in page
+    assert headline(comparable(with_flags, "classifier")) in page
+    assert "of n = 32 or 40 samples" in page
     assert "http" not in page.split("<pre>")[0]
     assert page.count("<img") == page.count("alt=")
     assert page.count("data:image/png;base64,") >= 10
@@ -248,6 +262,26 @@ def test_bad_images_are_one_sentence(tmp_path, capsys, pictures, said):
     assert train(tmp_path / "run", f"--config.data.name=folder:{folder}") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("guided-distill: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--extractor", "vgg"], "--extractor is 'vgg'; choose one of classifier, lite0"),
+        (["--extractor", "inception:"], "--extractor is 'inception:'"),
+        (["--num_samples", "3"], "--num_samples is 3"),
+        (["--num_steps", "4,0"], "--num_steps holds 0"),
+        (["--w", "1,9"], "--w holds 9.0"),
+        (["--w", "high"], "--w is 'high'"),
+        (["--stages", "teacher,halving_ddim_8"], "--stages names halving_ddim_8"),
+        (["--reference", "nothing.npz"], "--reference nothing.npz is not a file"),
+        (["--extractor", "inception:nothing.pth"], "no weights file nothing.pth"),
+    ],
+)
+def test_evaluate_names_the_flag_that_is_wrong(finished, capsys, arguments, said):
+    assert cli.main(["evaluate", "--workdir", str(finished), *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
 
 
