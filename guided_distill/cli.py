@@ -249,7 +249,8 @@ def _transfer(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.evaluation.evaluate import Request, evaluate
+    from guided_distill.evaluation.evaluate import evaluate
+    from guided_distill.evaluation.tasks import Request
 
     request = Request(
         extractor=options.extractor,

@@ -15,8 +15,8 @@ from guided_distill.applications import style_transfer
 from guided_distill.data import sources
 from guided_distill.diffusion import samplers
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, read_results, write_rows
-from guided_distill.evaluation.round_trip import RoundTrip, evaluate_round_trips
+from guided_distill.evaluation.results import COLUMNS, comparable, read_results
+from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report.page import headline, write_report
 from guided_distill.sampling import cycling_labels, encode, sample
 from guided_distill.training.trained import load_finished
@@ -350,11 +350,23 @@ def test_evaluate_and_report(finished, capsys):
     assert again[:-2] == results[:-2]
     assert [result.fd for result in again] == pytest.approx([r.fd for r in results], rel=1e-4)
 
-    rows = [RoundTrip("guidance", "guidance", n, 1.0, 0.1 * n, 8, 0) for n in (1, 256)]
-    write_rows(epath.Path(finished) / "round_trip.csv", RoundTrip, rows)
+    flags = ["--num_samples", "40", "--w", "1,3", "--stages", "teacher,halving_ddim_1"]
+    assert cli.main(["evaluate", "--workdir", str(finished), *flags, "--num_steps", "3"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("n = 40") == 2
+    with_flags = read_results(epath.Path(finished) / "results.csv")
+    assert with_flags[: len(again)] == again
+    assert {(each.stage, each.num_steps, each.w, each.n) for each in with_flags[len(again) :]} == {
+        (stage, num_steps, w, 40)
+        for stage, num_steps in (("teacher", 3), ("halving", 1))
+        for w in (1.0, 3.0)
+    }
+    assert not list((finished / "evaluation").rglob("*.npz"))
+
     page = write_report(epath.Path(finished)).read_text()
     assert "Encoding and decoding" in page
-    assert headline(again) in page
+    assert headline(comparable(with_flags, "classifier")) in page
+    assert "of n = 32 or 40 samples" in page
     assert "http" not in page.split("<pre>")[0]
     assert page.count("<img") == page.count("alt=")
     assert page.count("data:image/png;base64,") >= 10
@@ -416,7 +428,27 @@ def test_bad_images_are_one_sentence(tmp_path, capsys, pictures, said):
     assert said in line
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "transfer", "evaluate", "report"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--extractor", "vgg"], "--extractor is 'vgg'; choose one of classifier, lite0"),
+        (["--extractor", "inception:"], "--extractor is 'inception:'"),
+        (["--num_samples", "3"], "--num_samples is 3"),
+        (["--num_steps", "4,0"], "--num_steps holds 0"),
+        (["--w", "1,9"], "--w holds 9.0"),
+        (["--w", "high"], "--w is 'high'"),
+        (["--stages", "teacher,halving_ddim_8"], "--stages names halving_ddim_8"),
+        (["--reference", "nothing.npz"], "--reference nothing.npz is not a file"),
+        (["--extractor", "inception:nothing.pth"], "no weights file nothing.pth"),
+    ],
+)
+def test_evaluate_names_the_flag_that_is_wrong(finished, capsys, arguments, said):
+    assert cli.main(["evaluate", "--workdir", str(finished), *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "transfer", "evaluate", "report", "export"])
 def test_help_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([verb, "--help"])

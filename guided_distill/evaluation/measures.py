@@ -9,6 +9,7 @@ from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
 from guided_distill.evaluation.inception_score import SPLITS, InceptionScore
 from guided_distill.evaluation.kid import kernel_distance
+from guided_distill.evaluation.outputs import Outputs
 from guided_distill.evaluation.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.reference import MAX_FEATURES, Reference
 
@@ -30,24 +31,18 @@ class Measures:
 
 
 def measure(
-    chunks: Iterable[tuple[np.ndarray, np.ndarray]],
-    *,
-    count: int,
-    extractor: Extractor,
-    reference: Reference,
+    outputs: Iterable[Outputs], *, count: int, extractor: Extractor, reference: Reference
 ) -> Measures:
-    """Measures of `count` samples that come in chunks: (samples [n, ...], their classes [n]).
+    """Measures of `count` samples, from what the extractor says of them, some at a time.
 
-    No chunk is kept, only its features. KID, precision and recall need features of the reference and
-    are None where it has only a mean and a covariance; the last two look at the first 10,000 samples.
-    accuracy is the share of samples that are given their class, None unless the extractor's classes are
-    the data's own.
+    KID, precision and recall need features of the reference and are None where it has only a mean and
+    a covariance; the last two look at the first 10,000 samples. accuracy is the share of samples that
+    are given their class, None unless the extractor's classes are the data's own.
     """
     statistics = FeatureStatistics.empty(extractor.width)
     score: InceptionScore | None = None
     kept, correct = [], 0
-    for samples, labels in chunks:
-        features, logits = extractor(samples)
+    for features, logits, labels in outputs:
         statistics = statistics.accumulate(features)
         score = (score or InceptionScore.empty(count, logits.shape[1])).accumulate(logits)
         correct += int((logits.argmax(axis=1) == labels).sum())

@@ -22,7 +22,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics
 from guided_distill.evaluation.precision_recall import Manifold
-from guided_distill.training.checkpoints import storage_error
+from guided_distill.training.checkpoints import write_bytes
 from guided_distill.training.progress import progress
 
 MAX_EXAMPLES = 50_000
@@ -173,13 +173,7 @@ def _write(path: epath.Path, reference: Reference, about: Mapping[str, str]) -> 
     }
     data = io.BytesIO()
     np.savez(data, allow_pickle=False, **fields, checksum=np.asarray(_checksum(fields)))
-    part = path.parent / f"{path.name}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data.getvalue())
-        part.replace(path)
-    except OSError as error:
-        raise storage_error(path, error) from error
+    write_bytes(path, data.getvalue())
 
 
 def _check_width(

@@ -32,10 +32,15 @@ def abstract(tree: Any, sharding: Sharding) -> Any:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Write a small file whole or not at all. Raises UserError if it can't be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """As `write_text`, of bytes."""
     part = path.parent / f"{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
+        part.write_bytes(data)
         part.replace(path)
     except OSError as error:
         raise storage_error(path, error) from error

@@ -1,0 +1,136 @@
+"""All measures of a stream of outputs, and what is said of them."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from guided_distill.evaluation import outputs as outputs_module
+from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
+from guided_distill.evaluation.kid import kernel_distance
+from guided_distill.evaluation.measures import caveats, measure
+from guided_distill.evaluation.outputs import Outputs, RowOutputs
+from guided_distill.evaluation.precision_recall import Manifold, precision_recall
+from guided_distill.evaluation.reference import Reference
+
+RNG = np.random.default_rng(0)
+REAL = RNG.normal(size=(90, 3))
+SAMPLES = (RNG.normal(size=(80, 3)) + 0.5).astype(np.float32)
+LABELS = np.arange(80) % 2
+
+
+def extractor_of(*, own_classes=True):
+    return Extractor(
+        name="test",
+        width=3,
+        own_classes=own_classes,
+        apply=lambda params, x: (x, jnp.stack([x[:, 0], -x[:, 0]], axis=1)),
+        params=np.float32(0),
+        batch_size=16,
+    )
+
+
+def reference_of(features=REAL):
+    return Reference(FeatureStatistics.from_features(REAL), features)
+
+
+def in_chunks(size, extractor):
+    for start in range(0, len(SAMPLES), size):
+        rows = slice(start, start + size)
+        yield Outputs(*extractor(SAMPLES[rows]), LABELS[rows])
+
+
+def test_a_stream_in_any_chunks_is_measured_as_the_whole():
+    extractor = extractor_of()
+    found = measure(
+        in_chunks(80, extractor), count=80, extractor=extractor, reference=reference_of()
+    )
+    statistics = [FeatureStatistics.from_features(each) for each in (REAL, SAMPLES)]
+    manifolds = [Manifold.from_features(each) for each in (REAL, SAMPLES)]
+    assert found.n == 80
+    assert found.fd == pytest.approx(frechet_distance(*statistics))
+    assert found.kid == pytest.approx(kernel_distance(REAL, SAMPLES))
+    assert (found.precision, found.recall) == precision_recall(*manifolds)
+    assert found.accuracy == np.mean((SAMPLES[:, 0] < 0) == LABELS)
+    assert 1 < found.inception_score < 2
+    for size in (7, 40):
+        chunks = in_chunks(size, extractor)
+        again = measure(chunks, count=80, extractor=extractor, reference=reference_of())
+        assert again.fd == pytest.approx(found.fd)
+        assert again.inception_score == pytest.approx(found.inception_score)
+        assert (again.kid, again.recall, again.accuracy) == (
+            pytest.approx(found.kid),
+            found.recall,
+            found.accuracy,
+        )
+
+
+def test_what_cannot_be_told_is_none():
+    extractor = extractor_of(own_classes=False)
+    found = measure(
+        in_chunks(30, extractor), count=80, extractor=extractor, reference=reference_of(None)
+    )
+    assert (found.kid, found.precision, found.recall, found.accuracy) == (None,) * 4
+    assert found.fd > 0
+
+
+def test_caveats_say_what_holds():
+    assert caveats(50_000, 2048) == []
+    (few,) = caveats(10_000, 1280)
+    assert "published" in few
+    _, rank = caveats(1280, 1280)
+    assert "rank-deficient" in rank
+    assert "unbiased" in rank
+
+
+class Cut(Exception):
+    pass
+
+
+def drawing(drawn, *, batch, cut_at=None):
+    """Draws SAMPLES, notes the indices drawn, and breaks off at one."""
+
+    def draw(start):
+        while start < len(SAMPLES):
+            if cut_at is not None and start >= cut_at:
+                raise Cut
+            drawn.extend(range(start, min(start + batch, len(SAMPLES))))
+            yield SAMPLES[start : start + batch]
+            start += batch
+
+    return draw
+
+
+def test_a_cut_row_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs_module, "SECONDS_BETWEEN_PARTS", 0.0)
+    monkeypatch.setattr(outputs_module, "KEPT_SAMPLES", 15)
+    # A clock that is a second later whenever it is looked at.
+    monkeypatch.setattr(outputs_module.time, "perf_counter", itertools.count().__next__)
+    places = {
+        "parts": epath.Path(tmp_path) / "parts",
+        "pictures": epath.Path(tmp_path) / "samples" / "row.npz",
+    }
+    drawn = []
+
+    def row(**how):
+        return RowOutputs(drawing(drawn, **how), LABELS, extractor_of(), **places)
+
+    for how in ({"batch": 10, "cut_at": 10}, {"batch": 10, "cut_at": 50}):
+        with pytest.raises(Cut):
+            list(row(**how))
+    assert drawn == [*range(10), *range(50)], "the pictures' samples must be drawn again"
+    again = row(batch=13)
+    outputs = list(again)
+    assert drawn[60:] == list(range(50, 80))
+    assert again.seconds == 5 + 4, "of five draws that were kept, three more and the end"
+    np.testing.assert_array_equal(np.concatenate([each.features for each in outputs]), SAMPLES)
+    np.testing.assert_array_equal(np.concatenate([each.labels for each in outputs]), LABELS)
+    assert all(len(each.logits) == len(each.labels) for each in outputs)
+    with np.load(places["pictures"]) as pictures:
+        np.testing.assert_array_equal(pictures["image"], SAMPLES[:15])
+        np.testing.assert_array_equal(pictures["label"], LABELS[:15])
+    again.remove_parts()
+    assert not places["parts"].exists()

@@ -1,0 +1,88 @@
+"""results.csv: written, read, and narrowed to rows that may be compared."""
+
+import dataclasses
+
+import pytest
+from etils import epath
+
+from guided_distill.evaluation.results import (
+    COLUMNS,
+    Result,
+    comparable,
+    metric_name,
+    read_results,
+    write_results,
+)
+
+RESULT = Result(
+    stage="halving",
+    sampler="ddim",
+    num_steps=4,
+    w=0.5,
+    fd=1.25,
+    kid=-0.5,
+    precision=0.5,
+    recall=0.25,
+    accuracy=0.75,
+    n=1024,
+    seed=0,
+    seconds=2.5,
+    network_calls=4,
+    extractor="classifier-64d",
+    inception_score=3.5,
+)
+
+
+def row(**changes):
+    return dataclasses.replace(RESULT, **changes)
+
+
+def test_rows_are_read_as_written(tmp_path):
+    empty = row(kid=None, precision=None, recall=None, accuracy=None, seconds=None)
+    write_results(epath.Path(tmp_path / "results.csv"), [RESULT, empty])
+    assert read_results(epath.Path(tmp_path / "results.csv")) == [RESULT, empty]
+
+
+def test_files_without_an_inception_score_are_read(tmp_path):
+    file = epath.Path(tmp_path / "results.csv")
+    write_results(file, [RESULT])
+    assert COLUMNS[-1] == "inception_score"
+    lines = [line.rpartition(",")[0] for line in file.read_text().splitlines()]
+    file.write_text("\n".join(lines) + "\n")
+    assert read_results(file) == [row(inception_score=None)]
+
+
+@pytest.mark.parametrize("field", ["extractor", "n", "seed", "w", "stage"])
+def test_a_row_is_known_by(field):
+    other = {"extractor": "lite0-64", "n": 5, "seed": 1, "w": 0.0, "stage": "teacher"}[field]
+    assert row(**{field: other}).key != RESULT.key
+    assert row(fd=7.0).key == RESULT.key
+
+
+@pytest.mark.parametrize(
+    ("extractor", "names"),
+    [
+        ("lite0-64", ("FD-Lite0", "KID-Lite0", "IS-Lite0")),
+        ("lite0-224-0123abcd@cifar", ("FD-Lite0", "KID-Lite0", "IS-Lite0")),
+        ("inception-6726825d", ("FID", "KID", "Inception Score")),
+        ("classifier-64d", ("Fréchet distance", "kernel distance", "class score")),
+        ("coordinates", ("Fréchet distance", "kernel distance", "class score")),
+    ],
+)
+def test_metrics_are_called_by_their_names(extractor, names):
+    columns = ("fd", "kid", "inception_score")
+    assert tuple(metric_name(column, extractor) for column in columns) == names
+
+
+def test_only_rows_of_one_extractor_and_most_samples_are_compared():
+    few, many = row(extractor="lite0-64", n=300), row(extractor="lite0-64", n=9000)
+    other_w = row(extractor="lite0-64", n=300, w=2.0)
+    results = [many, few, other_w, RESULT]
+    assert comparable(results, "lite0") == [many, other_w]
+    assert comparable(results[::-1], "lite0:some/file") == [other_w, many]
+    assert comparable(results, "classifier") == [RESULT]
+    assert comparable([many, other_w], "classifier") == [many, other_w]
+    points = row(extractor="coordinates")
+    assert comparable([points, many], "classifier") == [points]
+    assert comparable([row(extractor="lite0-224", w=3.0), many], "lite0") == [many]
+    assert comparable([], "classifier") == []
