@@ -187,12 +187,13 @@ def inception_extractor(shape: tuple[int, ...], path: str) -> Extractor:
     """
     check_images("inception", shape)
     file = epath.Path(path)
+    params = inception_params(file)
     return Extractor(
         name=f"inception-{fingerprint(file)}",
         width=FEATURES,
         own_classes=False,
         apply=_apply,
-        params=inception_params(file),
+        params=params,
         batch_size=BATCH,
     )
 
