@@ -129,6 +129,44 @@ def test_rounds_from_another_runs_stage_are_those_of_one_run(finished, tmp_path,
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+BASELINES = {
+    "single_w": {"guidance.w_min": 0.3, "guidance.w_max": 0.3},
+    "naive": {"method": "naive", "guidance.w_min": 0.3, "guidance.w_max": 0.3},
+    "two_student": {"method": "two_student"},
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_go_from_the_shared_teacher_to_samples(finished, tmp_path, capsys, name):
+    changes = BASELINES[name] | {
+        "start_from": finished / "teacher",
+        "halving.first_num_steps": 1,
+        "halving.samplers": "('ddim',)",
+        "evaluation.weights": "(0.3,)",
+    }
+    arguments = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    command = ["train", "--config", f"{DIGITS}:runlocal", "--workdir", str(tmp_path)]
+    assert cli.main([*command, *arguments]) == 0
+    stages = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert stages == {"halving_ddim_1"} | ({"guidance"} if name == "single_w" else set())
+
+    student = weights(tmp_path, "halving_ddim_1")
+    about, teacher = student.description, weights(finished, "teacher")
+    guided = name != "two_student"
+    assert (about.w_min, about.w_max) == ((0.3, 0.3) if guided else (None, None))
+    assert (flat(student.params).keys() > flat(teacher.params).keys()) == guided
+
+    command = ["sample", "--workdir", str(tmp_path), "--num", "3", "--out", str(tmp_path)]
+    assert cli.main([*command, "--w", "0.3"]) == 0
+    assert cli.main([*command, "--w", "1"]) == (2 if guided else 0)
+    assert ("outside the range [0.3, 0.3]" in capsys.readouterr().err) == guided
+    labels = np.array([0, 1, 2])
+    one, other = (
+        sample(student, labels=labels, w=w, allow_untrained=True, batch_size=4) for w in (0.3, 3.0)
+    )
+    assert (one != other).any()
+
+
 def test_samples_depend_on_their_index_and_seed_alone(finished):
     trained = weights(finished, "halving_stochastic_2")
     labels = cycling_labels(10, 10)
@@ -446,6 +484,27 @@ def test_evaluate_names_the_flag_that_is_wrong(finished, capsys, arguments, said
     assert cli.main(["evaluate", "--workdir", str(finished), *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
+
+
+def test_gray_images_for_a_colour_config_are_one_sentence(tmp_path, capsys):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez(tmp_path / "gray.npz", image=gray)
+    source = f"--config.data.name=npz:{tmp_path / 'gray.npz'}"
+    assert train(tmp_path / "run", source, "--config.data.channels=3") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("guided-distill: config.data.channels is 3")
+    assert "gray.npz has 1" in line
+
+
+@pytest.mark.parametrize(("channels", "status"), [(1, 2), (3, 0)])
+def test_a_folder_of_gray_images_is_colour(tmp_path, capsys, channels, status):
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        Image.new("L", (8, 8), 50 * index).save(tmp_path / "images" / f"{index}.png")
+    source = f"--config.data.name=folder:{tmp_path / 'images'}"
+    more = [source, f"--config.data.channels={channels}", "--config.stage=teacher"]
+    assert train(tmp_path / "run", *more) == status
+    assert ("config.data.channels is 1" in capsys.readouterr().err) == (channels == 1)
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "transfer", "evaluate", "report", "export"])

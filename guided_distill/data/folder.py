@@ -7,14 +7,12 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
-from guided_distill.data.pixels import crop_and_resize, from_uint8
+from guided_distill.data.pixels import DAMAGED, crop_and_resize, from_uint8
 from guided_distill.data.source import Source, split_indices
 from guided_distill.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HEADER_THREADS = 16
-# What Pillow raises for damaged files of these formats.
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:
@@ -113,7 +111,7 @@ def _header_size(file: epath.Path) -> tuple[int, int]:
     try:
         with file.open("rb") as stream, Image.open(stream) as image:
             size, mode = image.size, image.mode
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _damaged(file, error) from error
     if mode.startswith("I") or mode == "F":
         raise UserError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
@@ -129,7 +127,7 @@ def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarra
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _damaged(file, error) from error
     if resize:
         image = crop_and_resize(image, size[0])

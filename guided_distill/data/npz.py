@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from guided_distill.data.pixels import crop_and_resize
+from guided_distill.data.pixels import DAMAGED, crop_and_resize
 from guided_distill.data.source import Source, from_arrays, split_indices
 from guided_distill.errors import UserError
 
@@ -70,12 +70,17 @@ def _read(path: str) -> dict[str, np.ndarray]:
 
 def _decode(path: str, files: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Images [N, H, W, 3] of encoded files that lie end to end in the bytes `files`."""
+    if len(offset) < 2 or offset.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: offset must be integers, one more than there are images; it is "
+            f"{offset.dtype} {list(offset.shape)}"
+        )
     images = []
     for index, (start, end) in enumerate(itertools.pairwise(offset)):
         try:
             with Image.open(io.BytesIO(files[start:end].tobytes())) as image:
                 images.append(np.asarray(image.convert("RGB")))
-        except OSError as error:
+        except DAMAGED as error:
             raise UserError(f"{path}: image {index} of `jpeg` cannot be read: {error}") from error
     if len({image.shape for image in images}) > 1:
         raise UserError(f"{path}: the images of `jpeg` differ in size; make them one size")

@@ -1,7 +1,10 @@
-"""The one rule between 8-bit images and the model's range, and the one way to resize."""
+"""The one rule between 8-bit images and the model's range, one way to resize, one idea of damage."""
 
 import numpy as np
 from PIL import Image
+
+DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for damaged files."""
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:

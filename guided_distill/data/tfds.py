@@ -16,7 +16,8 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
     own, ~/tensorflow_datasets or the environment variable TFDS_DATA_DIR.
 
     Raises:
-      UserError: the set is unknown, is not prepared as array_record, or lacks what is said above.
+      UserError: the set is unknown, is not prepared as array_record, or lacks what is said above; or,
+        when they are read, labels outside the classes (TFDS gives -1 where a split has none).
     """
     # Imported here: it takes seconds, and only this source needs it.
     import tensorflow_datasets as tfds
@@ -46,12 +47,22 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
         height = width = image_size
     if height is None or width is None:
         raise UserError(f"images of tfds:{name} differ in size: set data.image_size to resize them")
-    class_names = features["label"].names if "label" in features else ["all"]
+    class_names = ["all"]
+    if "label" in features:
+        if not isinstance(features["label"], tfds.features.ClassLabel):
+            raise UserError(f"tfds:{name} must have class labels, not {features['label']}")
+        class_names = features["label"].names
 
     def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         examples = [records[int(i)] for i in indices]
         pixels = np.stack([_fit(example["image"], (height, width)) for example in examples])
         labels = np.array([example.get("label", 0) for example in examples], np.int32)
+        unknown = labels[(labels < 0) | (labels >= len(class_names))]
+        if len(unknown):
+            raise UserError(
+                f"tfds:{name} has the label {unknown[0]} in its {chosen} split, which is none of its "
+                f"{len(class_names)} classes: choose a set whose splits are labelled"
+            )
         return from_uint8(pixels), labels
 
     return Source(

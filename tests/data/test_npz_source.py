@@ -1,5 +1,8 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from guided_distill.data import sources
 from guided_distill.data.pixels import from_uint8, to_uint8
@@ -100,6 +103,72 @@ def test_wrong_image_size_says_the_size(save):
 def test_bad_fields_are_named(save, fields, message):
     with pytest.raises(UserError, match=rf"images\.npz.*{message}"):
         sources.load(save(**fields), split="test")
+
+
+def encoded(images, *, kind="png"):
+    """The fields jpeg and offset of images; bytes are taken as they are."""
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        if isinstance(image, bytes):
+            file.write(image)
+        else:
+            Image.fromarray(image).save(file, kind)
+        files.append(file.getvalue())
+    offset = np.cumsum([0, *map(len, files)])
+    return {"jpeg": np.frombuffer(b"".join(files), np.uint8), "offset": offset}
+
+
+def test_encoded_files_of_two_splits(tmp_path):
+    rng = np.random.default_rng(0)
+    expected = {}
+    for split, count in (("train", 5), ("test", 2)):
+        expected[split] = rng.integers(0, 256, (count, 6, 4, 3), np.uint8)
+        fields = {"label": np.arange(count), "class_names": np.array(list("abcde"))}
+        np.savez(tmp_path / f"x_{split}.npz", **encoded(expected[split]), **fields)
+    name = f"npz:{tmp_path}/x_{{split}}.npz"
+    for split, images in expected.items():
+        source = sources.load(name, split=split)
+        found, labels = source.arrays()
+        np.testing.assert_array_equal(to_uint8(found), images)
+        np.testing.assert_array_equal(labels, np.arange(len(images)))
+        assert source.num_classes == 5
+    small = sources.load(name, image_size=2)
+    assert small.shape == (2, 2, 3)
+    # The middle 4 x 4 counts, its rows above and below don't.
+    found = small.arrays()[0].mean((1, 2))
+    middle = from_uint8(expected["train"][:, 1:5]).mean((1, 2))
+    np.testing.assert_allclose(found, middle, atol=0.15)
+
+
+def test_jpeg_files_and_a_held_out_tenth(save):
+    shades = np.arange(20, dtype=np.uint8) * 10
+    images = np.broadcast_to(shades[:, None, None, None], (20, 8, 8, 3))
+    name = save(**encoded(images, kind="jpeg"), label=np.arange(20))
+    parts = [sources.load(name, split=split) for split in sources.SPLITS]
+    assert [len(part) for part in parts] == [18, 2]
+    for part in parts:
+        found, labels = part.arrays()
+        np.testing.assert_allclose(to_uint8(found)[:, 4, 4, 0], shades[labels], atol=2)
+
+
+WHOLE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+PNG = encoded([WHOLE])["jpeg"].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([WHOLE, b"no image"], "image 1 of `jpeg` cannot be read"),
+        ([WHOLE, PNG[:400]], "image 1 of `jpeg` cannot be read"),
+        ([PNG.replace(b"IDAT", b"I\0AT"), WHOLE], "image 0 of `jpeg` cannot be read"),
+        ([WHOLE, WHOLE[:8]], "differ in size"),
+        ([], "offset must be integers"),
+    ],
+)
+def test_bad_encoded_files_are_named(save, images, message):
+    with pytest.raises(UserError, match=rf"images\.npz: .*{message}"):
+        sources.load(save(**encoded(images)))
 
 
 def test_unreadable_files_are_named(tmp_path):

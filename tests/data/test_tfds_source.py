@@ -93,3 +93,46 @@ def test_sets_not_prepared_say_how_to_prepare(prepared):
 def test_unknown_sets_are_named(prepared, name):
     with pytest.raises(UserError, match=f"tfds:{name} cannot be opened"):
         sources.load(f"tfds:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "test_split", "class_names"),
+    [
+        ("cifar10", 32, "test", ("airplane", "automobile")),
+        ("imagenet_resized/64x64", 64, "validation", ("n02119789", "n02100735")),
+    ],
+)
+def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split, class_names):
+    """Their own features, with a few examples of ours."""
+    builder = tfds.builder(name, data_dir=tmp_path, file_format="array_record")
+    last = builder.info.features["label"].num_classes - 1
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, side, side, 3), np.uint8)
+    examples = [{"image": images[i], "label": label} for i, label in enumerate((0, 1, last))]
+    if "id" in builder.info.features:
+        examples = [example | {"id": "x"} for example in examples]
+    splits = {"train": list(enumerate(examples)), test_split: list(enumerate(examples[:1]))}
+    monkeypatch.setattr(type(builder), "_split_generators", lambda *_: splits)
+    builder.download_and_prepare()
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+
+    source = sources.load(f"tfds:{name}", image_size=side)
+    assert (source.shape, source.num_classes) == ((side, side, 3), last + 1)
+    assert source.class_names[:2] == class_names
+    found, labels = source.arrays()
+    assert sorted(labels) == [0, 1, last]
+    places = [[0, 1, last].index(label) for label in labels]
+    np.testing.assert_array_equal(to_uint8(found), images[places])
+    assert len(sources.load(f"tfds:{name}", split="test")) == 1
+
+
+def test_splits_without_labels_are_refused(prepared, monkeypatch):
+    source = sources.load("tfds:tiny_squares/even")
+    for bad in (-1, 2):
+        monkeypatch.setattr(
+            tfds.features.ClassLabel, "decode_example_np", lambda *_, bad=bad: np.int64(bad)
+        )
+        with pytest.raises(
+            UserError, match=rf"tfds:tiny_squares/even has the label {bad} in .*train"
+        ):
+            source.arrays()
