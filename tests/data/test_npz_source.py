@@ -71,9 +71,9 @@ def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
     assert found < {bytes(image) for image in gray}
 
 
-def test_wrong_image_size_says_the_size(save):
+def test_float_images_are_never_resized(save):
     with pytest.raises(UserError, match=r"data.image_size is 8.*4 x 4 x 3"):
-        sources.load(save(image=pixels(20)), image_size=8)
+        sources.load(save(image=from_uint8(pixels(20))), image_size=8)
 
 
 @pytest.mark.parametrize(
