@@ -71,9 +71,9 @@ def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
     assert found < {bytes(image) for image in gray}
 
 
-def test_wrong_image_size_says_the_size(save):
+def test_float_images_are_never_resized(save):
     with pytest.raises(UserError, match=r"data.image_size is 8.*4 x 4 x 3"):
-        sources.load(save(image=pixels(20)), image_size=8)
+        sources.load(save(image=from_uint8(pixels(20))), image_size=8)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,9 @@ def test_jpeg_files_and_a_held_out_tenth(save):
 
 WHOLE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 PNG = encoded([WHOLE])["jpeg"].tobytes()
+# The first chunk of pixels says that it is shorter than it is.
+assert PNG[37:41] == b"IDAT"
+BROKEN = PNG[:33] + bytes([0, 0, 0, 5]) + PNG[37:]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ PNG = encoded([WHOLE])["jpeg"].tobytes()
     [
         ([WHOLE, b"no image"], "image 1 of `jpeg` cannot be read"),
         ([WHOLE, PNG[:400]], "image 1 of `jpeg` cannot be read"),
-        ([PNG.replace(b"IDAT", b"I\0AT"), WHOLE], "image 0 of `jpeg` cannot be read"),
+        ([BROKEN, WHOLE], "image 0 of `jpeg` cannot be read"),
         ([WHOLE, WHOLE[:8]], "differ in size"),
         ([], "offset must be integers"),
     ],
@@ -169,6 +172,12 @@ PNG = encoded([WHOLE])["jpeg"].tobytes()
 def test_bad_encoded_files_are_named(save, images, message):
     with pytest.raises(UserError, match=rf"images\.npz: .*{message}"):
         sources.load(save(**encoded(images)))
+
+
+def test_offsets_are_integers(save):
+    fields = encoded([WHOLE])
+    with pytest.raises(UserError, match=r"offset must be integers.*float64 \[2\]"):
+        sources.load(save(jpeg=fields["jpeg"], offset=fields["offset"].astype(float)))
 
 
 def test_unreadable_files_are_named(tmp_path):

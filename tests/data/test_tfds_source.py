@@ -1,3 +1,4 @@
+import importlib.resources.abc
 import io
 import sys
 
@@ -9,6 +10,14 @@ from PIL import Image
 from guided_distill.data import pipeline, sources
 from guided_distill.data.pixels import to_uint8
 from guided_distill.errors import UserError
+
+
+def png(image):
+    """An encoded file: arrays would be encoded with TensorFlow."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    file.seek(0)
+    return file
 
 
 class TinySquares(tfds.core.GeneratorBasedBuilder):
@@ -36,10 +45,8 @@ class TinySquares(tfds.core.GeneratorBasedBuilder):
         for shade in range(start, start + 10):
             grow = shade if self.builder_config.name == "ragged" else 0
             mode = "L" if self.builder_config.name == "gray" else "RGB"
-            file = io.BytesIO()
-            Image.new("L", (12 + grow, 8), shade).convert(mode).save(file, "png")
-            file.seek(0)
-            yield shade, {"image": file, "label": shade % 2}
+            image = Image.new("L", (12 + grow, 8), shade).convert(mode)
+            yield shade, {"image": png(image), "label": shade % 2}
 
 
 @pytest.fixture(scope="module")
@@ -96,32 +103,34 @@ def test_unknown_sets_are_named(prepared, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "test_split", "class_names"),
-    [
-        ("cifar10", 32, "test", ("airplane", "automobile")),
-        ("imagenet_resized/64x64", 64, "validation", ("n02119789", "n02100735")),
-    ],
+    ("name", "side", "test_split"),
+    [("cifar10", 32, "test"), ("imagenet_resized/64x64", 64, "validation")],
 )
-def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split, class_names):
+def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split):
     """Their own features, with a few examples of ours."""
     builder = tfds.builder(name, data_dir=tmp_path, file_format="array_record")
     last = builder.info.features["label"].num_classes - 1
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, side, side, 3), np.uint8)
-    examples = [{"image": images[i], "label": label} for i, label in enumerate((0, 1, last))]
-    if "id" in builder.info.features:
-        examples = [example | {"id": "x"} for example in examples]
-    splits = {"train": list(enumerate(examples)), test_split: list(enumerate(examples[:1]))}
+    wanted = [0, 1, last]
+
+    def examples(count):
+        for index in range(count):
+            example = {"image": png(Image.fromarray(images[index])), "label": wanted[index]}
+            yield index, example | ({"id": "x"} if "id" in builder.info.features else {})
+
+    splits = {"train": examples(3), test_split: examples(1)}
     monkeypatch.setattr(type(builder), "_split_generators", lambda *_: splits)
+    # To prepare, TFDS asks for the module by the name of its backport.
+    monkeypatch.setitem(sys.modules, "importlib_resources", importlib.resources)
     builder.download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
 
     source = sources.load(f"tfds:{name}", image_size=side)
     assert (source.shape, source.num_classes) == ((side, side, 3), last + 1)
-    assert source.class_names[:2] == class_names
     found, labels = source.arrays()
-    assert sorted(labels) == [0, 1, last]
-    places = [[0, 1, last].index(label) for label in labels]
+    assert sorted(labels) == wanted
+    places = [wanted.index(label) for label in labels]
     np.testing.assert_array_equal(to_uint8(found), images[places])
     assert len(sources.load(f"tfds:{name}", split="test")) == 1
 
