@@ -14,6 +14,7 @@ from guided_distill.sampling import (
     cycling_labels,
     encode,
     sample,
+    sample_batches,
 )
 from guided_distill.training.trained import Description, Trained
 
@@ -55,6 +56,15 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
     assert whole.shape == (19, 2)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     assert len(np.unique(whole.round(3), axis=0)) == 19
+
+
+def test_samples_from_an_index_on_are_those_of_the_whole():
+    labels = cycling_labels(19, 3)
+    whole = sample(STUDENT, labels=labels, w=1.0, batch_size=8)
+    for start in (0, 5, 16):
+        batches = list(sample_batches(STUDENT, labels=labels, w=1.0, batch_size=8, start=start))
+        np.testing.assert_allclose(np.concatenate(batches), whole[start:], atol=1e-4)
+    assert not list(sample_batches(STUDENT, labels=labels, w=1.0, batch_size=8, start=19))
 
 
 @pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])
