@@ -28,7 +28,7 @@ WARM_UP = 10
 def measure(experiment: Experiment, stage: Stage) -> tuple[float, float]:
     """Seconds of a stage's first call, compiling included, and of an update after it."""
     source = sources.load(experiment.data.name, image_size=experiment.data.image_size)
-    network = network_of(experiment.model, source.shape, source.num_classes)
+    network = network_of(experiment.model, source.shape, num_classes=source.num_classes)
     told_w = network.told_w()
     student = told_w if stage.takes_w else network
     teacher = told_w if stage.takes_w and stage.kind == "halving" else network
@@ -44,7 +44,11 @@ def measure(experiment: Experiment, stage: Stage) -> tuple[float, float]:
     )
     key = jax.random.key(0)
     state = initial_state(jax.jit(student.init)(key), optimizer, ema_decay=stage.settings.ema_decay)
-    frozen = {"params": jax.jit(teacher.init)(key), "num_steps": jnp.asarray(stage.num_steps or 0)}
+    frozen = {
+        "params": jax.jit(teacher.init)(key),
+        "num_steps": jnp.asarray(stage.num_steps or 0),
+        "null": None,
+    }
     size = (experiment.steps_per_dispatch, stage.settings.batch_size)
     batch = {
         "image": np.random.default_rng(0).normal(size=(*size, *source.shape)).astype(np.float32),

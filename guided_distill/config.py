@@ -5,6 +5,7 @@ into the frozen dataclasses below, which is what the rest of the package reads.
 """
 
 import dataclasses
+import inspect
 import itertools
 import types
 import typing
@@ -48,11 +49,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """The network: a name of guided_distill.models.registry, and that class's own fields as options."""
+    """The network: a name of guided_distill.models.registry, and that class's own fields as options.
+
+    schedule_options: what the schedule's function in guided_distill.diffusion.schedules takes.
+    """
 
     name: str = "mlp"
     parameterization: str = _one_of("v", *PARAMETERIZATIONS)
     schedule: str = _one_of("cosine", *SCHEDULES)
+    schedule_options: dict[str, float] = field(default_factory=dict)
     dtype: str = _one_of(*DTYPES)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +78,10 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Teacher(Optimization):
-    """The guided diffusion model: conditional and unconditional in one network."""
+    """The guided diffusion model: conditional and unconditional in one network.
+
+    label_dropout: the share of examples that lose their condition, be it a label or a text.
+    """
 
     weighting: str = _one_of("snr_plus_one", *WEIGHTINGS)
     label_dropout: float = 0.1
@@ -293,6 +301,14 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True
 
 def _check(experiment: Experiment) -> None:
     """Rules on values, alone and together."""
+    model = experiment.model
+    options = inspect.signature(SCHEDULES[model.schedule]).parameters
+    for option in model.schedule_options:
+        if option not in options:
+            raise UserError(
+                f"config.model.schedule_options.{option} is not an option of {model.schedule}; it has "
+                f"{', '.join(options)}"
+            )
     low, high = experiment.guidance.w_min, experiment.guidance.w_max
     if low > high:
         raise UserError(

@@ -99,11 +99,17 @@ class Pipeline:
                 f"give it images of that kind, or set config.data.channels to what it has"
             )
         self._mesh = data_mesh()
-        self._network = network_of(experiment.model, self._source.shape, self._source.num_classes)
+        self._network = network_of(
+            experiment.model,
+            self._source.shape,
+            num_classes=self._source.num_classes,
+            condition_shapes=self._source.condition_shapes,
+            latent=self._source.latent,
+        )
         for kind in ("guidance", "halving"):
             if getattr(experiment, kind).clipped and not self._network.of_images:
                 raise UserError(
-                    f"config.{kind}.clipped is for images, and {data.name} has points: set it to False"
+                    f"config.{kind}.clipped is for pixels, and {data.name} has none: set it to False"
                 )
         self._start: Trained | None = None
         self._latest: Trained | None = None
@@ -190,6 +196,7 @@ class Pipeline:
                     frozen={
                         "params": teacher.params if teacher else {},
                         "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
+                        "null": self._source.null,
                     },
                     batches=iterator,
                     key=loop_key,
@@ -220,6 +227,8 @@ class Pipeline:
             teacher={"path": teacher.path, "step": teacher.step} if teacher else None,
             package_version=package_version(),
             experiment=self._experiment,
+            condition_shapes=self._source.condition_shapes,
+            latent=self._source.latent,
         )
 
     def _start_elsewhere(self, path: str, chain: list[Stage]) -> tuple[Trained, list[Stage]]:
@@ -233,6 +242,7 @@ class Pipeline:
             "model": (about.model, ours.model),
             "data_shape": (about.data_shape, self._source.shape),
             "number of classes": (len(about.class_names), self._source.num_classes),
+            "condition": (dict(about.condition_shapes), dict(self._source.condition_shapes)),
         }
         if about.w_min is not None:
             here = (ours.guidance.w_min, ours.guidance.w_max)

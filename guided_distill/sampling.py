@@ -1,7 +1,7 @@
 """Samples from a trained stage, by what its checkpoint says of itself."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from guided_distill.diffusion import samplers
-from guided_distill.diffusion.guidance import with_clipping, with_guidance
+from guided_distill.diffusion.guidance import Condition, with_clipping, with_guidance
 from guided_distill.diffusion.process import Prediction
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
@@ -25,7 +25,7 @@ CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 def compiled_sampler(
     network: Network, sampler: str, mesh: Mesh, *, clipped: bool
 ) -> CompiledSampler:
-    """f(params, z [B, ...], keys [B], label [B], w [B], num_steps) -> [B, ...].
+    """f(params, z [B, ...], keys [B], condition [B, ...], null, w [B], num_steps) -> [B, ...].
 
     From z at t = 1 to x; with samplers.ENCODE, from x at t = 0 to z. One compilation serves every
     num_steps, and all students of one network. A network that doesn't take w is guided by two calls in
@@ -36,18 +36,19 @@ def compiled_sampler(
         params: Params,
         z: jax.Array,
         keys: jax.Array,
-        label: jax.Array,
+        condition: Condition,
+        null: Condition,
         w: jax.Array,
         num_steps: jax.Array,
     ) -> jax.Array:
-        denoiser = network.denoiser(params)
+        denoiser = network.denoiser(params, null=null)
         if not denoiser.guided:
             denoiser = with_guidance(denoiser)
         if clipped:
             denoiser = with_clipping(denoiser, network.schedule)
 
         def predict(z: jax.Array, t: jax.Array) -> Prediction:
-            return denoiser.predict(z, t, label, w)
+            return denoiser.predict(z, t, condition, w)
 
         if sampler == samplers.ENCODE:
             return samplers.encode(predict, network.schedule, z, num_steps)
@@ -55,7 +56,9 @@ def compiled_sampler(
 
     whole, split = replicated(mesh), split_batch(mesh)
     return jax.jit(
-        run, in_shardings=(whole, split, split, split, split, whole), out_shardings=split
+        run,
+        in_shardings=(whole, split, split, split, whole, split, whole),
+        out_shardings=split,
     )
 
 
@@ -79,8 +82,9 @@ def sample(trained: Trained, **request: Any) -> np.ndarray:
 def sample_batches(
     trained: Trained,
     *,
-    labels: np.ndarray,
+    condition: Condition,
     w: float,
+    null: Condition | None = None,
     noise: np.ndarray | None = None,
     num_steps: int | None = None,
     sampler: str | None = None,
@@ -89,20 +93,21 @@ def sample_batches(
     start: int = 0,
     allow_untrained: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Yields one sample for each of `labels` [n] from the index `start` on, batch_size at a time.
+    """Yields one sample for each example of `condition` [n, ...] from the index `start` on.
 
-    Arrays are float32 [b, *data_shape], images in [-1, 1].
+    Arrays are float32 [batch_size, *data_shape] and the last one less, images in [-1, 1].
 
+    null: the condition that stands for none, where a teacher needs another than that of labels.
     num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
     [n, *data_shape], such as `encode` answers; drawn unless given. Images are held to [-1, 1] at every
     step from drawn noise, but only at the end from given noise, for clipping on the way doesn't undo an
-    encoding. Sample i depends on (seed, i), its label, its noise and w, and not on batch_size, which
+    encoding. Sample i depends on (seed, i), its condition, its noise and w, and not on batch_size, which
     only bounds the memory. Raises UserError for what the checkpoint wasn't trained for, unless
     allow_untrained.
     """
     num_steps, sampler = check_request(
         trained.description,
-        labels=labels,
+        condition=condition,
         w=w,
         num_steps=num_steps,
         sampler=sampler,
@@ -113,7 +118,8 @@ def sample_batches(
         trained,
         sampler,
         noise,
-        labels=labels,
+        condition=condition,
+        null=null,
         w=w,
         num_steps=num_steps,
         seed=seed,
@@ -129,12 +135,13 @@ def encode(
     trained: Trained,
     images: np.ndarray,
     *,
-    labels: np.ndarray,
+    condition: Condition,
     w: float,
+    null: Condition | None = None,
     num_steps: int | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its label [n].
+    """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its condition.
 
     By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
     DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
@@ -143,12 +150,13 @@ def encode(
     count 22,000-fold. Encode with a network that predicts v or eps. Raises UserError for a decoder
     student, and for what the checkpoint wasn't trained for.
     """
-    num_steps = check_encoding(trained.description, labels=labels, w=w, num_steps=num_steps)
+    num_steps = check_encoding(trained.description, condition=condition, w=w, num_steps=num_steps)
     batches = _run(
         trained,
         samplers.ENCODE,
         images,
-        labels=labels,
+        condition=condition,
+        null=null,
         w=w,
         num_steps=num_steps,
         seed=0,
@@ -164,7 +172,8 @@ def _run(
     sampler: str,
     z: np.ndarray | None,
     *,
-    labels: np.ndarray,
+    condition: Condition,
+    null: Condition | None,
     w: float,
     num_steps: int,
     seed: int,
@@ -177,7 +186,7 @@ def _run(
     batch_size = -(-batch_size // mesh.size) * mesh.size
     run = compiled_sampler(network, sampler, mesh, clipped=clipped)
     draw = compiled_noise(network.data_shape, mesh)
-    count = len(labels)
+    count = _count(condition)
     for first in range(start, count, batch_size):
         indices = np.arange(first, first + batch_size)
         rows = indices % count
@@ -186,7 +195,8 @@ def _run(
             trained.params,
             noise if z is None else np.asarray(z[rows], np.float32),
             keys,
-            np.asarray(labels)[rows].astype(np.int32),
+            {name: np.asarray(each)[rows] for name, each in condition.items()},
+            network.null if null is None else null,
             np.full(batch_size, w, np.float32),
             jnp.asarray(num_steps, jnp.int32),
         )
@@ -196,7 +206,7 @@ def _run(
 def check_request(
     about: Description,
     *,
-    labels: np.ndarray,
+    condition: Condition,
     w: float,
     num_steps: int | None,
     sampler: str | None,
@@ -212,7 +222,7 @@ def check_request(
     sampler = sampler or about.sampler or "ddim"
     if sampler not in samplers.SAMPLERS:
         raise UserError(f"--sampler is {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}")
-    _check_labels(about, labels)
+    _check_condition(about, condition)
     if allow_untrained:
         return num_steps, sampler
     _check_w(about, w, flag="--w", way_out=", or add --allow_untrained")
@@ -230,7 +240,7 @@ def check_request(
 
 
 def check_encoding(
-    about: Description, *, labels: np.ndarray, w: float, num_steps: int | None
+    about: Description, *, condition: Condition, w: float, num_steps: int | None
 ) -> int:
     """The number of steps to encode in. Raises UserError, saying what was trained."""
     if about.sampler not in (None, samplers.ENCODE):
@@ -239,7 +249,7 @@ def check_encoding(
             f"config.halving.samplers=('encode',), such as halving_encode_4, or the guidance stage"
         )
     num_steps = _steps_or_trained(about, num_steps)
-    _check_labels(about, labels)
+    _check_condition(about, condition)
     _check_w(about, w, flag="--w_encode")
     if about.num_steps not in (None, num_steps):
         raise UserError(
@@ -257,8 +267,17 @@ def _steps_or_trained(about: Description, num_steps: int | None) -> int:
     return num_steps
 
 
-def _check_labels(about: Description, labels: np.ndarray) -> None:
-    num_classes = len(about.class_names)
+def _count(condition: Condition) -> int:
+    return len(np.asarray(next(iter(condition.values()))))
+
+
+def _check_condition(about: Description, condition: Condition) -> None:
+    for name, shape in about.condition_shapes.items():
+        if name not in condition or np.shape(condition[name])[1:] != shape:
+            raise ValueError(f"{name} must be [n, {', '.join(map(str, shape))}]")
+    if "label" not in condition:
+        return
+    labels, num_classes = np.asarray(condition["label"]), len(about.class_names)
     if len(labels) == 0 or np.min(labels) < 0 or np.max(labels) >= num_classes:
         raise UserError(
             f"--labels must name classes in 0 ... {num_classes - 1}, at least one of them"
@@ -271,6 +290,11 @@ def _check_w(about: Description, w: float, *, flag: str, way_out: str = "") -> N
             f"{flag} is {w}, outside the range [{about.w_min}, {about.w_max}] that this {about.stage} "
             f"student was trained on: choose a w in it{way_out}"
         )
+
+
+def of_labels(labels: Sequence[int] | np.ndarray) -> Condition:
+    """The condition of classes [n]."""
+    return {"label": np.asarray(labels, np.int32)}
 
 
 def cycling_labels(count: int, num_classes: int) -> np.ndarray:

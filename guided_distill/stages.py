@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from guided_distill.config import Experiment, Guidance, Halving, Optimization, Teacher
-from guided_distill.diffusion.guidance import with_guidance
+from guided_distill.diffusion.guidance import Condition, with_guidance
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.guidance import guidance_loss
 from guided_distill.objectives.halving import halving_loss
-from guided_distill.objectives.teacher import drop_labels, teacher_loss
+from guided_distill.objectives.teacher import drop_conditions, teacher_loss
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import Batch, LossFunction, TrainStep, make_train_step
@@ -80,11 +80,16 @@ def compiled_step(
 ) -> tuple[TrainStep, optax.GradientTransformation]:
     """The train step of a stage and its optimizer; halving rounds of equal length share one.
 
-    The step's frozen argument holds the teacher's "params" and the student's "num_steps".
+    The step's frozen argument holds the teacher's "params", the student's "num_steps" and the "null"
+    condition.
     """
     loss = _LOSSES[kind](settings, student, teacher, sampler=sampler, w_range=w_range)
     optimizer = make_optimizer(settings, steps=total_steps)
     return make_train_step(loss, optimizer, ema_decay=settings.ema_decay, mesh=mesh), optimizer
+
+
+def _condition(batch: Batch) -> Condition:
+    return {name: each for name, each in batch.items() if name != "image"}
 
 
 def _teacher_stage(settings: Teacher, student: Network, teacher: Network, **_: Any) -> LossFunction:
@@ -93,13 +98,13 @@ def _teacher_stage(settings: Teacher, student: Network, teacher: Network, **_: A
     def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
         loss_key, dropout_key = jax.random.split(key)
         return teacher_loss(
-            student.denoiser(params, dropout_key),
+            student.denoiser(params, null=frozen["null"], dropout_key=dropout_key),
             batch["image"],
-            batch["label"],
+            _condition(batch),
             loss_key,
             schedule=student.schedule,
             weighting=settings.weighting,
-            label_dropout=settings.label_dropout,
+            condition_dropout=settings.label_dropout,
         )
 
     return loss
@@ -116,9 +121,9 @@ def _guidance_stage(
     def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
         return guidance_loss(
             student.denoiser(params),
-            teacher.denoiser(frozen["params"]),
+            teacher.denoiser(frozen["params"], null=frozen["null"]),
             batch["image"],
-            batch["label"],
+            _condition(batch),
             key,
             schedule=student.schedule,
             weighting=settings.weighting,
@@ -139,19 +144,20 @@ def _halving_stage(
     w_range: tuple[float, float],
 ) -> LossFunction:
     def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
-        learner, tutor = student.denoiser(params), teacher.denoiser(frozen["params"])
-        label = batch["label"]
-        if learner.null_label is not None:
+        learner = student.denoiser(params, null=frozen["null"])
+        tutor = teacher.denoiser(frozen["params"], null=frozen["null"])
+        condition = _condition(batch)
+        if learner.null is not None:
             # Two students in one network: half of the examples go to the unconditional one.
-            label_key, key = jax.random.split(key)
-            label = drop_labels(label, label_key, null_label=learner.null_label, rate=0.5)
+            drop_key, key = jax.random.split(key)
+            condition = drop_conditions(condition, drop_key, null=learner.null, rate=0.5)
         elif not tutor.guided:
             tutor = with_guidance(tutor)
         return halving_loss(
             learner,
             tutor,
             batch["image"],
-            label,
+            condition,
             key,
             schedule=student.schedule,
             weighting=settings.weighting,

@@ -36,16 +36,16 @@ DISPATCH = 100
 class ExactNetwork(Network):
     """A network whose unguided form is the closed form itself, whatever its weights."""
 
-    def denoiser(self, params, dropout_key=None):
+    def denoiser(self, params, **settings):
         if self.w_conditioned:
-            return super().denoiser(params, dropout_key)
+            return super().denoiser(params, **settings)
 
-        def predict(z, t, label, w):
+        def predict(z, t, condition, w):
             log_snr = self.schedule(t)
-            x = MIXTURE.denoise(z, *alpha_sigma(log_snr), label)
+            x = MIXTURE.denoise(z, *alpha_sigma(log_snr), condition["label"])
             return prediction_from(x, source="x", z=z, log_snr=log_snr)
 
-        return Denoiser(predict, guided=False, null_label=self.num_classes)
+        return Denoiser(predict, guided=False, null=self.null)
 
 
 @jax.jit(static_argnums=(1, 2))
@@ -93,7 +93,12 @@ def teacher():
 def guided_student(teacher, mesh_of):
     start = teacher.told_w().init(jax.random.key(0))
     return train(
-        "guidance", GUIDANCE, start=start, frozen={"params": {}}, network=teacher, mesh=mesh_of(1)
+        "guidance",
+        GUIDANCE,
+        start=start,
+        frozen={"params": {}, "null": None},
+        network=teacher,
+        mesh=mesh_of(1),
     )
 
 
@@ -101,7 +106,7 @@ def guided_student(teacher, mesh_of):
 def four_step_student(teacher, guided_student, mesh_of):
     params = guided_student
     for num_steps in ROUNDS:
-        frozen = {"params": params, "num_steps": jnp.asarray(num_steps, jnp.int32)}
+        frozen = {"params": params, "num_steps": jnp.asarray(num_steps, jnp.int32), "null": None}
         params = train(
             "halving", HALVING, start=params, frozen=frozen, network=teacher, mesh=mesh_of(1)
         )
@@ -116,9 +121,9 @@ def test_guided_student_predicts_the_exact_guided_x(teacher, guided_student):
     t = jax.random.uniform(keys[1], (count,))
     log_snr = teacher.schedule(t)
     z = add_noise(batch["image"], jax.random.normal(keys[2], (count, 2)), log_snr=log_snr)
-    found = jax.jit(lambda params: teacher.told_w().denoiser(params).predict(z, t, label, w).x)(
-        guided_student
-    )
+    found = jax.jit(
+        lambda params: teacher.told_w().denoiser(params).predict(z, t, {"label": label}, w).x
+    )(guided_student)
     conditional, unconditional = (
         MIXTURE.denoise(z, *alpha_sigma(log_snr), each)
         for each in (label, jnp.full_like(label, MIXTURE.num_classes))

@@ -24,7 +24,7 @@ def read(name, variant=""):
 
 def network(name):
     size, num_classes = SIZES[name]
-    return network_of(read(name).model, (size, size, 3), num_classes)
+    return network_of(read(name).model, (size, size, 3), num_classes=num_classes)
 
 
 def count(network):
@@ -72,7 +72,7 @@ def test_every_stage_fits_together(name, kind, mesh_of):
     def update(image, label):
         key = jax.random.key(0)
         state = initial_state(student.init(key), optimizer, ema_decay=stage.settings.ema_decay)
-        frozen = {"params": tutor.init(key), "num_steps": jnp.asarray(512, jnp.int32)}
+        frozen = {"params": tutor.init(key), "num_steps": jnp.asarray(512, jnp.int32), "null": None}
         return step(state, frozen, {"image": image, "label": label}, key)
 
     batch = (1, stage.settings.batch_size)

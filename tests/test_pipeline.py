@@ -18,7 +18,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, comparable, read_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report.page import headline, write_report
-from guided_distill.sampling import cycling_labels, encode, sample
+from guided_distill.sampling import cycling_labels, encode, of_labels, sample
 from guided_distill.training.trained import load_finished
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
@@ -162,7 +162,8 @@ def test_baselines_go_from_the_shared_teacher_to_samples(finished, tmp_path, cap
     assert ("outside the range [0.3, 0.3]" in capsys.readouterr().err) == guided
     labels = np.array([0, 1, 2])
     one, other = (
-        sample(student, labels=labels, w=w, allow_untrained=True, batch_size=4) for w in (0.3, 3.0)
+        sample(student, condition=of_labels(labels), w=w, allow_untrained=True, batch_size=4)
+        for w in (0.3, 3.0)
     )
     assert (one != other).any()
 
@@ -170,10 +171,10 @@ def test_baselines_go_from_the_shared_teacher_to_samples(finished, tmp_path, cap
 def test_samples_depend_on_their_index_and_seed_alone(finished):
     trained = weights(finished, "halving_stochastic_2")
     labels = cycling_labels(10, 10)
-    many = sample(trained, labels=labels, w=1.0, batch_size=16)
-    few = sample(trained, labels=labels[:3], w=1.0, batch_size=4)
+    many = sample(trained, condition=of_labels(labels), w=1.0, batch_size=16)
+    few = sample(trained, condition=of_labels(labels[:3]), w=1.0, batch_size=4)
     np.testing.assert_allclose(many[:3], few, atol=1e-5)
-    assert np.abs(many - sample(trained, labels=labels, w=1.0, seed=1)).max() > 0.01
+    assert np.abs(many - sample(trained, condition=of_labels(labels), w=1.0, seed=1)).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -254,11 +255,13 @@ def test_round_trips_are_measured_once_and_as_they_say(finished):
 
     encoder, decoder = (weights(finished, name) for name in students[1][:2])
     test = sources.load("digits", split="test")
-    images, labels = test.read(np.sort(np.random.default_rng(0).permutation(test.size)[:32]))
+    images, labels = test.read(
+        np.sort(np.random.default_rng(0).permutation(test.size)[:32])
+    ).values()
 
     def predictor(trained):
         denoiser = trained.description.network().denoiser(trained.params)
-        return lambda z, t: denoiser.predict(z, t, labels, np.ones(32, np.float32))
+        return lambda z, t: denoiser.predict(z, t, of_labels(labels), np.ones(32, np.float32))
 
     schedule = encoder.description.network().schedule
     z = samplers.encode(predictor(encoder), schedule, images, 2)
@@ -287,15 +290,15 @@ def test_transfer_carries_images_through_their_noise(finished, tmp_path):
         assert image.size == (3 * 64 + 2 * 8, 3 * 64 + 2 * 8)
     assert picture.stem == "7_to_5_halving_encode_4_halving_ddim_4_w0_1_seed0"
     test = sources.load("digits", split="test")
-    of_class = [image for image, label in zip(*test.arrays(), strict=True) if label == 7]
+    of_class = [image for image, label in zip(*test.arrays().values(), strict=True) if label == 7]
     for image in found["image"]:
         assert any(np.array_equal(image, each) for each in of_class)
     noise, decoder = found["noise"], weights(finished, "halving_ddim_4")
-    encoder, own = weights(finished, "halving_encode_4"), np.full(3, 7)
-    expected = encode(encoder, found["image"], labels=own, w=0.0)
+    encoder, own = weights(finished, "halving_encode_4"), of_labels([7] * 3)
+    expected = encode(encoder, found["image"], condition=own, w=0.0)
     np.testing.assert_allclose(noise, expected, atol=1e-4)
     for name, label in (("returned", 7), ("transferred", 5)):
-        expected = sample(decoder, labels=np.full(3, label), w=1.0, noise=noise)
+        expected = sample(decoder, condition=of_labels([label] * 3), w=1.0, noise=noise)
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
     assert np.abs(found["returned"] - found["transferred"]).max() > 1e-3
 

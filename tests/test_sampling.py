@@ -13,6 +13,7 @@ from guided_distill.sampling import (
     compiled_sampler,
     cycling_labels,
     encode,
+    of_labels,
     sample,
     sample_batches,
 )
@@ -52,7 +53,9 @@ ENCODER = trained("halving", num_steps=2, sampler="encode")
 
 def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
     labels = cycling_labels(19, 3)
-    whole, parts = (sample(STUDENT, labels=labels, w=1.0, batch_size=size) for size in (32, 8))
+    whole, parts = (
+        sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=size) for size in (32, 8)
+    )
     assert whole.shape == (19, 2)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     assert len(np.unique(whole.round(3), axis=0)) == 19
@@ -60,11 +63,15 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
 
 def test_samples_from_an_index_on_are_those_of_the_whole():
     labels = cycling_labels(19, 3)
-    whole = sample(STUDENT, labels=labels, w=1.0, batch_size=8)
+    whole = sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8)
     for start in (0, 5, 16):
-        batches = list(sample_batches(STUDENT, labels=labels, w=1.0, batch_size=8, start=start))
+        batches = list(
+            sample_batches(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8, start=start)
+        )
         np.testing.assert_allclose(np.concatenate(batches), whole[start:], atol=1e-4)
-    assert not list(sample_batches(STUDENT, labels=labels, w=1.0, batch_size=8, start=19))
+    assert not list(
+        sample_batches(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8, start=19)
+    )
 
 
 @pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])
@@ -79,7 +86,8 @@ def test_devices_make_no_difference(who, mesh_of):
                 who.params,
                 noise,
                 keys,
-                cycling_labels(8, 3),
+                of_labels(cycling_labels(8, 3)),
+                about.network().null,
                 np.linspace(0, 4, 8, dtype=np.float32),
                 np.int32(2),
             )
@@ -92,13 +100,15 @@ def test_devices_make_no_difference(who, mesh_of):
 
 def test_noise_that_is_given_is_decoded_as_noise_that_is_drawn(mesh_of):
     labels = cycling_labels(10, 3)
-    drawn = sample(STUDENT, labels=labels, w=1.0, seed=3)
+    drawn = sample(STUDENT, condition=of_labels(labels), w=1.0, seed=3)
     noise, _ = compiled_noise((2,), mesh_of(1))(jax.random.key(3), np.arange(10))
     noise = np.asarray(noise)
     for size in (16, 4):
-        given = sample(STUDENT, labels=labels, w=1.0, seed=3, noise=noise, batch_size=size)
+        given = sample(
+            STUDENT, condition=of_labels(labels), w=1.0, seed=3, noise=noise, batch_size=size
+        )
         np.testing.assert_allclose(given, drawn, atol=1e-5)
-    other = sample(STUDENT, labels=labels, w=1.0, seed=3, noise=noise + 0.1)
+    other = sample(STUDENT, condition=of_labels(labels), w=1.0, seed=3, noise=noise + 0.1)
     assert np.abs(other - drawn).max() > 1e-3
 
 
@@ -111,14 +121,14 @@ def test_encoding_is_the_plain_encoder_of_its_network_at_its_own_steps(who):
     if not denoiser.guided:
         denoiser = with_guidance(denoiser)
     expected = samplers.encode(
-        lambda z, t: denoiser.predict(z, t, labels, np.full(11, w, np.float32)),
+        lambda z, t: denoiser.predict(z, t, of_labels(labels), np.full(11, w, np.float32)),
         about.network().schedule,
         x,
         steps,
     )
     asked = {} if who is ENCODER else {"num_steps": steps}
     for size in (16, 4):
-        found = encode(who, x, labels=labels, w=w, batch_size=size, **asked)
+        found = encode(who, x, condition=of_labels(labels), w=w, batch_size=size, **asked)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -128,8 +138,10 @@ def test_encoding_an_image_never_clips_it():
     x = np.ones((4, 2, 2, 1), np.float32)
     labels = cycling_labels(4, 3)
     denoiser = who.description.network().denoiser(who.params)
-    eps = denoiser.predict(x, np.zeros(4, np.float32), labels, np.ones(4, np.float32)).eps
-    found = encode(who, x, labels=labels, w=1.0)
+    eps = denoiser.predict(
+        x, np.zeros(4, np.float32), of_labels(labels), np.ones(4, np.float32)
+    ).eps
+    found = encode(who, x, condition=of_labels(labels), w=1.0)
     np.testing.assert_allclose(found, eps, atol=1e-3)
     assert np.abs(eps).min() > 0.01
 
@@ -137,13 +149,13 @@ def test_encoding_an_image_never_clips_it():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: sample(ENCODER, labels=np.array([0]), w=1.0), "trained to encode"),
-        (lambda: sample(TEACHER, labels=np.array([0]), w=1.0, sampler="encode"), "--sampler"),
+        (lambda: sample(ENCODER, condition=of_labels([0]), w=1.0), "trained to encode"),
+        (lambda: sample(TEACHER, condition=of_labels([0]), w=1.0, sampler="encode"), "--sampler"),
         (lambda: encode_one(DECODER), "not to encode"),
         (lambda: encode_one(ENCODER, num_steps=3), "in 2 steps, not in 3"),
         (lambda: encode_one(TEACHER, num_steps=0), "at least 1 step"),
         (lambda: encode_one(ENCODER, w=4.5), "--w_encode is 4.5, outside"),
-        (lambda: encode_one(ENCODER, labels=np.array([3])), "classes in 0 ... 2"),
+        (lambda: encode_one(ENCODER, condition=of_labels([3])), "classes in 0 ... 2"),
     ],
 )
 def test_what_cannot_be_encoded_or_sampled_is_refused(call, said):
@@ -153,7 +165,7 @@ def test_what_cannot_be_encoded_or_sampled_is_refused(call, said):
 
 def encode_one(who, **request_):
     x = np.zeros((1, 2), np.float32)
-    return encode(who, x, **{"labels": np.array([0]), "w": 1.0, **request_})
+    return encode(who, x, **{"condition": of_labels([0]), "w": 1.0, **request_})
 
 
 @pytest.mark.parametrize(
@@ -165,9 +177,9 @@ def encode_one(who, **request_):
         ({"num_steps": 0, "allow_untrained": True}, "at least 1 step"),
         ({"w": 4.5}, "outside the range"),
         ({"w": -0.5}, "outside the range"),
-        ({"labels": np.array([3])}, "--labels"),
+        ({"condition": of_labels([3])}, "--labels"),
     ],
 )
 def test_what_was_not_trained_is_refused(request_, said):
     with pytest.raises(UserError, match=said):
-        sample(STUDENT, **{"labels": np.array([0]), "w": 1.0, **request_})
+        sample(STUDENT, **{"condition": of_labels([0]), "w": 1.0, **request_})

@@ -15,7 +15,7 @@ from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
-from guided_distill.sampling import encode, sample
+from guided_distill.sampling import encode, of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.trained import Description, Trained, load_finished
@@ -58,10 +58,10 @@ def transfer(
 
     Raises UserError if a model wasn't trained for what is asked.
     """
-    own, other = (np.full(len(images), label, np.int32) for label in (from_label, to_label))
-    noise = encode(models.encoder, images, labels=own, w=w_encode)
-    returned = sample(models.returner, labels=own, w=w, noise=noise)
-    transferred = sample(models.decoder, labels=other, w=w, noise=noise)
+    own, other = (of_labels([label] * len(images)) for label in (from_label, to_label))
+    noise = encode(models.encoder, images, condition=own, w=w_encode)
+    returned = sample(models.returner, condition=own, w=w, noise=noise)
+    transferred = sample(models.decoder, condition=other, w=w, noise=noise)
     return Transfer(images, noise, returned, transferred)
 
 
@@ -125,8 +125,8 @@ def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.
     order = np.random.default_rng(seed).permutation(source.size)
     found: list[np.ndarray] = []
     for start in range(0, source.size, _READ_CHUNK):
-        images, labels = source.read(order[start : start + _READ_CHUNK])
-        found.extend(images[labels == label])
+        examples = source.read(order[start : start + _READ_CHUNK])
+        found.extend(examples["image"][examples["label"] == label])
         if len(found) >= count:
             break
     if not found:

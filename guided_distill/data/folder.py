@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from guided_distill.data.pixels import DAMAGED, crop_and_resize, from_uint8
-from guided_distill.data.source import Source, split_indices
+from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,9 +38,9 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
         raise UserError(f"{path} has too few images for a {split} split: two a class are needed")
     files, labels = [files[i] for i in indices], labels[indices]
 
-    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(indices: np.ndarray) -> Examples:
         pixels = np.stack([_decode(files[i], size, resize=image_size is not None) for i in indices])
-        return from_uint8(pixels), labels[indices]
+        return {"image": from_uint8(pixels), "label": labels[indices]}
 
     return Source(
         name=f"folder:{path}",

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from guided_distill.data.pixels import from_uint8
-from guided_distill.data.source import Source
+from guided_distill.data.source import Examples, Source
 from guided_distill.errors import UserError
 
 PATCH = 32
@@ -51,9 +51,10 @@ def photo10(split: str) -> Source:
     starts = np.cumsum(counts) - counts
     images = np.concatenate(by_class)
 
-    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(indices: np.ndarray) -> Examples:
         turn, label = np.divmod(indices, len(counts))
-        return from_uint8(images[starts[label] + turn % counts[label]]), label.astype(np.int32)
+        pixels = from_uint8(images[starts[label] + turn % counts[label]])
+        return {"image": pixels, "label": label.astype(np.int32)}
 
     return Source(
         name="photo10",

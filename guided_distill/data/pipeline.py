@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from guided_distill.data.source import Source
+from guided_distill.data.source import Examples, Source
 from guided_distill.errors import UserError
 
 _MAX_THREADS = 16
-
-Batch = dict[str, np.ndarray]
 
 
 def batches(
@@ -31,7 +29,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Iterates for ever over {"image": float32 [B, *shape], "label": int32 [B]}.
+    """Iterates for ever over what the source reads: "image" [B, *shape], "label" [B] and the like.
 
     Every epoch visits each example exactly once, over all processes together. A batch may span
     epochs: where the global batch does not divide the source, an epoch ends within a batch.
@@ -60,13 +58,12 @@ def batches(
         lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(source))
     )
 
-    def read(step: int) -> Batch:
+    def read(step: int) -> Examples:
         epoch, position = np.divmod(shard.positions(step), len(source))
         indices = np.concatenate(
             [permutation(e)[position[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)]
         )
-        images, labels = source.read(indices)
-        return {"image": images, "label": labels}
+        return source.read(indices)
 
     steps = grain.MapDataset.range(sys.maxsize // shard.global_size - 1)
     dataset = steps.seed(seed).map(read)
@@ -100,7 +97,7 @@ class _RandomFlip(grain.transforms.RandomMap):
 
     shard: _Shard
 
-    def random_map(self, element: Batch, rng: np.random.Generator) -> Batch:
+    def random_map(self, element: Examples, rng: np.random.Generator) -> Examples:
         draws = rng.random(self.shard.global_size)[self.shard.index :: self.shard.count]
         chosen = draws < 0.5
         images = element["image"]

@@ -1,6 +1,6 @@
 """What a data source is, and how one is held out for testing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,6 +10,9 @@ from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
 
 SPLITS = ("train", "test")
+
+Examples = dict[str, np.ndarray]
+"""Arrays [n, ...] by name: "image", and the condition's."""
 
 _READ_CHUNK = 256
 _CHUNK = 16 * _READ_CHUNK
@@ -21,8 +24,13 @@ _SPLIT_SEED = 20221204
 class Source:
     """Random access to one split of a labelled data set.
 
-    `read` takes indices [B] in [0, size) and returns new arrays: images [B, *shape], float32 and
-    in [-1, 1] for pixels, and labels [B], int32 in [0, num_classes). Several threads call it.
+    `read` takes indices [B] in [0, size) and returns new arrays: "image" [B, *shape], float32 and
+    in [-1, 1] for pixels, and the arrays of the condition, such as "label" [B], int32 in
+    [0, num_classes). Several threads call it.
+
+    condition_shapes: the shapes of one example's condition, by name. null: what stands for none in
+    its place, one example's; None for the label num_classes. latent: whether "image" is an
+    autoencoder's latents.
     """
 
     name: str
@@ -30,7 +38,10 @@ class Source:
     shape: tuple[int, ...]
     size: int
     class_names: tuple[str, ...] = field(repr=False)
-    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    read: Callable[[np.ndarray], Examples] = field(repr=False)
+    condition_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"label": ()})
+    null: Examples | None = field(default=None, repr=False)
+    latent: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -41,12 +52,12 @@ class Source:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns {"image": float32 [*shape], "label": int32 scalar}."""
-        images, labels = self.read(np.array([range(self.size)[index]]))
-        return {"image": images[0], "label": labels[0]}
+        """One example of what `read` returns: "image" [*shape], "label" scalar."""
+        example = self.read(np.array([range(self.size)[index]]))
+        return {name: each[0] for name, each in example.items()}
 
-    def chunks(self, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields all images [n, *shape] and labels [n] in turn, or a fixed random subset of `limit`."""
+    def chunks(self, limit: int | None = None) -> Iterator[Examples]:
+        """Yields all examples, some [n, ...] at a time, or a fixed random subset of `limit`."""
         indices = np.arange(self.size)
         if limit is not None and limit < self.size:
             subset = np.random.default_rng(0).permutation(self.size)[:limit]
@@ -55,13 +66,16 @@ class Source:
             for start in range(0, len(indices), _CHUNK):
                 chosen = indices[start : start + _CHUNK]
                 parts = np.array_split(chosen, max(1, len(chosen) // _READ_CHUNK))
-                images, labels = zip(*pool.map(self.read, parts), strict=True)
-                yield np.concatenate(images), np.concatenate(labels)
+                yield _joined(pool.map(self.read, parts))
 
-    def arrays(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Reads all images [N, *shape] and labels [N], or a fixed random subset of `limit`."""
-        images, labels = zip(*self.chunks(limit), strict=True)
-        return np.concatenate(images), np.concatenate(labels)
+    def arrays(self, limit: int | None = None) -> Examples:
+        """Reads all examples [N, ...], or a fixed random subset of `limit`."""
+        return _joined(self.chunks(limit))
+
+
+def _joined(parts: Iterable[Examples]) -> Examples:
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def from_arrays(
@@ -75,9 +89,10 @@ def from_arrays(
     """Builds a source over images [N, ...], uint8 pixels or float32 values, and labels [N]."""
     labels = labels.astype(np.int32)
 
-    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(indices: np.ndarray) -> Examples:
         chosen = images[indices]
-        return from_uint8(chosen) if chosen.dtype == np.uint8 else chosen, labels[indices]
+        pixels = from_uint8(chosen) if chosen.dtype == np.uint8 else chosen
+        return {"image": pixels, "label": labels[indices]}
 
     return Source(
         name=name,

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from guided_distill.data.pixels import crop_and_resize, from_uint8
-from guided_distill.data.source import Source
+from guided_distill.data.source import Examples, Source
 from guided_distill.errors import UserError
 
 
@@ -53,7 +53,7 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
             raise UserError(f"tfds:{name} must have class labels, not {features['label']}")
         class_names = features["label"].names
 
-    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(indices: np.ndarray) -> Examples:
         examples = [records[int(i)] for i in indices]
         pixels = np.stack([_fit(example["image"], (height, width)) for example in examples])
         labels = np.array([example.get("label", 0) for example in examples], np.int32)
@@ -63,7 +63,7 @@ def load(name: str, *, split: str, image_size: int | None) -> Source:
                 f"tfds:{name} has the label {unknown[0]} in its {chosen} split, which is none of its "
                 f"{len(class_names)} classes: choose a set whose splits are labelled"
             )
-        return from_uint8(pixels), labels
+        return {"image": from_uint8(pixels), "label": labels}
 
     return Source(
         name=f"tfds:{name}",

@@ -5,8 +5,9 @@ conditional model, w = -1 the unconditional one. Imagen, Stable Diffusion and di
 guidance_scale = 1 + w.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,23 @@ import jax.numpy as jnp
 from guided_distill.diffusion.process import Prediction, broadcast_to_rank, clip_x
 from guided_distill.diffusion.schedules import Schedule
 
+Condition = Mapping[str, Any]
+"""What examples are of, arrays by name: "label" (int), or "text" (float), and others beside them."""
+
 
 @dataclass(frozen=True)
 class Denoiser:
     """A function that predicts (x, eps) of noisy data, and what it takes.
 
-    predict(z [B, ...], t [B] in [0, 1], label [B] int, w [B] or None) -> Prediction.
+    predict(z [B, ...], t [B] in [0, 1], condition [B, ...] each, w [B] or None) -> Prediction.
     guided: whether predict already answers for the guidance weight w that it is given.
-    null_label: the label that stands for "no condition"; None where there is none.
+    null: the condition of one example that stands for "none"; entries that it hasn't are kept. None
+    where there is none.
     """
 
-    predict: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], Prediction]
+    predict: Callable[[jax.Array, jax.Array, Condition, jax.Array | None], Prediction]
     guided: bool
-    null_label: int | None
+    null: Condition | None
 
 
 def guidance_scale(w: float) -> float:
@@ -45,39 +50,54 @@ def combine(conditional: jax.Array, unconditional: jax.Array, *, w: jax.Array) -
     return (1.0 + w) * conditional - w * unconditional
 
 
+def without_condition(condition: Condition, null: Condition) -> Condition:
+    """`condition` [B, ...] with each entry that `null`, one example's, has in the place of its own."""
+    nothing = {
+        name: jnp.broadcast_to(jnp.asarray(value), jnp.shape(condition[name]))
+        for name, value in null.items()
+    }
+    return {**condition, **nothing}
+
+
 def with_guidance(denoiser: Denoiser) -> Denoiser:
     """The guided denoiser of a conditional one: both branches run as one batch of 2B.
 
     Raises ValueError if guidance is inside already (it would compound) or if the denoiser has no
-    null label.
+    null condition.
     """
     if denoiser.guided:
         raise ValueError(
             "guidance is already inside a w-conditioned model: sample it at w directly"
         )
-    null_label = denoiser.null_label
-    if null_label is None:
-        raise ValueError("guidance needs a denoiser with a null label for its unconditional branch")
+    null = denoiser.null
+    if null is None:
+        raise ValueError(
+            "guidance needs a denoiser with a null condition for its unconditional branch"
+        )
 
-    def predict(z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None) -> Prediction:
+    def predict(
+        z: jax.Array, t: jax.Array, condition: Condition, w: jax.Array | None
+    ) -> Prediction:
         if w is None:
             raise ValueError("a guided prediction needs a weight w")
-        null = jnp.full_like(label, null_label)
+        nothing = without_condition(condition, null)
         both = denoiser.predict(
             jnp.concatenate([z, z]),
             jnp.concatenate([t, t]),
-            jnp.concatenate([label, null]),
+            {name: jnp.concatenate([condition[name], nothing[name]]) for name in condition},
             None,
         )
         return Prediction(*(combine(*jnp.split(branch, 2), w=w) for branch in both))
 
-    return Denoiser(predict, guided=True, null_label=None)
+    return Denoiser(predict, guided=True, null=None)
 
 
 def with_clipping(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
     """The denoiser as samplers of images use it: its x held to [-1, 1]."""
 
-    def predict(z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None) -> Prediction:
-        return clip_x(denoiser.predict(z, t, label, w), z=z, log_snr=schedule(t))
+    def predict(
+        z: jax.Array, t: jax.Array, condition: Condition, w: jax.Array | None
+    ) -> Prediction:
+        return clip_x(denoiser.predict(z, t, condition, w), z=z, log_snr=schedule(t))
 
     return replace(denoiser, predict=predict)

@@ -49,16 +49,15 @@ def cosine(log_snr_min: float = -LOG_SNR_LIMIT, log_snr_max: float = LOG_SNR_LIM
 
 
 def from_betas(betas: np.ndarray) -> Schedule:
-    """The continuous-time reading of a discrete chain with per-step noise variances `betas` [T].
+    """The schedule of a discrete chain with per-step noise variances `betas` [T]: a step function.
 
-    Index i of the chain (0-based) sits at t = (i + 1) / T; between the knots the log-SNR is
-    linear in t, and below the first knot it rises linearly to LOG_SNR_LIMIT at t = 0.
+    Time t stands for index i = round(T t) - 1 of the chain, as in `timestep_index`; what rounds to
+    t = 0 is clean data, at LOG_SNR_LIMIT. The grids i/N of N = 1, 2, 4, ... nest.
     """
     log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
     knots = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
     values = np.concatenate([[LOG_SNR_LIMIT], knots]).astype(np.float32)
-    times = np.linspace(0.0, 1.0, len(values), dtype=np.float32)
-    return lambda t: jnp.interp(t, times, values)
+    return lambda t: jnp.asarray(values)[jnp.round(t * len(betas)).astype(jnp.int32)]
 
 
 @functools.cache
@@ -83,11 +82,14 @@ def shifted(schedule: Schedule, factor: float) -> Schedule:
 
 
 def timestep_index(t: jax.Array, num_timesteps: int = NUM_TIMESTEPS) -> jax.Array:
-    """Index in 0..T-1 of a discrete chain, as a float, at continuous time t in (0, 1]."""
-    return t * num_timesteps - 1.0
+    """Index in 0..T-1 of a discrete chain, as a float, that time t in [0, 1] stands for.
+
+    t = 0 lies before the chain's start and takes its first index.
+    """
+    return jnp.maximum(jnp.round(t * num_timesteps) - 1.0, 0.0)
 
 
-SCHEDULES: dict[str, Callable[[], Schedule]] = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "linear": linear,
     "scaled_linear": scaled_linear,

@@ -137,5 +137,5 @@ def train_extractor(
                 title="classifier",
             )
     make = functools.partial(classifier_extractor, classifier, state.params, source.shape)
-    features, _ = make(scale=1.0)(source.arrays(SCALE_EXAMPLES)[0])
+    features, _ = make(scale=1.0)(source.arrays(SCALE_EXAMPLES)["image"])
     return make(scale=float(np.mean(np.square(features))) ** -0.5)

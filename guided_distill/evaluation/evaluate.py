@@ -24,7 +24,7 @@ from guided_distill.evaluation.results import Result, metric_name, read_results,
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
 from guided_distill.pipeline import read_config
-from guided_distill.sampling import cycling_labels, sample_batches
+from guided_distill.sampling import cycling_labels, of_labels, sample_batches
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
@@ -124,8 +124,8 @@ class _Table:
 
 
 def _real_outputs(source: Source, extractor: Extractor) -> Iterator[Outputs]:
-    for images, labels in source.chunks(MAX_EXAMPLES):
-        yield Outputs(*extractor(images), labels)
+    for examples in source.chunks(MAX_EXAMPLES):
+        yield Outputs(*extractor(examples["image"]), examples["label"])
 
 
 def _drawing(
@@ -143,7 +143,7 @@ def _drawing(
     )
 
     def draw_from(start: int) -> Iterator[np.ndarray]:
-        next(draw(labels=labels[:1], num_steps=1))
-        return draw(labels=labels, num_steps=task.num_steps, start=start)
+        next(draw(condition=of_labels(labels[:1]), num_steps=1))
+        return draw(condition=of_labels(labels), num_steps=task.num_steps, start=start)
 
     return draw_from

@@ -112,8 +112,8 @@ def _compute(source: Source, extractor: Extractor) -> Reference:
     statistics = FeatureStatistics.empty(extractor.width)
     kept = []
     with progress("reference", total=count, unit="images") as advance:
-        for images, _ in source.chunks(MAX_EXAMPLES):
-            features, _ = extractor(images)
+        for examples in source.chunks(MAX_EXAMPLES):
+            features, _ = extractor(examples["image"])
             kept.append(features[chosen[statistics.count :][: len(features)]])
             statistics = statistics.accumulate(features)
             advance(statistics.count, extractor.name)
@@ -133,7 +133,7 @@ def data_fingerprint(source: Source) -> str:
     """A SHA-256 of the data's size and shape and of 1,000 of its examples with their labels."""
     rng = np.random.default_rng(0)
     indices = np.sort(rng.permutation(source.size)[:FINGERPRINT_EXAMPLES])
-    return _sha256([np.array([source.size, *source.shape]), *source.read(indices)])
+    return _sha256([np.array([source.size, *source.shape]), *source.read(indices).values()])
 
 
 def _sha256(arrays: Any) -> str:

@@ -5,14 +5,15 @@ Meng et al. 2023, the section on encoding: encoder and decoder students against 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from guided_distill.config import Evaluation, Experiment
 from guided_distill.data import sources
-from guided_distill.data.source import Source
+from guided_distill.data.source import Examples, Source
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.evaluation.results import read_rows, write_rows
 from guided_distill.pipeline import read_config
@@ -74,7 +75,8 @@ def evaluate_round_trips(
         return []
     data = experiment.data
     test = sources.load(data.name, split="test", image_size=data.image_size, seed=experiment.seed)
-    images, labels = _examples(test, settings)
+    examples = _examples(test, settings)
+    images = examples.pop("image")
     path = workdir / "round_trip.csv"
     rows = read_rows(path, RoundTrip)
     known = {row.key for row in rows}
@@ -89,7 +91,7 @@ def evaluate_round_trips(
                     ways[pair.encoder],
                     ways[pair.decoder],
                     images,
-                    labels=labels,
+                    condition=examples,
                     w=w,
                     num_steps=pair.num_steps,
                     batch_size=settings.batch_size,
@@ -107,16 +109,20 @@ def round_trip(
     decoder: Trained,
     images: np.ndarray,
     *,
-    labels: np.ndarray,
+    condition: Condition,
     w: float,
     num_steps: int,
     batch_size: int,
 ) -> np.ndarray:
     """The images [n, ...] as they come back, encoded and decoded in num_steps steps each at w."""
-    noise = encode(encoder, images, labels=labels, w=w, num_steps=num_steps, batch_size=batch_size)
-    return sample(
-        decoder, labels=labels, w=w, noise=noise, num_steps=num_steps, batch_size=batch_size
-    )
+    request: dict[str, Any] = {
+        "condition": condition,
+        "w": w,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+    }
+    noise = encode(encoder, images, **request)
+    return sample(decoder, noise=noise, **request)
 
 
 def _pairs(workdir: epath.Path, experiment: Experiment) -> Iterator[Pair]:
@@ -140,7 +146,7 @@ def _pairs(workdir: epath.Path, experiment: Experiment) -> Iterator[Pair]:
         yield Pair(plain[-1], plain[-1], n)
 
 
-def _examples(test: Source, settings: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+def _examples(test: Source, settings: Evaluation) -> Examples:
     count = min(settings.num_samples, test.size, MAX_IMAGES)
     shuffled = np.random.default_rng(settings.seed).permutation(test.size)
     return test.read(np.sort(shuffled[:count]))

@@ -1,15 +1,21 @@
 """A residual perceptron: for points in the plane and for images small enough to be vectors."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import Conditioning
 
 
 class MLP(nn.Module):
     """Dense -> `depth` residual blocks, scaled and shifted by the conditioning -> Dense."""
+
+    takes_timesteps: ClassVar[bool] = False
+    conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     width: int
     depth: int
@@ -25,13 +31,13 @@ class MLP(nn.Module):
         self,
         z: jax.Array,
         log_snr: jax.Array,
-        label: jax.Array,
+        condition: Condition,
         w: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, ..., C], log_snr, label and w [B] -> [B, ..., num_outputs C]."""
-        condition = nn.swish(
+        """z [B, ..., C]; log_snr, the label and w [B] -> [B, ..., num_outputs C]."""
+        embedding = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
@@ -39,12 +45,12 @@ class MLP(nn.Module):
                 sinusoid_width=self.embedding_width,
                 dtype=self.dtype,
                 name="conditioning",
-            )(log_snr, label, w)
+            )(log_snr, condition["label"], w)
         )
         hidden = nn.Dense(self.width, dtype=self.dtype, name="input")(z.reshape(len(z), -1))
         for index in range(self.depth):
             modulation = nn.Dense(2 * self.width, dtype=self.dtype, name=f"modulation_{index}")
-            scale, shift = jnp.split(modulation(condition), 2, axis=-1)
+            scale, shift = jnp.split(modulation(embedding), 2, axis=-1)
             branch = nn.LayerNorm(
                 use_scale=False, use_bias=False, dtype=self.dtype, name=f"norm_{index}"
             )(hidden)
@@ -65,7 +71,7 @@ class MLP(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="output_modulation",
         )
-        scale, shift = jnp.split(modulation(condition), 2, axis=-1)
+        scale, shift = jnp.split(modulation(embedding), 2, axis=-1)
         hidden = nn.LayerNorm(dtype=self.dtype, name="output_norm")(hidden) * (1.0 + scale) + shift
         output = nn.Dense(
             self.num_outputs * z[0].size,

@@ -1,8 +1,9 @@
 """Networks by name, and the step from a network's raw output to a Denoiser."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from guided_distill.diffusion.guidance import Denoiser
+from guided_distill.diffusion.guidance import Condition, Denoiser
 from guided_distill.diffusion.process import Prediction, prediction_from
-from guided_distill.diffusion.schedules import SCHEDULES, Schedule
+from guided_distill.diffusion.schedules import SCHEDULES, Schedule, timestep_index
 from guided_distill.errors import UserError
 from guided_distill.models.mlp import MLP
 from guided_distill.models.transformer import PatchTransformer
@@ -25,6 +26,9 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 Params = Mapping[str, Any]
+
+LABEL: tuple[tuple[str, tuple[int, ...]], ...] = (("label", ()),)
+"""The condition_shapes of data with classes."""
 
 # Set by the run or by Flax, not by a config's model.options.
 _NOT_OPTIONS = (
@@ -43,7 +47,8 @@ class Network:
     """A Flax module with what is needed to read its output: all of it but the weights.
 
     parameterization: what the module's output stands for, one of process.PARAMETERIZATIONS.
-    data_shape: the shape of one example, without the batch.
+    data_shape: the shape of one example, without the batch. condition_shapes: the shapes of one
+    example's condition, by name. latent: whether examples are an autoencoder's latents.
     """
 
     module: nn.Module
@@ -52,11 +57,25 @@ class Network:
     data_shape: tuple[int, ...]
     num_classes: int
     w_conditioned: bool
+    condition_shapes: tuple[tuple[str, tuple[int, ...]], ...] = LABEL
+    latent: bool = False
 
     @property
     def of_images(self) -> bool:
-        """Whether an example is an image with pixels in [-1, 1], and not a point."""
-        return len(self.data_shape) == 3
+        """Whether an example is an image with pixels in [-1, 1], and not a point or latents."""
+        return len(self.data_shape) == 3 and not self.latent
+
+    @property
+    def null(self) -> Condition | None:
+        """The condition that stands for none, of labels; that of texts is their encoder's to tell."""
+        return {"label": self.num_classes} if "label" in dict(self.condition_shapes) else None
+
+    def condition_like(self, make: Callable[..., Any], count: int = 1) -> dict[str, Any]:
+        """A condition of `count` examples whose arrays are make(shape, dtype)."""
+        return {
+            name: make((count, *shape), jnp.int32 if name == "label" else jnp.float32)
+            for name, shape in self.condition_shapes
+        }
 
     def init(self, key: jax.Array) -> Params:
         """Fresh weights."""
@@ -65,30 +84,43 @@ class Network:
             key,
             jnp.zeros((1, *self.data_shape)),
             one,
-            jnp.zeros((1,), jnp.int32),
+            self.condition_like(jnp.zeros),
             one if self.w_conditioned else None,
         )["params"]
 
-    def denoiser(self, params: Params, dropout_key: jax.Array | None = None) -> Denoiser:
-        """The denoiser that these weights make; with a dropout_key, in training mode."""
+    def denoiser(
+        self,
+        params: Params,
+        *,
+        null: Condition | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> Denoiser:
+        """The denoiser that these weights make; with a dropout_key, in training mode.
+
+        null: the condition that stands for none, unless it is the label `num_classes`.
+        """
+        if null is None:
+            null = self.null
 
         def predict(
-            z: jax.Array, t: jax.Array, label: jax.Array, w: jax.Array | None
+            z: jax.Array, t: jax.Array, condition: Condition, w: jax.Array | None
         ) -> Prediction:
             log_snr = self.schedule(t)
+            takes_timesteps = self.module.takes_timesteps  # type: ignore[attr-defined]
             output: Any = self.module.apply(
                 {"params": params},
                 z,
-                log_snr,
-                label,
+                timestep_index(t) if takes_timesteps else log_snr,
+                condition,
                 w,
                 train=dropout_key is not None,
                 rngs={} if dropout_key is None else {"dropout": dropout_key},
             )
             return prediction_from(output, source=self.parameterization, z=z, log_snr=log_snr)
 
-        null_label = None if self.w_conditioned else self.num_classes
-        return Denoiser(predict, guided=self.w_conditioned, null_label=null_label)
+        return Denoiser(
+            predict, guided=self.w_conditioned, null=None if self.w_conditioned else null
+        )
 
     def told_w(self) -> "Network":
         """The same network with the guidance weight as one more input."""
@@ -108,10 +140,14 @@ def build_network(
     dtype: str,
     data_shape: tuple[int, ...],
     num_classes: int,
+    schedule_options: Mapping[str, float] = MappingProxyType({}),
+    condition_shapes: tuple[tuple[str, tuple[int, ...]], ...] = LABEL,
+    latent: bool = False,
 ) -> Network:
     """A network that doesn't take w. `options` are the fields of the module's class.
 
-    Raises UserError for a name or an option that doesn't exist, and for one that is missing.
+    Raises UserError for a name or an option that doesn't exist, for one that is missing, and for a
+    network that can't be told of such conditions.
     """
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
@@ -127,18 +163,27 @@ def build_network(
     for option in sorted(name for name, required in fields.items() if required):
         if option not in options:
             raise UserError(f"config.model.options.{option} is missing: {name} needs it")
+    kind: Any = MODELS[name]
+    for condition, _ in condition_shapes:
+        if condition not in kind.conditions:
+            raise UserError(
+                f"config.model.name is {name}, which takes {' and '.join(kind.conditions)}, but the "
+                f"data have {condition}: choose another network or other data"
+            )
     return Network(
-        module=MODELS[name](
+        module=kind(
             num_classes=num_classes,
             num_outputs=2 if parameterization == "x_and_eps" else 1,
             dtype=jnp.dtype(dtype),
             **options,
         ),
-        schedule=SCHEDULES[schedule](),
+        schedule=SCHEDULES[schedule](**schedule_options),
         parameterization=parameterization,
         data_shape=data_shape,
         num_classes=num_classes,
         w_conditioned=False,
+        condition_shapes=condition_shapes,
+        latent=latent,
     )
 
 

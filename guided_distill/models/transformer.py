@@ -1,12 +1,14 @@
 """A patch transformer with adaptive layer norm, in the manner of DiT (Peebles & Xie 2023)."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import Conditioning
 from guided_distill.models.patches import from_patches, to_patches
 
@@ -50,6 +52,9 @@ class TransformerBlock(nn.Module):
 class PatchTransformer(nn.Module):
     """Patches -> `depth` transformer blocks -> patches."""
 
+    takes_timesteps: ClassVar[bool] = False
+    conditions: ClassVar[tuple[str, ...]] = ("label",)
+
     width: int
     depth: int
     num_heads: int
@@ -67,16 +72,16 @@ class PatchTransformer(nn.Module):
         self,
         z: jax.Array,
         log_snr: jax.Array,
-        label: jax.Array,
+        condition: Condition,
         w: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; log_snr, label, w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; log_snr, the label, w [B] -> [B, H, W, num_outputs C].
 
         H and W are multiples of patch_size.
         """
-        condition = nn.swish(
+        embedding = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
@@ -84,7 +89,7 @@ class PatchTransformer(nn.Module):
                 sinusoid_width=self.embedding_width,
                 dtype=self.dtype,
                 name="conditioning",
-            )(log_snr, label, w)
+            )(log_snr, condition["label"], w)
         )
         patches = to_patches(z, self.patch_size)
         grid = patches.shape[1:3]
@@ -102,7 +107,7 @@ class PatchTransformer(nn.Module):
                 self.dropout,
                 self.dtype,
                 name=f"block_{index}",
-            )(tokens, condition, train=train)
+            )(tokens, embedding, train=train)
         tokens = nn.LayerNorm(dtype=self.dtype, name="output_norm")(tokens)
         output = nn.Dense(
             self.num_outputs * patches.shape[-1],

@@ -1,10 +1,13 @@
 """The pixel-space U-Net of the paper's line of work (Dhariwal & Nichol 2021; Salimans & Ho 2022)."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import Conditioning
 from guided_distill.models.patches import from_patches, to_patches
 
@@ -89,6 +92,9 @@ class UNet(nn.Module):
     backward pass, and compute the rest again.
     """
 
+    takes_timesteps: ClassVar[bool] = False
+    conditions: ClassVar[tuple[str, ...]] = ("label",)
+
     width: int
     channel_multipliers: tuple[int, ...]
     blocks_per_level: int
@@ -108,12 +114,12 @@ class UNet(nn.Module):
         self,
         z: jax.Array,
         log_snr: jax.Array,
-        label: jax.Array,
+        condition: Condition,
         w: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; log_snr, label, w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; log_snr, the label, w [B] -> [B, H, W, num_outputs C].
 
         H and W are multiples of patch_size 2^(levels-1).
         """
@@ -123,7 +129,7 @@ class UNet(nn.Module):
             residual_block = nn.remat(ResidualBlock, static_argnums=(3,))
             attention_block = nn.remat(AttentionBlock)
 
-        condition = nn.swish(
+        embedding = nn.swish(
             Conditioning(
                 self.embedding_width,
                 self.num_classes,
@@ -131,7 +137,7 @@ class UNet(nn.Module):
                 sinusoid_width=self.width,
                 dtype=self.dtype,
                 name="conditioning",
-            )(log_snr, label, w)
+            )(log_snr, condition["label"], w)
         )
 
         def residual(
@@ -139,7 +145,7 @@ class UNet(nn.Module):
         ) -> jax.Array:
             channels = self.width * self.channel_multipliers[level]
             block = residual_block(channels, self.dropout, self.dtype, resampling, name=name)
-            return block(image, condition, train)
+            return block(image, embedding, train)
 
         def attention(image: jax.Array, name: str) -> jax.Array:
             return attention_block(self.head_width, self.dtype, name=f"{name}_attention")(image)

@@ -2,7 +2,7 @@
 
 import jax
 
-from guided_distill.diffusion.guidance import Denoiser, with_guidance
+from guided_distill.diffusion.guidance import Condition, Denoiser, with_guidance
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.schedules import Schedule
 from guided_distill.objectives.weighting import Loss, prediction_loss
@@ -17,7 +17,7 @@ def guidance_loss(
     student: Denoiser,
     teacher: Denoiser,
     x: jax.Array,
-    label: jax.Array,
+    condition: Condition,
     key: jax.Array,
     *,
     schedule: Schedule,
@@ -28,16 +28,16 @@ def guidance_loss(
 ) -> Loss:
     """Match the teacher's guided prediction at w ~ U[w_min, w_max], t ~ U[0, 1].
 
-    x is [B, ...], label [B]; clipped as for `prediction_loss`. Meng et al. 2023, section 3.1 and
-    algorithm 1. Raises ValueError if the teacher is guided already.
+    x is [B, ...], condition [B, ...] each; clipped as for `prediction_loss`. Meng et al. 2023,
+    section 3.1 and algorithm 1. Raises ValueError if the teacher is guided already.
     """
     time_key, noise_key, weight_key = jax.random.split(key, 3)
     t = jax.random.uniform(time_key, x.shape[:1])
     w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
     log_snr = schedule(t)
     z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
-    target = jax.lax.stop_gradient(with_guidance(teacher).predict(z, t, label, w))
-    prediction = student.predict(z, t, label, w)
+    target = jax.lax.stop_gradient(with_guidance(teacher).predict(z, t, condition, w))
+    prediction = student.predict(z, t, condition, w)
     return prediction_loss(
         prediction, target, log_snr=log_snr, weighting=weighting, clipped=clipped
     )

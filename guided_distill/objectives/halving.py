@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from guided_distill.diffusion.guidance import Denoiser, with_clipping
+from guided_distill.diffusion.guidance import Condition, Denoiser, with_clipping
 from guided_distill.diffusion.process import (
     Prediction,
     add_noise,
@@ -54,7 +54,7 @@ JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
 def halving_target(
     teacher: Denoiser,
     z: jax.Array,
-    label: jax.Array,
+    condition: Condition,
     w: jax.Array | None,
     *,
     jump: Jump,
@@ -62,9 +62,9 @@ def halving_target(
 ) -> Prediction:
     """What the student must predict at z [B, ...] to make the teacher's two DDIM steps in one."""
     log_snr_t, log_snr_end = schedule(jump.t), schedule(jump.end)
-    first = teacher.predict(z, jump.t, label, w)
+    first = teacher.predict(z, jump.t, condition, w)
     z_half = ddim_step(first, schedule(jump.half))
-    second = teacher.predict(z_half, jump.half, label, w)
+    second = teacher.predict(z_half, jump.half, condition, w)
     z_end = ddim_step(second, log_snr_end)
     target = single_step(z, z_end, log_snr_t=log_snr_t, log_snr_s=log_snr_end)
     last_x = jnp.where(broadcast_to_rank(jump.half == 0.0, z), first.x, second.x)
@@ -77,7 +77,7 @@ def halving_loss(
     student: Denoiser,
     teacher: Denoiser,
     x: jax.Array,
-    label: jax.Array,
+    condition: Condition,
     key: jax.Array,
     *,
     schedule: Schedule,
@@ -90,10 +90,10 @@ def halving_loss(
 ) -> Loss:
     """Match two steps of the teacher in one, from a jump drawn uniformly at w ~ U[w_min, w_max].
 
-    x is [B, ...], label [B]; num_steps is the student's N, traced or not, so that one compilation may
-    serve every round; sampler is a key of JUMPS. clipped: the teacher's two steps clip x, as its
-    sampler does, and the error is that of `prediction_loss`; it plays no part in encoding, which never
-    clips. Without guidance in either (the paper's two-student baseline) w plays no part. Raises
+    x is [B, ...], condition [B, ...] each; num_steps is the student's N, traced or not, so that one
+    compilation may serve every round; sampler is a key of JUMPS. clipped: the teacher's two steps clip x,
+    as its sampler does, and the error is that of `prediction_loss`; it plays no part in encoding, which
+    never clips. Without guidance in either (the paper's two-student baseline) w plays no part. Raises
     ValueError if one of them takes w and the other doesn't: guidance belongs to stage one alone.
     """
     if student.guided != teacher.guided:
@@ -114,9 +114,9 @@ def halving_loss(
     log_snr = schedule(jump.t)
     z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
     target = jax.lax.stop_gradient(
-        halving_target(teacher, z, label, w, jump=jump, schedule=schedule)
+        halving_target(teacher, z, condition, w, jump=jump, schedule=schedule)
     )
-    prediction = student.predict(z, jump.t, label, w)
+    prediction = student.predict(z, jump.t, condition, w)
     return prediction_loss(
         prediction, target, log_snr=log_snr, weighting=weighting, clipped=clipped
     )

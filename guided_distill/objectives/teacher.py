@@ -1,39 +1,47 @@
-"""The teacher: one network, conditional and unconditional by dropping labels."""
+"""The teacher: one network, conditional and unconditional by dropping conditions."""
 
 import jax
 import jax.numpy as jnp
 
-from guided_distill.diffusion.guidance import Denoiser
-from guided_distill.diffusion.process import Prediction, add_noise
+from guided_distill.diffusion.guidance import Condition, Denoiser, without_condition
+from guided_distill.diffusion.process import Prediction, add_noise, broadcast_to_rank
 from guided_distill.diffusion.schedules import Schedule
 from guided_distill.objectives.weighting import Loss, prediction_loss
 
 
-def drop_labels(label: jax.Array, key: jax.Array, *, null_label: int, rate: float) -> jax.Array:
-    """Labels [B] with each replaced by the null label at probability `rate`."""
-    return jnp.where(jax.random.bernoulli(key, rate, label.shape), null_label, label)
+def drop_conditions(
+    condition: Condition, key: jax.Array, *, null: Condition, rate: float
+) -> Condition:
+    """The condition [B, ...] with each example's replaced by `null` at probability `rate`."""
+    nothing = without_condition(condition, null)
+    count = len(next(iter(nothing.values())))
+    dropped = jax.random.bernoulli(key, rate, (count,))
+    return {
+        name: jnp.where(broadcast_to_rank(dropped, nothing[name]), nothing[name], value)
+        for name, value in condition.items()
+    }
 
 
 def teacher_loss(
     student: Denoiser,
     x: jax.Array,
-    label: jax.Array,
+    condition: Condition,
     key: jax.Array,
     *,
     schedule: Schedule,
     weighting: str,
-    label_dropout: float,
+    condition_dropout: float,
 ) -> Loss:
-    """Denoise x [B, ...] with label [B] at t ~ U[0, 1] (Ho & Salimans 2022, algorithm 1).
+    """Denoise x [B, ...] with its condition at t ~ U[0, 1] (Ho & Salimans 2022, algorithm 1).
 
-    Raises ValueError if the student has no null label.
+    Raises ValueError if the student has no null condition.
     """
-    if student.null_label is None:
-        raise ValueError("label dropout needs a denoiser with a null label")
-    time_key, noise_key, label_key = jax.random.split(key, 3)
+    if student.null is None:
+        raise ValueError("dropping conditions needs a denoiser with a null condition")
+    time_key, noise_key, drop_key = jax.random.split(key, 3)
     t = jax.random.uniform(time_key, x.shape[:1])
     eps = jax.random.normal(noise_key, x.shape)
-    label = drop_labels(label, label_key, null_label=student.null_label, rate=label_dropout)
+    condition = drop_conditions(condition, drop_key, null=student.null, rate=condition_dropout)
     log_snr = schedule(t)
-    prediction = student.predict(add_noise(x, eps, log_snr=log_snr), t, label, None)
+    prediction = student.predict(add_noise(x, eps, log_snr=log_snr), t, condition, None)
     return prediction_loss(prediction, Prediction(x, eps), log_snr=log_snr, weighting=weighting)

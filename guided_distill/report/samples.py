@@ -10,7 +10,7 @@ from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.pipeline import finished_stages, read_config
 from guided_distill.report.figures import image_grid, point_plot
-from guided_distill.sampling import sample
+from guided_distill.sampling import of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import storage_error
 from guided_distill.training.trained import load_finished
@@ -46,7 +46,7 @@ def sample_to_files(
     all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
     images = sample(
         trained,
-        labels=all_labels,
+        condition=of_labels(all_labels),
         w=w,
         num_steps=num_steps,
         sampler=sampler,

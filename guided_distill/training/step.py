@@ -94,7 +94,7 @@ def make_train_step(
     def many_updates(
         state: TrainState, frozen: Any, batches: Batch, key: jax.Array
     ) -> tuple[TrainState, StepReport]:
-        (count, *_) = batches["label"].shape
+        (count, *_) = batches["image"].shape
         if count == 1:
             # Not a loop: in loops, XLA's CPU backend takes a hundred times longer for the gradient of a
             # convolution's weights.

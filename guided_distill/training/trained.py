@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 
 from guided_distill.config import Experiment, Model, parse
 from guided_distill.errors import UserError
-from guided_distill.models.registry import Network, Params, build_network
+from guided_distill.models.registry import LABEL, Network, Params, build_network
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.mesh import data_mesh, replicated
 
@@ -24,6 +25,7 @@ class Description:
     teacher and the guidance stage, which know every t. w_min, w_max: the trained range of the guidance
     weight; None for the teacher and for two-student rounds, which don't take it. teacher: folder and
     step of the checkpoint that it was distilled from. total_steps: updates of the whole stage.
+    condition_shapes, latent: as of `Network`.
     """
 
     stage: str
@@ -37,6 +39,8 @@ class Description:
     teacher: Mapping[str, Any] | None
     package_version: str
     experiment: Experiment
+    condition_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(LABEL))
+    latent: bool = False
 
     @property
     def model(self) -> Model:
@@ -45,30 +49,59 @@ class Description:
 
     def network(self) -> Network:
         """The network whose weights the checkpoint holds."""
-        network = network_of(self.model, self.data_shape, len(self.class_names))
+        network = network_of(
+            self.model,
+            self.data_shape,
+            num_classes=len(self.class_names),
+            condition_shapes=self.condition_shapes,
+            latent=self.latent,
+        )
         return network if self.w_min is None else network.told_w()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_json` is its inverse."""
-        return dataclasses.asdict(self)
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {
+            **fields,
+            "experiment": dataclasses.asdict(self.experiment),
+            "condition_shapes": dict(self.condition_shapes),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Description":
         """The description that `to_json` wrote."""
         lists = {name: tuple(values[name]) for name in ("data_shape", "class_names")}
-        return cls(**{**values, **lists, "experiment": parse(values["experiment"])})
+        shapes = values.get("condition_shapes", dict(LABEL))
+        return cls(
+            **{
+                **values,
+                **lists,
+                "experiment": parse(values["experiment"]),
+                "condition_shapes": {name: tuple(shape) for name, shape in shapes.items()},
+            }
+        )
 
 
-def network_of(model: Model, data_shape: tuple[int, ...], num_classes: int) -> Network:
+def network_of(
+    model: Model,
+    data_shape: tuple[int, ...],
+    *,
+    num_classes: int,
+    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(LABEL)),
+    latent: bool = False,
+) -> Network:
     """The network of a config for data of this kind; it doesn't take w."""
     return build_network(
         name=model.name,
         options=model.options,
         parameterization=model.parameterization,
         schedule=model.schedule,
+        schedule_options=model.schedule_options,
         dtype=model.dtype,
         data_shape=data_shape,
         num_classes=num_classes,
+        condition_shapes=tuple(sorted(condition_shapes.items())),
+        latent=latent,
     )
 
 

@@ -135,9 +135,9 @@ def test_flip_mirrors_the_width_of_about_half():
 @pytest.mark.parametrize("batch_size", [1, 10])
 def test_source_arrays_are_not_changed_by_flips(batch_size):
     source = numbered(10)
-    before = source.arrays()[0].copy()
+    before = source.arrays()["image"].copy()
     take(9, source, batch_size=batch_size, seed=0, flip=True)
-    np.testing.assert_array_equal(source.arrays()[0], before)
+    np.testing.assert_array_equal(source.arrays()["image"], before)
 
 
 def test_unreadable_examples_surface_as_user_errors(tmp_path):

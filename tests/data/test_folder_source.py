@@ -31,7 +31,7 @@ def test_classes_are_the_sorted_folders_and_labels_match(colour_folder):
         source = load(colour_folder, split=split)
         assert source.class_names == ("blue", "green", "red")
         assert source.shape == (6, 6, 3)
-        images, labels = source.arrays()
+        images, labels = source.arrays().values()
         np.testing.assert_array_equal(np.bincount(labels), counts)
         expected = np.array(list(COLOURS.values()))[labels]
         error = np.abs(to_uint8(images)[:, 3, 3].astype(int) - expected)
@@ -44,7 +44,7 @@ def test_images_directly_in_the_folder_are_one_class(tmp_path):
     train, test = load(tmp_path), load(tmp_path, split="test")
     assert train.num_classes == 1
     assert train.shape == (4, 5, 3)
-    shades = [to_uint8(part.arrays()[0])[:, 0, 0, 0].tolist() for part in (train, test)]
+    shades = [to_uint8(part.arrays()["image"])[:, 0, 0, 0].tolist() for part in (train, test)]
     assert sorted(shades[0] + shades[1]) == list(range(0, 200, 10))
     assert len(shades[1]) == 2
 

@@ -31,7 +31,7 @@ def test_a_tenth_is_held_out_and_labels_stay_with_their_images(save):
     assert (len(parts["train"]), len(parts["test"])) == (45, 5)
     seen = []
     for source in parts.values():
-        images, labels = source.arrays()
+        images, labels = source.arrays().values()
         index = to_uint8(images)[:, 0, 0, 0]
         np.testing.assert_array_equal(labels, index % 7)
         seen += list(index)
@@ -50,7 +50,7 @@ def test_own_test_arrays_and_names_are_used_as_they_are(save):
     )
     assert len(sources.load(name)) == 6
     test = sources.load(name, split="test")
-    images, labels = test.arrays()
+    images, labels = test.arrays().values()
     np.testing.assert_array_equal(images, from_uint8(pixels(3, start=100)))
     np.testing.assert_array_equal(labels, [1, 0, 2])
     assert test.class_names == sources.load(name).class_names == ("ant", "bee", "cow")
@@ -67,7 +67,7 @@ def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
     source = sources.load(save(image=gray), image_size=5)
     assert source.shape == (5, 5, 1)
     assert source.num_classes == 1
-    found = {bytes(image) for image in source.arrays()[0]}
+    found = {bytes(image) for image in source.arrays()["image"]}
     assert found < {bytes(image) for image in gray}
 
 
@@ -129,14 +129,14 @@ def test_encoded_files_of_two_splits(tmp_path):
     name = f"npz:{tmp_path}/x_{{split}}.npz"
     for split, images in expected.items():
         source = sources.load(name, split=split)
-        found, labels = source.arrays()
+        found, labels = source.arrays().values()
         np.testing.assert_array_equal(to_uint8(found), images)
         np.testing.assert_array_equal(labels, np.arange(len(images)))
         assert source.num_classes == 5
     small = sources.load(name, image_size=2)
     assert small.shape == (2, 2, 3)
     # The middle 4 x 4 counts, its rows above and below don't.
-    found = small.arrays()[0].mean((1, 2))
+    found = small.arrays()["image"].mean((1, 2))
     middle = from_uint8(expected["train"][:, 1:5]).mean((1, 2))
     np.testing.assert_allclose(found, middle, atol=0.15)
 
@@ -148,7 +148,7 @@ def test_jpeg_files_and_a_held_out_tenth(save):
     parts = [sources.load(name, split=split) for split in sources.SPLITS]
     assert [len(part) for part in parts] == [18, 2]
     for part in parts:
-        found, labels = part.arrays()
+        found, labels = part.arrays().values()
         np.testing.assert_allclose(to_uint8(found)[:, 4, 4, 0], shades[labels], atol=2)
 
 

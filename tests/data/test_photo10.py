@@ -24,7 +24,7 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
     seen = {}
     for split in sources.SPLITS:
         source = sources.load("photo10", split=split)
-        pixels = to_uint8(source.read(np.arange(0, len(source), 10))[0]).astype(int)
+        pixels = to_uint8(source.read(np.arange(0, len(source), 10))["image"]).astype(int)
         x = pixels[..., 0] + 256 * (pixels[..., 2] % 128 // 64)
         y = pixels[..., 1] + 256 * (pixels[..., 2] // 128)
         # A patch is one upright, unmirrored piece of the photograph.
@@ -39,10 +39,10 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
 
 def test_classes_are_dealt_evenly_and_every_patch_is_dealt():
     source = sources.load("photo10", split="test")
-    _, labels = source.arrays()
+    labels = source.arrays()["label"]
     np.testing.assert_array_equal(labels, np.arange(len(source)) % 10)
     for label in (1, 6):
-        dealt = to_uint8(source.read(np.arange(label, len(source), 10))[0])
+        dealt = to_uint8(source.read(np.arange(label, len(source), 10))["image"])
         patches = photo10._patches("test")[label]
         assert set(map(bytes, dealt)) == set(map(bytes, patches))
 
@@ -58,7 +58,7 @@ def test_there_are_thousands_of_patches_and_none_is_flat():
 
 def test_photographs_have_their_colours():
     source = sources.load("photo10", split="train")
-    images, labels = source.arrays(limit=5000)
+    images, labels = source.arrays(limit=5000).values()
     colour = {
         name: images[labels == i].mean(axis=(0, 1, 2)) for i, name in enumerate(source.class_names)
     }

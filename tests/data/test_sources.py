@@ -37,7 +37,7 @@ def test_source_contract(name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         source.name = "other"
 
-    images, labels = source.arrays()
+    images, labels = source.arrays().values()
     assert len(images) == len(labels) == len(source)
     np.testing.assert_array_equal(images[3], example["image"])
     assert labels[3] == example["label"]
@@ -45,11 +45,11 @@ def test_source_contract(name):
     assert np.abs(images).max() <= 1
     assert set(labels) == set(range(source.num_classes))
 
-    some, some_labels = source.arrays(limit=40)
+    some, some_labels = source.arrays(limit=40).values()
     assert some.shape == (40, *source.shape)
-    np.testing.assert_array_equal(some, source.arrays(limit=40)[0])
+    np.testing.assert_array_equal(some, source.arrays(limit=40)["image"])
     assert len(set(some_labels)) > source.num_classes // 2
-    assert len(source.arrays(limit=10**9)[0]) == len(source)
+    assert len(source.arrays(limit=10**9)["image"]) == len(source)
 
 
 @pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
@@ -65,11 +65,11 @@ def test_digits_are_all_there_once_in_balanced_splits():
 
     bunch = load_digits()
     splits = {split: sources.load("digits", split=split).arrays() for split in ("train", "test")}
-    images = np.concatenate([splits["train"][0], splits["test"][0]])
-    labels = np.concatenate([splits["train"][1], splits["test"][1]])
+    images = np.concatenate([splits[split]["image"] for split in sources.SPLITS])
+    labels = np.concatenate([splits[split]["label"] for split in sources.SPLITS])
     seen = sorted(zip(labels, map(bytes, to_gray(images)), strict=True))
     assert seen == sorted(zip(bunch.target, map(bytes, bunch.images.astype(np.uint8)), strict=True))
-    share = np.bincount(splits["test"][1]) / np.bincount(bunch.target)
+    share = np.bincount(splits["test"]["label"]) / np.bincount(bunch.target)
     np.testing.assert_allclose(share, 0.2, atol=0.01)
 
 
@@ -79,7 +79,7 @@ def to_gray(images):
 
 def test_splits_ignore_the_seed_except_for_drawn_points():
     def images(name, seed):
-        return sources.load(name, seed=seed).arrays(limit=100)[0]
+        return sources.load(name, seed=seed).arrays(limit=100)["image"]
 
     np.testing.assert_array_equal(images("digits", 1), images("digits", 2))
     np.testing.assert_array_equal(images("mixture2d", 1), images("mixture2d", 1))
@@ -87,8 +87,8 @@ def test_splits_ignore_the_seed_except_for_drawn_points():
 
 
 def test_mixture_points_are_balanced_and_follow_the_mixture():
-    train, train_labels = sources.load("mixture2d").arrays()
-    test, _ = sources.load("mixture2d", split="test").arrays()
+    train, train_labels = sources.load("mixture2d").arrays().values()
+    test, _ = sources.load("mixture2d", split="test").arrays().values()
     assert (train.shape, test.shape) == ((50_000, 2), (10_000, 2))
     assert not set(map(bytes, train)) & set(map(bytes, test))
     np.testing.assert_array_equal(np.bincount(train_labels), 12_500)
@@ -102,7 +102,7 @@ def test_a_limited_reading_of_sorted_classes_is_a_fair_sample():
     source = from_arrays(
         "sorted", split="test", images=np.zeros((400, 1)), labels=labels, class_names=list("abcd")
     )
-    assert np.bincount(source.arrays(limit=80)[1], minlength=4).min() > 8
+    assert np.bincount(source.arrays(limit=80)["label"], minlength=4).min() > 8
 
 
 def test_split_indices_partition_every_group():

@@ -65,7 +65,7 @@ def test_prepared_sets_are_read_without_tensorflow(prepared, split, start):
     source = sources.load("tfds:tiny_squares/even", split=split)
     assert source.shape == (8, 12, 3)
     assert source.class_names == ("even", "odd")
-    images, labels = source.arrays()
+    images, labels = source.arrays().values()
     shades = to_uint8(images)[:, 0, 0, 0]
     assert sorted(shades) == list(range(start, start + 10))
     np.testing.assert_array_equal(labels, shades % 2)
@@ -87,7 +87,7 @@ def test_images_of_many_sizes_are_resized_and_batched(prepared):
 def test_gray_images_keep_one_channel(prepared):
     source = sources.load("tfds:tiny_squares/gray", image_size=5)
     assert source.shape == (5, 5, 1)
-    shades = to_uint8(source.arrays()[0])
+    shades = to_uint8(source.arrays()["image"])
     assert sorted(shades[:, 2, 2, 0]) == list(range(10))
 
 
@@ -128,7 +128,7 @@ def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split):
 
     source = sources.load(f"tfds:{name}", image_size=side)
     assert (source.shape, source.num_classes) == ((side, side, 3), last + 1)
-    found, labels = source.arrays()
+    found, labels = source.arrays().values()
     assert sorted(labels) == wanted
     places = [wanted.index(label) for label in labels]
     np.testing.assert_array_equal(to_uint8(found), images[places])

@@ -50,7 +50,7 @@ def test_cosine_is_the_cosine_inside_and_truncated_at_the_ends():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_log_snr_falls(name):
-    assert np.all(np.diff(SCHEDULES[name](jnp.linspace(0, 1, 2001))) < 0)
+    assert np.all(np.diff(SCHEDULES[name](jnp.linspace(0, 1, 1001))) < 0)
 
 
 def test_scaled_linear_agrees_with_the_cumulative_product_at_every_index():
@@ -59,7 +59,19 @@ def test_scaled_linear_agrees_with_the_cumulative_product_at_every_index():
     t = jnp.arange(1, 1001) / 1000
     alpha, _ = schedules.alpha_sigma(schedules.scaled_linear()(t))
     np.testing.assert_allclose(alpha**2, alpha_bar, rtol=2e-5)
-    np.testing.assert_allclose(schedules.timestep_index(t), np.arange(1000), atol=1e-3)
+    np.testing.assert_array_equal(schedules.timestep_index(t), np.arange(1000))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 16, 512])
+def test_grids_of_a_discrete_chain_visit_whole_indices_and_nest(num_steps):
+    t = jnp.arange(num_steps + 1) / num_steps
+    index = [round(1000 * n / num_steps) - 1 for n in range(1, num_steps + 1)]
+    np.testing.assert_array_equal(schedules.timestep_index(t)[1:], index)
+    schedule = schedules.linear()
+    np.testing.assert_array_equal(schedule(t)[1:], schedule((np.array(index) + 1) / 1000))
+    assert schedule(t)[0] == schedules.LOG_SNR_LIMIT
+    finer = schedules.timestep_index(jnp.arange(1, 2 * num_steps + 1) / (2 * num_steps))
+    assert set(index) <= set(np.asarray(finer).tolist())
 
 
 @pytest.mark.parametrize("source", NAMES)
@@ -247,18 +259,18 @@ def test_the_last_step_answers_the_predicted_x(sampler):
 
 
 def toy_denoiser():
-    def predict(z, t, label, w):
-        x = z * 0.1 + label[:, None].astype(jnp.float32)
+    def predict(z, t, condition, w):
+        x = z * 0.1 + condition["label"][:, None].astype(jnp.float32)
         return process.Prediction(x, z - x)
 
-    return Denoiser(predict, guided=False, null_label=9)
+    return Denoiser(predict, guided=False, null={"label": 9})
 
 
 def test_guidance_ends_and_scale():
-    z, t, label = draw(0), jnp.full(6, 0.5), jnp.arange(6)
+    z, t, label = draw(0), jnp.full(6, 0.5), {"label": jnp.arange(6)}
     plain, guided = toy_denoiser(), with_guidance(toy_denoiser())
     conditional = plain.predict(z, t, label, None)
-    unconditional = plain.predict(z, t, jnp.full(6, 9), None)
+    unconditional = plain.predict(z, t, {"label": jnp.full(6, 9)}, None)
     for w, expected in ((0.0, conditional), (-1.0, unconditional)):
         found = guided.predict(z, t, label, jnp.full(6, w))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)

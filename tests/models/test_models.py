@@ -59,7 +59,7 @@ def predict(network, params, *inputs):
 
 def inputs():
     z = jax.random.normal(jax.random.key(1), (4, *SHAPE))
-    return z, jnp.array([0.9, 0.5, 0.3, 0.1]), jnp.array([0, 1, 2, 3])
+    return z, jnp.array([0.9, 0.5, 0.3, 0.1]), {"label": jnp.arange(4)}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -71,7 +71,7 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     fresh = jax.jit(student.init)(jax.random.key(1, impl="unsafe_rbg"))
     start = flatten_dict(student_params(fresh, teacher_params))
     projection = start.pop(("conditioning", "w", "output", "kernel"))
-    z, t, label = inputs()
+    z, t, condition = inputs()
     w = jnp.array([0.0, 1.0, 2.5, 4.0])
 
     # One program: two would round the time embedding's large angles differently.
@@ -81,9 +81,9 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
             params = unflatten_dict(
                 {**start, ("conditioning", "w", "output", "kernel"): projection}
             )
-            return student.denoiser(params).predict(z, t, label, w).x
+            return student.denoiser(params).predict(z, t, condition, w).x
 
-        expected = network.denoiser(teacher_params).predict(z, t, label, None).x
+        expected = network.denoiser(teacher_params).predict(z, t, condition, None).x
         return expected, *jax.jvp(found, (projection,), (jnp.ones_like(projection),))
 
     expected, found, slope = compare(teacher_params, start, projection)
@@ -95,14 +95,14 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
 def test_output_depends_on_every_input(name):
     student = make(name).told_w()
     params = random_params(student)
-    z, t, label = inputs()
+    z, t, condition = inputs()
     w = jnp.arange(4.0)
-    base = predict(student, params, z, t, label, w).eps
+    base = predict(student, params, z, t, condition, w).eps
     for changed in (
-        (z.at[:, 0, 0].add(1.0), t, label, w),
-        (z, t + 0.05, label, w),
-        (z, t, (label + 1) % 4, w),
-        (z, t, label, w + 1.0),
+        (z.at[:, 0, 0].add(1.0), t, condition, w),
+        (z, t + 0.05, condition, w),
+        (z, t, {"label": (condition["label"] + 1) % 4}, w),
+        (z, t, condition, w + 1.0),
     ):
         moved = predict(student, params, *changed).eps - base
         assert np.abs(moved).reshape(4, -1).max(axis=1).min() > 1e-5

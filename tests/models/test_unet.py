@@ -17,7 +17,7 @@ OPTIONS = {
     "num_classes": 3,
     "dropout": 0.3,
 }
-OTHERS = (jnp.array([-3.0, 2.0]), jnp.array([0, 3]))
+OTHERS = (jnp.array([-3.0, 2.0]), {"label": jnp.array([0, 3])})
 
 
 def images(size):

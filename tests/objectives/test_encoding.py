@@ -19,7 +19,7 @@ SCHEDULE = schedules.cosine()
 MEAN, DEVIATION = 0.3, 0.5
 
 
-def exact(z, t, label=None, w=None):
+def exact(z, t, condition=None, w=None):
     alpha, sigma = process.levels(SCHEDULE(t), z)
     score = (z - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2)
     return process.Prediction(x=MEAN + alpha * DEVIATION**2 * score, eps=sigma * score)
@@ -60,11 +60,11 @@ def test_a_round_trip_converges_at_first_order():
 def student(teacher, num_steps):
     """The encoder that meets its target at every z exactly."""
 
-    def predict(z, t, label=None, w=None):
+    def predict(z, t, condition=None, w=None):
         i = jnp.round(t * num_steps).astype(jnp.int32) + 1
         jump = halving.JUMPS["encode"](i, num_steps)
-        tutor = Denoiser(teacher, guided=True, null_label=None)
-        return halving.halving_target(tutor, z, label, w, jump=jump, schedule=SCHEDULE)
+        tutor = Denoiser(teacher, guided=True, null=None)
+        return halving.halving_target(tutor, z, condition, w, jump=jump, schedule=SCHEDULE)
 
     return predict
 
@@ -87,22 +87,22 @@ def test_exact_students_encode_as_the_many_step_teacher_that_they_come_from(firs
 def test_encoders_learn_the_noise_of_pixels_at_the_ends_of_the_range():
     """There x is met whatever eps is, so `clipped` would leave them untaught."""
     x = jnp.where(points() > MEAN, 1.0, -1.0)
-    label = jnp.zeros(16, jnp.int32)
+    condition = {"label": jnp.zeros(16, jnp.int32)}
 
-    def other(z, t, label=None, w=None):
+    def other(z, t, condition=None, w=None):
         prediction = exact(z, t)
         alpha, sigma = process.levels(SCHEDULE(t), z)
         eps = prediction.eps + 1.0
         return process.Prediction((z - sigma * eps) / alpha, eps)
 
-    learner, tutor = (Denoiser(each, guided=True, null_label=None) for each in (other, exact))
+    learner, tutor = (Denoiser(each, guided=True, null=None) for each in (other, exact))
 
     def losses(clipped):
         return halving.halving_loss(
             learner,
             tutor,
             x,
-            label,
+            condition,
             jax.random.key(0),
             schedule=SCHEDULE,
             weighting="truncated_snr",

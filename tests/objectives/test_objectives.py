@@ -17,31 +17,31 @@ SCHEDULES = {
 
 
 def denoiser(schedule, *, guided, parameterization="v", seed=0):
-    """A smooth random function as a network, which depends on z, t, label and w."""
+    """A smooth random function as a network, which depends on z, t, the label and w."""
     mix = jax.random.normal(jax.random.key(seed), (3, 3))
 
-    def predict(z, t, label, w):
+    def predict(z, t, condition, w):
         weight = 0.0 if w is None else w[:, None]
-        value = jnp.tanh(z @ mix + t[:, None] + 0.1 * label[:, None] + 0.3 * weight)
+        value = jnp.tanh(z @ mix + t[:, None] + 0.1 * condition["label"][:, None] + 0.3 * weight)
         return process.prediction_from(value, source=parameterization, z=z, log_snr=schedule(t))
 
-    return Denoiser(predict, guided=guided, null_label=None if guided else 4)
+    return Denoiser(predict, guided=guided, null=None if guided else {"label": 4})
 
 
 def batch(size=16):
     return (
         jax.random.normal(jax.random.key(1), (size, 3)),
-        jnp.arange(size) % 4,
+        {"label": jnp.arange(size) % 4},
         jnp.linspace(0.0, 4.0, size),
     )
 
 
-def losses_of(student, model, *, x, label, schedule, num_steps, sampler="ddim", clipped=False):
+def losses_of(student, model, *, x, condition, schedule, num_steps, sampler="ddim", clipped=False):
     return halving.halving_loss(
         student,
         model,
         x,
-        label,
+        condition,
         jax.random.key(0),
         schedule=schedule,
         weighting="truncated_snr",
@@ -68,14 +68,14 @@ def test_weights_on_v_are_those_of_the_table():
 def test_two_teacher_steps_are_one_student_step(name, parameterization, sampler, num_steps):
     schedule = SCHEDULES[name]
     model = denoiser(schedule, guided=True, parameterization=parameterization)
-    z, label, w = batch()
+    z, condition, w = batch()
     i = jnp.arange(16) % num_steps + 1
     jump = halving.JUMPS[sampler](i, num_steps)
-    target = halving.halving_target(model, z, label, w, jump=jump, schedule=schedule)
+    target = halving.halving_target(model, z, condition, w, jump=jump, schedule=schedule)
 
-    first = model.predict(z, jump.t, label, w)
+    first = model.predict(z, jump.t, condition, w)
     z_half = process.ddim_step(first, schedule(jump.half))
-    second = model.predict(z_half, jump.half, label, w)
+    second = model.predict(z_half, jump.half, condition, w)
     z_end = process.ddim_step(second, schedule(jump.end))
     landed = process.ddim_step(target, schedule(jump.end))
     scale = jnp.abs(z_end).max()
@@ -93,19 +93,19 @@ def test_two_teacher_steps_are_one_student_step(name, parameterization, sampler,
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_a_teacher_whose_two_steps_are_one_has_nothing_to_teach(sampler, num_steps):
     schedule = SCHEDULES["cosine"]
-    x, label, _ = batch()
+    x, condition, _ = batch()
 
-    def predict(z, t, label, w):
-        constant = jnp.broadcast_to((0.1 * label + 0.2 * w)[:, None], z.shape)
+    def predict(z, t, condition, w):
+        constant = jnp.broadcast_to((0.1 * condition["label"] + 0.2 * w)[:, None], z.shape)
         return process.prediction_from(constant, source=known, z=z, log_snr=schedule(t))
 
     # What is known must be well told by z where the jumps begin: eps at t = 0, x at t = 1.
     known = "eps" if sampler == "encode" else "x"
 
-    model = Denoiser(predict, guided=True, null_label=None)
+    model = Denoiser(predict, guided=True, null=None)
     settings = {
         "x": x,
-        "label": label,
+        "condition": condition,
         "schedule": schedule,
         "num_steps": num_steps,
         "sampler": sampler,
@@ -133,33 +133,42 @@ def test_jump_times(sampler, i, expected):
 
 def test_halving_needs_a_guided_teacher_and_guidance_a_plain_one():
     schedule = SCHEDULES["cosine"]
-    x, label, _ = batch()
+    x, condition, _ = batch()
     settings = {"schedule": schedule, "weighting": "snr", "w_min": 0.0, "w_max": 4.0}
     plain, guided = (denoiser(schedule, guided=each) for each in (False, True))
     with pytest.raises(ValueError, match="guidance stage first"):
         halving.halving_loss(
-            guided, plain, x, label, jax.random.key(0), num_steps=4, sampler="ddim", **settings
+            guided, plain, x, condition, jax.random.key(0), num_steps=4, sampler="ddim", **settings
         )
     with pytest.raises(ValueError, match="already inside"):
-        guidance.guidance_loss(guided, guided, x, label, jax.random.key(0), **settings)
+        guidance.guidance_loss(guided, guided, x, condition, jax.random.key(0), **settings)
 
 
 def test_guidance_loss_is_zero_for_the_guided_teacher_itself_alone():
     schedule = SCHEDULES["cosine"]
-    x, label, _ = batch()
+    x, condition, _ = batch()
     plain = denoiser(schedule, guided=False)
     settings = {"schedule": schedule, "weighting": "truncated_snr", "w_min": 0.0, "w_max": 4.0}
     losses = [
-        guidance.guidance_loss(student, plain, x, label, jax.random.key(0), **settings)
+        guidance.guidance_loss(student, plain, x, condition, jax.random.key(0), **settings)
         for student in (with_guidance(plain), denoiser(schedule, guided=True))
     ]
     np.testing.assert_allclose(losses[0].per_example, 0.0, atol=1e-10)
     assert losses[1].per_example.min() > 1e-4
 
 
-def test_label_dropout_replaces_labels_at_its_rate():
-    label = jnp.zeros(20_000, jnp.int32)
-    dropped = teacher.drop_labels(label, jax.random.key(0), null_label=4, rate=0.1)
+def test_dropping_conditions_puts_null_in_whole_examples_at_its_rate():
+    condition = {
+        "label": jnp.zeros(20_000, jnp.int32),
+        "text": jnp.zeros((20_000, 2, 3)),
+        "inpaint": jnp.ones((20_000, 2)),
+    }
+    null = {"label": 4, "text": jnp.arange(1.0, 7.0).reshape(2, 3)}
+    found = teacher.drop_conditions(condition, jax.random.key(0), null=null, rate=0.1)
+    dropped = found["label"]
+    expected = np.where((dropped == 4)[:, None, None], null["text"], 0.0)
+    np.testing.assert_array_equal(found["text"], expected)
+    np.testing.assert_array_equal(found["inpaint"], condition["inpaint"])
     assert set(np.unique(dropped)) == {0, 4}
     np.testing.assert_allclose((dropped == 4).mean(), 0.1, atol=0.01)
 
@@ -169,20 +178,20 @@ def test_teacher_loss_is_least_for_the_posterior_mean():
     x = deviation * jax.random.normal(jax.random.key(0), (4000, 3))
 
     def loss(factor):
-        def predict(z, t, label, w):
+        def predict(z, t, condition, w):
             log_snr = schedule(t)
             alpha, sigma = process.levels(log_snr, z)
             mean = z * alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
             return process.prediction_from(factor * mean, source="x", z=z, log_snr=log_snr)
 
         return teacher.teacher_loss(
-            Denoiser(predict, guided=False, null_label=1),
+            Denoiser(predict, guided=False, null={"label": 1}),
             x,
-            jnp.zeros(4000, jnp.int32),
+            {"label": jnp.zeros(4000, jnp.int32)},
             jax.random.key(1),
             schedule=schedule,
             weighting="truncated_snr",
-            label_dropout=0.1,
+            condition_dropout=0.1,
         ).per_example.mean()
 
     assert loss(1.0) < min(loss(0.98), loss(1.02))
@@ -193,25 +202,25 @@ def test_clipped_student_makes_its_teachers_clipped_steps(num_steps):
     """The student that meets the clipped target at every z samples what its teacher samples."""
     schedule = SCHEDULES["cosine"]
     model = denoiser(schedule, guided=True)
-    z, label, w = batch()
+    z, condition, w = batch()
     z = 2.0 * z
     keys = samplers.sample_keys(jax.random.key(0), jnp.arange(16))
     clipped = with_clipping(model, schedule)
 
-    def student(z, t, label, w):
+    def student(z, t, condition, w):
         i = jnp.round(t * num_steps).astype(jnp.int32)
         jump = halving.JUMPS["ddim"](i, num_steps)
-        return halving.halving_target(clipped, z, label, w, jump=jump, schedule=schedule)
+        return halving.halving_target(clipped, z, condition, w, jump=jump, schedule=schedule)
 
     def run(predict, steps):
-        return samplers.ddim(lambda z, t: predict(z, t, label, w), schedule, z, keys, steps)
+        return samplers.ddim(lambda z, t: predict(z, t, condition, w), schedule, z, keys, steps)
 
     expected = run(clipped.predict, 2 * num_steps)
     np.testing.assert_allclose(run(student, num_steps), expected, atol=1e-4)
     assert np.abs(expected - run(model.predict, 2 * num_steps)).max() > 0.1
 
-    learner = Denoiser(student, guided=True, null_label=None)
-    settings = {"x": 2.0 * z, "label": label, "schedule": schedule, "num_steps": num_steps}
+    learner = Denoiser(student, guided=True, null=None)
+    settings = {"x": 2.0 * z, "condition": condition, "schedule": schedule, "num_steps": num_steps}
     met, missed = (losses_of(learner, model, clipped=each, **settings) for each in (True, False))
     np.testing.assert_allclose(met, 0.0, atol=1e-8)
     assert missed.max() > 1e-3
@@ -219,13 +228,13 @@ def test_clipped_student_makes_its_teachers_clipped_steps(num_steps):
 
 def test_clipped_guidance_loss_is_zero_for_the_teacher_as_sampled():
     schedule = SCHEDULES["cosine"]
-    x, label, _ = batch()
+    x, condition, _ = batch()
     plain = denoiser(schedule, guided=False)
     student = with_clipping(with_guidance(plain), schedule)
     settings = {"schedule": schedule, "weighting": "snr_plus_one", "w_min": 0.0, "w_max": 4.0}
     met, missed = (
         guidance.guidance_loss(
-            student, plain, x, label, jax.random.key(0), clipped=clipped, **settings
+            student, plain, x, condition, jax.random.key(0), clipped=clipped, **settings
         ).per_example
         for clipped in (True, False)
     )

@@ -69,6 +69,7 @@ def test_whole_net(golden):
         num_classes=cases.CLASSES,
         w_conditioned=True,
     )
-    found = output(net, "net", cases.IMAGE, log_snr(), cases.LABEL, cases.W)
+    condition = {"label": cases.LABEL}
+    found = output(net, "net", cases.IMAGE, log_snr(), condition, cases.W)
     assert found.shape == cases.IMAGE.shape
     assert_meets(found, golden["net"])

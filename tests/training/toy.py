@@ -27,7 +27,7 @@ KEY = 7
 
 
 def loss(params, frozen, batch, key):
-    noise = 0.1 * jax.random.normal(key, batch["label"].shape)
+    noise = 0.1 * jax.random.normal(key, batch["image"].shape[:1])
     return Loss(jnp.square(batch["image"] @ params["a"] + frozen["shift"] + noise), {})
 
 
