@@ -23,6 +23,7 @@ from guided_distill.objectives.halving import JUMPS
 from guided_distill.objectives.weighting import WEIGHTINGS
 
 STAGES = ("teacher", "guidance", "halving")
+AUTOENCODER = "autoencoder"
 METHODS = ("guided", "naive", "two_student")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
@@ -39,12 +40,15 @@ class Data:
     """Where examples come from: a name of guided_distill.data.sources.
 
     channels: what the data must have, 1 for gray and 3 for colour; None takes it as it comes.
+    text_encoder: a name of guided_distill.text.load to condition on the data's captions by; None
+    conditions on their labels.
     """
 
     name: str = "digits"
     image_size: int | None = None
     channels: int | None = None
     flip: bool = False
+    text_encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,30 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class Autoencoder(Optimization):
+    """The run's own autoencoder, whose latents are then diffused; steps = 0 diffuses the data itself.
+
+    options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
+    """
+
+    steps: int = 0
+    kl_weight: float = 1e-3
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Teacher(Optimization):
     """The guided diffusion model: conditional and unconditional in one network.
 
     label_dropout: the share of examples that lose their condition, be it a label or a text.
+    initial: the folder of another run's teacher to start from, whatever it predicts: so one of eps
+    becomes one of v.
     """
 
     weighting: str = _one_of("snr_plus_one", *WEIGHTINGS)
     label_dropout: float = 0.1
     dropout: float = 0.0
+    initial: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Cadence:
+    """How a training runs, whatever it trains."""
+
+    steps_per_dispatch: int
+    log_every: int
+    checkpoint_every: int
+    checkpoints_to_keep: int
+    max_nonfinite_steps: int
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A whole run.
 
@@ -147,7 +177,7 @@ class Experiment:
 
     seed: int = 0
     method: str = _one_of(*METHODS)
-    stage: str = _one_of("all", *STAGES)
+    stage: str = _one_of("all", AUTOENCODER, *STAGES)
     start_from: str | None = None
     steps_per_dispatch: int = 50
     log_every: int = 100
@@ -155,11 +185,17 @@ class Experiment:
     checkpoints_to_keep: int = 2
     max_nonfinite_steps: int = 10
     data: Data = field(default_factory=Data)
+    autoencoder: Autoencoder = field(default_factory=Autoencoder)
     model: Model = field(default_factory=Model)
     teacher: Teacher = field(default_factory=Teacher)
     guidance: Guidance = field(default_factory=Guidance)
     halving: Halving = field(default_factory=Halving)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def cadence(self) -> Cadence:
+        """The keys of `Cadence`, which are this section's own."""
+        return Cadence(**{key.name: getattr(self, key.name) for key in dataclasses.fields(Cadence)})
 
     def rounds(self) -> tuple[int, ...]:
         """The N of every halving round, falling."""
@@ -327,7 +363,7 @@ def _check(experiment: Experiment) -> None:
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
             f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
         )
-    for name in STAGES:
+    for name in STAGES if experiment.autoencoder.steps == 0 else (AUTOENCODER, *STAGES):
         stage = getattr(experiment, name)
         _positive(f"{name}.steps", stage.steps)
         _positive(f"{name}.batch_size", stage.batch_size)
@@ -341,14 +377,8 @@ def _check(experiment: Experiment) -> None:
             )
     _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
     _fraction("teacher.dropout", experiment.teacher.dropout)
-    for key in (
-        "steps_per_dispatch",
-        "log_every",
-        "checkpoint_every",
-        "checkpoints_to_keep",
-        "max_nonfinite_steps",
-    ):
-        _positive(key, getattr(experiment, key))
+    for key, value in dataclasses.asdict(experiment.cadence).items():
+        _positive(key, value)
     for key, unit in (("log_every", "steps_per_dispatch"), ("checkpoint_every", "log_every")):
         value, multiple_of = getattr(experiment, key), getattr(experiment, unit)
         if value % multiple_of:

@@ -1,6 +1,5 @@
 """Which stages a run has, in which order, from which checkpoint; and how each is trained."""
 
-import contextlib
 import json
 import zlib
 from dataclasses import asdict
@@ -11,21 +10,13 @@ from etils import epath
 
 from guided_distill.config import STAGES, Experiment, changed_keys, parse
 from guided_distill.data import sources
-from guided_distill.data.pipeline import batches
 from guided_distill.errors import UserError
 from guided_distill.models.registry import student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
-from guided_distill.training.checkpoints import (
-    StageCheckpoints,
-    abstract,
-    latest_step,
-    write_text,
-)
-from guided_distill.training.loop import train
-from guided_distill.training.mesh import data_mesh, replicated
-from guided_distill.training.metrics import MetricsLog, parameter_table
+from guided_distill.training.checkpoints import latest_step, write_text
+from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import console
-from guided_distill.training.state import initial_state
+from guided_distill.training.session import train_in
 from guided_distill.training.trained import (
     Description,
     Trained,
@@ -157,7 +148,6 @@ class Pipeline:
         params = jax.jit(network.init)(init_key)
         if teacher is not None:
             params = student_params(params, teacher.params)
-        whole = replicated(self._mesh)
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
@@ -168,49 +158,27 @@ class Pipeline:
             sampler=stage.sampler,
             w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
         )
-        state = jax.device_put(
-            initial_state(params, optimizer, ema_decay=stage.settings.ema_decay), whole
-        )
-        iterator = batches(
-            self._source,
-            batch_size=stage.settings.batch_size // jax.process_count(),
-            seed=seed,
+        state = train_in(
+            directory,
+            source=self._source,
             flip=experiment.data.flip,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            seed=seed,
+            params=params,
+            step=step,
+            optimizer=optimizer,
+            settings=stage.settings,
+            total_steps=stage.total_steps,
+            frozen={
+                "params": teacher.params if teacher else {},
+                "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
+                "null": self._source.null,
+            },
+            key=loop_key,
+            cadence=experiment.cadence,
+            about=about.to_json(),
+            mesh=self._mesh,
+            title=f"[{order.index(stage) + 1}/{len(order)}] {stage.name}",
         )
-        with (
-            contextlib.closing(iterator),
-            StageCheckpoints(directory, keep=experiment.checkpoints_to_keep) as checkpoints,
-        ):
-            restored = checkpoints.restore(abstract(state, whole))
-            if restored is None:
-                write_text(directory / "parameters.txt", parameter_table(params))
-            else:
-                state = restored.state
-                iterator.set_state(restored.data_state)
-            with contextlib.closing(MetricsLog(directory, step=int(state.step))) as metrics_log:
-                state = train(
-                    state,
-                    step,
-                    frozen={
-                        "params": teacher.params if teacher else {},
-                        "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
-                        "null": self._source.null,
-                    },
-                    batches=iterator,
-                    key=loop_key,
-                    total_steps=stage.total_steps,
-                    steps_per_dispatch=experiment.steps_per_dispatch,
-                    log_every=experiment.log_every,
-                    checkpoint_every=experiment.checkpoint_every,
-                    max_nonfinite_steps=experiment.max_nonfinite_steps,
-                    checkpoints=checkpoints,
-                    about=about.to_json(),
-                    metrics_log=metrics_log,
-                    mesh=self._mesh,
-                    title=f"[{order.index(stage) + 1}/{len(order)}] {stage.name}",
-                )
         return Trained(str(directory), stage.total_steps, state.result, about)
 
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition, with_clipping, with_guidance
 from guided_distill.diffusion.process import Prediction
+from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
@@ -25,11 +26,11 @@ CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 def compiled_sampler(
     network: Network, sampler: str, mesh: Mesh, *, clipped: bool
 ) -> CompiledSampler:
-    """f(params, z [B, ...], keys [B], condition [B, ...], null, w [B], num_steps) -> [B, ...].
+    """f(params, z, keys, condition, null, known, w, num_steps, first) -> [B, ...].
 
-    From z at t = 1 to x; with samplers.ENCODE, from x at t = 0 to z. One compilation serves every
-    num_steps, and all students of one network. A network that doesn't take w is guided by two calls in
-    one batch. clipped: hold x to [-1, 1] at every step.
+    From z [B, ...] at t = first/num_steps to x, keeping what is `known`; with samplers.ENCODE, from x at
+    t = 0 to z. One compilation serves every num_steps, and all students of one network. A network that
+    doesn't take w [B] is guided by two calls in one batch. clipped: hold x to [-1, 1] at every step.
     """
 
     def run(
@@ -38,8 +39,10 @@ def compiled_sampler(
         keys: jax.Array,
         condition: Condition,
         null: Condition,
+        known: Known | None,
         w: jax.Array,
         num_steps: jax.Array,
+        first: jax.Array,
     ) -> jax.Array:
         denoiser = network.denoiser(params, null=null)
         if not denoiser.guided:
@@ -52,12 +55,13 @@ def compiled_sampler(
 
         if sampler == samplers.ENCODE:
             return samplers.encode(predict, network.schedule, z, num_steps)
-        return samplers.SAMPLERS[sampler](predict, network.schedule, z, keys, num_steps)
+        kept = samplers.keeping(predict, known) if known else predict
+        return samplers.SAMPLERS[sampler](kept, network.schedule, z, keys, num_steps, first)
 
     whole, split = replicated(mesh), split_batch(mesh)
     return jax.jit(
         run,
-        in_shardings=(whole, split, split, split, whole, split, whole),
+        in_shardings=(whole, split, split, split, whole, split, split, whole, whole),
         out_shardings=split,
     )
 
@@ -86,6 +90,8 @@ def sample_batches(
     w: float,
     null: Condition | None = None,
     noise: np.ndarray | None = None,
+    first: int | None = None,
+    known: Known | None = None,
     num_steps: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
@@ -99,11 +105,12 @@ def sample_batches(
 
     null: the condition that stands for none, where a teacher needs another than that of labels.
     num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
-    [n, *data_shape], such as `encode` answers; drawn unless given. Images are held to [-1, 1] at every
-    step from drawn noise, but only at the end from given noise, for clipping on the way doesn't undo an
-    encoding. Sample i depends on (seed, i), its condition, its noise and w, and not on batch_size, which
-    only bounds the memory. Raises UserError for what the checkpoint wasn't trained for, unless
-    allow_untrained.
+    [n, *data_shape], such as `encode` answers; drawn unless given. first: start at t = first/num_steps
+    instead, where `noise` is the noisy z. known: what to keep, arrays [n, ...]. Images are held to
+    [-1, 1] at every step from drawn noise, but only at the end from given noise, for clipping on the way
+    doesn't undo an encoding. Sample i depends on (seed, i), its condition, its noise and w, and not on
+    batch_size, which only bounds the memory. Raises UserError for what the checkpoint wasn't trained for,
+    unless allow_untrained.
     """
     num_steps, sampler = check_request(
         trained.description,
@@ -120,8 +127,10 @@ def sample_batches(
         noise,
         condition=condition,
         null=null,
+        known=known,
         w=w,
         num_steps=num_steps,
+        first=first,
         seed=seed,
         batch_size=batch_size,
         start=start,
@@ -157,8 +166,10 @@ def encode(
         images,
         condition=condition,
         null=null,
+        known=None,
         w=w,
         num_steps=num_steps,
+        first=None,
         seed=0,
         batch_size=batch_size,
         start=0,
@@ -174,8 +185,10 @@ def _run(
     *,
     condition: Condition,
     null: Condition | None,
+    known: Known | None,
     w: float,
     num_steps: int,
+    first: int | None,
     seed: int,
     batch_size: int,
     start: int,
@@ -187,8 +200,8 @@ def _run(
     run = compiled_sampler(network, sampler, mesh, clipped=clipped)
     draw = compiled_noise(network.data_shape, mesh)
     count = _count(condition)
-    for first in range(start, count, batch_size):
-        indices = np.arange(first, first + batch_size)
+    for begin in range(start, count, batch_size):
+        indices = np.arange(begin, begin + batch_size)
         rows = indices % count
         noise, keys = draw(jax.random.key(seed), indices)
         batch = run(
@@ -197,10 +210,12 @@ def _run(
             keys,
             {name: np.asarray(each)[rows] for name, each in condition.items()},
             network.null if null is None else null,
+            None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
             np.full(batch_size, w, np.float32),
             jnp.asarray(num_steps, jnp.int32),
+            jnp.asarray(num_steps if first is None else first, jnp.int32),
         )
-        yield np.asarray(batch)[: count - first]
+        yield np.asarray(batch)[: count - begin]
 
 
 def check_request(

@@ -88,7 +88,9 @@ def test_devices_make_no_difference(who, mesh_of):
                 keys,
                 of_labels(cycling_labels(8, 3)),
                 about.network().null,
+                None,
                 np.linspace(0, 4, 8, dtype=np.float32),
+                np.int32(2),
                 np.int32(2),
             )
         )

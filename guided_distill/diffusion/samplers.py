@@ -2,11 +2,12 @@
 
 `schedule` is log_snr(t). num_steps may be a traced integer, so one compilation serves every N.
 Samplers that draw noise take one typed key per example, so that a sample depends on its own seed
-alone. Every sampler but `encode` starts from z at t = 1, calls predict N times, and answers the
-last x: shapes [B, ...] throughout.
+alone. Every sampler but `encode` starts from z at t = n/N, n being `first` (N for pure noise), calls
+predict n times, and answers the last x: shapes [B, ...] throughout.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,27 +53,39 @@ def _unless_last(i: jax.Array, z_s: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def ddim(
-    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+    predict: Predict,
+    schedule: Schedule,
+    z: jax.Array,
+    keys: jax.Array,
+    num_steps: jax.Array,
+    first: jax.Array | None = None,
 ) -> jax.Array:
-    """Deterministic sampling, equation (3) N times. `keys` is not used."""
+    """Deterministic sampling, equation (3) each time. `keys` is not used."""
     del keys
+    start = num_steps if first is None else first
 
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = num_steps - n
+        i = start - n
         prediction = predict(z, _time(i, num_steps, z))
         z_s = ddim_step(prediction, schedule(_time(i - 1, num_steps, z)))
         return _unless_last(i, z_s, prediction.x)
 
-    return jax.lax.fori_loop(0, num_steps, body, z)
+    return jax.lax.fori_loop(0, start, body, z)
 
 
 def ancestral(
-    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+    predict: Predict,
+    schedule: Schedule,
+    z: jax.Array,
+    keys: jax.Array,
+    num_steps: jax.Array,
+    first: jax.Array | None = None,
 ) -> jax.Array:
-    """Ancestral (DDPM) sampling, equation (4) N times."""
+    """Ancestral (DDPM) sampling, equation (4) each time."""
+    start = num_steps if first is None else first
 
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = num_steps - n
+        i = start - n
         t = _time(i, num_steps, z)
         prediction = predict(z, t)
         z_s = posterior_step(
@@ -84,20 +97,26 @@ def ancestral(
         )
         return _unless_last(i, z_s, prediction.x)
 
-    return jax.lax.fori_loop(0, num_steps, body, z)
+    return jax.lax.fori_loop(0, start, body, z)
 
 
 def stochastic(
-    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+    predict: Predict,
+    schedule: Schedule,
+    z: jax.Array,
+    keys: jax.Array,
+    num_steps: jax.Array,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """The paper's stochastic N-step sampler (Meng et al. 2023, section 3.3).
 
     From t a DDIM jump over two grid steps to t - 2/N, then noise back over one to t - 1/N; from
     t = 1/N a plain jump to 0. It needs a student trained on these jumps.
     """
+    start = num_steps if first is None else first
 
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = num_steps - n
+        i = start - n
         prediction = predict(z, _time(i, num_steps, z))
         log_snr_k = schedule(_time(i - 2, num_steps, z))
         z_s = forward_hop(
@@ -108,11 +127,16 @@ def stochastic(
         )
         return _unless_last(i, z_s, prediction.x)
 
-    return jax.lax.fori_loop(0, num_steps, body, z)
+    return jax.lax.fori_loop(0, start, body, z)
 
 
 def dpm_solver_pp(
-    predict: Predict, schedule: Schedule, z: jax.Array, keys: jax.Array, num_steps: jax.Array
+    predict: Predict,
+    schedule: Schedule,
+    z: jax.Array,
+    keys: jax.Array,
+    num_steps: jax.Array,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """DPM-Solver++(2M), first order at both ends (Lu et al. 2022, algorithm 2). `keys` is not used.
 
@@ -120,12 +144,13 @@ def dpm_solver_pp(
     z_s = (sigma_s/sigma_t) z - alpha_s (exp(-h) - 1) (x + (x - x_previous) / (2 r)).
     """
     del keys
+    start = num_steps if first is None else first
 
     def body(
         n: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         z, previous_x, previous_h = carry
-        i = num_steps - n
+        i = start - n
         t, s = _time(i, num_steps, z), _time(i - 1, num_steps, z)
         x = predict(z, t).x
         log_snr_t, log_snr_s = schedule(t), schedule(s)
@@ -138,8 +163,8 @@ def dpm_solver_pp(
         z_s = (sigma_s / sigma_t) * z - alpha_s * broadcast_to_rank(jnp.expm1(-h), z) * data
         return _unless_last(i, z_s, x), x, h
 
-    start = (z, jnp.zeros_like(z), jnp.ones(z.shape[:1], z.dtype))
-    return jax.lax.fori_loop(0, num_steps, body, start)[0]
+    carry = (z, jnp.zeros_like(z), jnp.ones(z.shape[:1], z.dtype))
+    return jax.lax.fori_loop(0, start, body, carry)[0]
 
 
 def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Array) -> jax.Array:
@@ -157,7 +182,31 @@ def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Ar
     return jax.lax.fori_loop(0, num_steps, body, x)
 
 
-Sampler = Callable[[Predict, Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+class Known(NamedTuple):
+    """What in-painting keeps: the clean x [B, ...] and the noise eps that noises it, outside of `free`.
+
+    free: bool [B, ...], broadcast against x, True where the sampler paints.
+    """
+
+    x: jax.Array
+    eps: jax.Array
+    free: jax.Array
+
+
+def keeping(predict: Predict, known: Known) -> Predict:
+    """`predict` with what is known in the place of its own: samplers then pass through its noisings."""
+
+    def kept(z: jax.Array, t: jax.Array) -> Prediction:
+        own = predict(z, t)
+        return Prediction(
+            jnp.where(known.free, own.x, known.x), jnp.where(known.free, own.eps, known.eps)
+        )
+
+    return kept
+
+
+Sampler = Callable[..., jax.Array]
+"""f(predict, schedule, z, keys, num_steps, first=None), as those above."""
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,

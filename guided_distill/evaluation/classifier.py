@@ -1,6 +1,5 @@
 """An extractor of the data's own: a small classifier, trained from a fixed seed on the run's data."""
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +11,13 @@ import numpy as np
 import optax
 from etils import epath
 
-from guided_distill.config import Optimization
-from guided_distill.data.pipeline import batches
+from guided_distill.config import Cadence, Optimization
 from guided_distill.data.source import Source
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.objectives.weighting import Loss
-from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.loop import train
-from guided_distill.training.mesh import data_mesh, replicated
-from guided_distill.training.metrics import MetricsLog
-from guided_distill.training.state import initial_state, make_optimizer
+from guided_distill.training.mesh import data_mesh
+from guided_distill.training.session import train_in
+from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import make_train_step
 
 SEED = 20230618
@@ -32,6 +28,13 @@ SETTINGS = Optimization(
     learning_rate=2e-3,
     learning_rate_schedule="cosine",
     weight_decay=1e-4,
+)
+CADENCE = Cadence(
+    steps_per_dispatch=1,
+    log_every=100,
+    checkpoint_every=500,
+    checkpoints_to_keep=1,
+    max_nonfinite_steps=10,
 )
 NOISE = 0.1
 BATCH = 512
@@ -105,37 +108,29 @@ def train_extractor(
     init_key, loop_key = jax.random.split(jax.random.key(SEED))
     params = classifier.init(init_key, jnp.zeros((1, *source.shape)))["params"]
     optimizer = make_optimizer(SETTINGS, steps=steps)
-    state = jax.device_put(initial_state(params, optimizer, ema_decay=0.0), replicated(mesh))
     step = make_train_step(
         lambda params, frozen, batch, key: classifier_loss(classifier, params, batch, key),
         optimizer,
         ema_decay=0.0,
         mesh=mesh,
     )
-    iterator = batches(source, batch_size=SETTINGS.batch_size, seed=SEED)
-    with contextlib.closing(iterator), StageCheckpoints(directory, keep=1) as checkpoints:
-        restored = checkpoints.restore(abstract(state, replicated(mesh)))
-        if restored is not None:
-            state = restored.state
-            iterator.set_state(restored.data_state)
-        with contextlib.closing(MetricsLog(directory, step=int(state.step))) as metrics_log:
-            state = train(
-                state,
-                step,
-                frozen={},
-                batches=iterator,
-                key=loop_key,
-                total_steps=steps,
-                steps_per_dispatch=1,
-                log_every=100,
-                checkpoint_every=500,
-                max_nonfinite_steps=10,
-                checkpoints=checkpoints,
-                about={"stage": "classifier", "seed": SEED},
-                metrics_log=metrics_log,
-                mesh=mesh,
-                title="classifier",
-            )
+    state = train_in(
+        directory,
+        source=source,
+        flip=False,
+        seed=SEED,
+        params=params,
+        step=step,
+        optimizer=optimizer,
+        settings=SETTINGS,
+        total_steps=steps,
+        frozen={},
+        key=loop_key,
+        cadence=CADENCE,
+        about={"stage": "classifier", "seed": SEED},
+        mesh=mesh,
+        title="classifier",
+    )
     make = functools.partial(classifier_extractor, classifier, state.params, source.shape)
     features, _ = make(scale=1.0)(source.arrays(SCALE_EXAMPLES)["image"])
     return make(scale=float(np.mean(np.square(features))) ** -0.5)

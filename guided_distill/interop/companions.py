@@ -12,6 +12,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
 from guided_distill.interop.diffusers_folder import (
+    DIFFUSERS_VERSION,
     TEXT_WEIGHTS,
     WEIGHTS,
     read_json,
@@ -82,6 +83,27 @@ def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Param
     module = kinds[config["_class_name"]](**fields)
     image = (1, *(2 ** len(fields["block_out_channels"]),) * 2, fields["image_channels"])
     return module, _weights(module, jax.ShapeDtypeStruct(image, jnp.float32), folder, WEIGHTS)
+
+
+def autoencoder_config(module: AutoencoderKL, *, sample_size: int) -> dict[str, Any]:
+    """The config.json of an autoencoder of sample_size squares; `read_autoencoder` reads it."""
+    levels = range(len(module.block_out_channels))
+    attention = ["Attn" if level in module.attention_levels else "" for level in levels]
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "act_fn": "silu",
+        "block_out_channels": list(module.block_out_channels),
+        "down_block_types": [f"{each}DownEncoderBlock2D" for each in attention],
+        "in_channels": module.image_channels,
+        "latent_channels": module.latent_channels,
+        "layers_per_block": module.layers_per_block,
+        "norm_num_groups": module.norm_num_groups,
+        "out_channels": module.image_channels,
+        "sample_size": sample_size,
+        "scaling_factor": module.scaling_factor,
+        "up_block_types": [f"{each}UpDecoderBlock2D" for each in reversed(attention)],
+    }
 
 
 def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:

@@ -1,7 +1,7 @@
 """Networks by name, and the step from a network's raw output to a Denoiser."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -151,19 +151,8 @@ def build_network(
     """
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
-    fields = {
-        field.name: field.default is MISSING
-        for field in dataclasses.fields(MODELS[name])
-        if field.name not in _NOT_OPTIONS
-    }
-    for option in sorted(options.keys() - fields.keys()):
-        raise UserError(
-            f"config.model.options.{option} is not an option of {name}; it has {', '.join(fields)}"
-        )
-    for option in sorted(name for name, required in fields.items() if required):
-        if option not in options:
-            raise UserError(f"config.model.options.{option} is missing: {name} needs it")
     kind: Any = MODELS[name]
+    check_options("config.model.options", options, kind, fixed=_NOT_OPTIONS)
     for condition, _ in condition_shapes:
         if condition not in kind.conditions:
             raise UserError(
@@ -185,6 +174,27 @@ def build_network(
         condition_shapes=condition_shapes,
         latent=latent,
     )
+
+
+def check_options(
+    key: str, options: Mapping[str, Any], kind: type[nn.Module], *, fixed: Collection[str]
+) -> None:
+    """Raises UserError, naming the key, unless a module of this kind can be made from `options`.
+
+    fixed: fields of the module that are not options.
+    """
+    fields = {
+        field.name: field.default is MISSING
+        for field in dataclasses.fields(kind)
+        if field.name not in fixed
+    }
+    for option in sorted(options.keys() - fields.keys()):
+        raise UserError(
+            f"{key}.{option} is not an option of {kind.__name__}; it has {', '.join(fields)}"
+        )
+    for option in sorted(name for name, required in fields.items() if required):
+        if option not in options:
+            raise UserError(f"{key}.{option} is missing: {kind.__name__} needs it")
 
 
 def student_params(student: Params, teacher: Params) -> Params:

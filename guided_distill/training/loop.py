@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from guided_distill.config import Cadence
 from guided_distill.errors import UserError
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.mesh import split_batch
@@ -35,10 +36,7 @@ def train(
     batches: Batches,
     key: jax.Array,
     total_steps: int,
-    steps_per_dispatch: int,
-    log_every: int,
-    checkpoint_every: int,
-    max_nonfinite_steps: int,
+    cadence: Cadence,
     checkpoints: StageCheckpoints,
     about: Mapping[str, Any],
     metrics_log: MetricsLog,
@@ -47,11 +45,12 @@ def train(
 ) -> TrainState:
     """Run `step` from the state's own step to `total_steps`, saving and logging on the way.
 
-    Each dispatch makes `steps_per_dispatch` updates; their boundaries are multiples of it, so a
+    Each dispatch makes cadence.steps_per_dispatch updates; their boundaries are multiples of it, so a
     resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
-    while the next one runs. Raises UserError when max_nonfinite_steps updates in a row were skipped.
+    while the next one runs. Raises UserError when cadence.max_nonfinite_steps updates in a row were
+    skipped.
     """
-    now = int(state.step)
+    now, size = int(state.step), cadence.steps_per_dispatch
     sharding = split_batch(mesh, axis=1)
     sums: clu.metrics.Collection | None = None
     unread: tuple[int, StepReport] | None = None
@@ -61,28 +60,28 @@ def train(
             """Wait for a dispatch, check it, and log what it measured."""
             nonlocal sums
             in_a_row = int(report.skipped_in_a_row)
-            if in_a_row >= max_nonfinite_steps:
+            if in_a_row >= cadence.max_nonfinite_steps:
                 raise UserError(
                     f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
                     f"{done}: lower the stage's learning_rate, then run again to go on from the last "
                     f"checkpoint"
                 )
             sums = report.metrics if sums is None else sums.merge(report.metrics)
-            if done % log_every == 0 or done == total_steps:
+            if done % cadence.log_every == 0 or done == total_steps:
                 figures = {name: float(value) for name, value in sums.compute().items()}
                 metrics_log.write(done, {**figures, "skipped": int(report.skipped)})
                 sums = None
                 advance(done, f"loss {figures['loss']:.4g}")
 
         while now < total_steps:
-            count = min(steps_per_dispatch - now % steps_per_dispatch, total_steps - now)
+            count = min(size - now % size, total_steps - now)
             stacked = _stack([next(batches) for _ in range(count)])
             state, report = step(state, frozen, jax.device_put(stacked, sharding), key)
             if unread:
                 read(*unread)
             now += count
             unread = (now, report)
-            if now % checkpoint_every == 0 or now == total_steps:
+            if now % cadence.checkpoint_every == 0 or now == total_steps:
                 read(*unread)
                 unread = None
                 checkpoints.save(state, data_state=batches.get_state(), about=about)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill.config import Optimization
+from guided_distill.config import Cadence, Optimization
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import from_arrays
 from guided_distill.objectives.weighting import Loss
@@ -80,10 +80,13 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             batches=iterator,
             key=jax.random.key(KEY),
             total_steps=total_steps,
-            steps_per_dispatch=2,
-            log_every=log_every,
-            checkpoint_every=4,
-            max_nonfinite_steps=max_nonfinite_steps,
+            cadence=Cadence(
+                steps_per_dispatch=2,
+                log_every=log_every,
+                checkpoint_every=4,
+                checkpoints_to_keep=2,
+                max_nonfinite_steps=max_nonfinite_steps,
+            ),
             checkpoints=checkpoints,
             about={"stage": "toy"},
             metrics_log=log,

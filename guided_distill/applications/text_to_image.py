@@ -1,0 +1,157 @@
+"""Images of texts, from scratch, from another image, or in the holes of one.
+
+Meng et al. 2023, sections 4.3 (text to image), and their text-guided editing and in-painting: a distilled
+denoiser of latents with the companions that it was trained beside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from guided_distill.diffusion.guidance import Condition
+from guided_distill.diffusion.process import add_noise
+from guided_distill.diffusion.samplers import Known
+from guided_distill.errors import UserError
+from guided_distill.interop.companions import COMPANIONS
+from guided_distill.latent_space import LatentSpace, load_latent_space
+from guided_distill.sampling import check_request, compiled_noise, sample
+from guided_distill.text.encoder import TextEncoder
+from guided_distill.text.registry import load_text_encoder
+from guided_distill.training.mesh import data_mesh
+from guided_distill.training.trained import Trained, load_finished
+
+INPAINT = "inpaint"
+"""The condition of in-painting networks, beside the text."""
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A stage's denoiser, its autoencoder and its text encoder."""
+
+    trained: Trained
+    space: LatentSpace
+    text_encoder: TextEncoder
+
+
+def load_text_to_image(directory: epath.Path) -> TextToImage:
+    """The stage in a run's folder, with the companions of the run.
+
+    Raises UserError if it isn't finished, isn't told of texts, or lacks its companions.
+    """
+    trained = load_finished(directory)
+    if "text" not in trained.description.condition_shapes:
+        raise UserError(
+            f"{directory} is told of {' and '.join(trained.description.condition_shapes)}, not of texts: "
+            f"use `guided-distill sample`"
+        )
+    workdir = directory.parent
+    return TextToImage(
+        trained, load_latent_space(workdir), load_text_encoder(f"companions:{workdir / COMPANIONS}")
+    )
+
+
+class Edited(NamedTuple):
+    """Images [n, H, W, C] in [-1, 1], and how many of the sampler's steps made them."""
+
+    images: np.ndarray
+    steps_run: int
+
+
+def generate(
+    model: TextToImage, prompts: Sequence[str], *, w: float, seed: int = 0, **request: Any
+) -> np.ndarray:
+    """An image for each prompt, [n, H, W, C] in [-1, 1]; image i depends on (seed, i) and its prompt.
+
+    request: num_steps, sampler, batch_size and allow_untrained, as of `sample`. Raises UserError as
+    `sample` does, and for an in-painting network.
+    """
+    if INPAINT in model.trained.description.condition_shapes:
+        raise UserError("this network in-paints: use `guided-distill inpaint`")
+    condition = {"text": model.text_encoder.encode(prompts)}
+    latents = _sample(model, condition, w=w, seed=seed, **request)
+    return model.space.to_images(latents)
+
+
+def edit(
+    model: TextToImage,
+    images: np.ndarray,
+    prompts: Sequence[str],
+    *,
+    strength: float,
+    w: float,
+    seed: int = 0,
+    **request: Any,
+) -> Edited:
+    """Noise images [n, H, W, C] part of the way and sample from there (SDEdit, Meng et al. 2022).
+
+    strength: how far, in (0, 1]; the time is rounded down to the sampler's grid i/N, as diffusers does,
+    and i steps run. Raises UserError if no step would, and as `generate` does.
+    """
+    condition = {"text": model.text_encoder.encode(prompts)}
+    num_steps = _num_steps(model, condition, w=w, **request)
+    first = int(num_steps * strength)
+    if not 1 <= first <= num_steps:
+        raise UserError(
+            f"--strength is {strength}: give {1 / num_steps:g} to 1, for with less none of the "
+            f"{num_steps} steps runs"
+        )
+    schedule = model.trained.description.network().schedule
+    level = schedule(np.full(len(images), first / num_steps, np.float32))
+    noise = _noise(model, len(images), seed)
+    z = np.asarray(add_noise(model.space.to_latents(images), noise, log_snr=level))
+    latents = _sample(model, condition, w=w, seed=seed, noise=z, first=first, **request)
+    return Edited(model.space.to_images(latents), first)
+
+
+def inpaint(
+    model: TextToImage,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str],
+    *,
+    w: float,
+    seed: int = 0,
+    **request: Any,
+) -> np.ndarray:
+    """Paint where masks [n, H, W], bool, are True; all other pixels of images [n, H, W, C] stay exactly.
+
+    An in-painting network is told of the mask and of what is around it; to another one, the latents that
+    are known are put into its every prediction. Raises UserError as `generate` does.
+    """
+    condition: Condition = {"text": model.text_encoder.encode(prompts)}
+    noise = _noise(model, len(images), seed)
+    # The nearest pixel of the mask, as diffusers takes it.
+    size = images.shape[1] // noise.shape[1]
+    free = masks[:, ::size, ::size, None]
+    known = None
+    if INPAINT in model.trained.description.condition_shapes:
+        around = model.space.to_latents(np.where(masks[..., None], 0.0, images))
+        condition = {**condition, INPAINT: np.concatenate([free, around], axis=-1)}
+    else:
+        known = Known(model.space.to_latents(images), noise, free)
+    latents = _sample(model, condition, w=w, seed=seed, noise=noise, known=known, **request)
+    return np.where(masks[..., None], model.space.to_images(latents), images)
+
+
+def _noise(model: TextToImage, count: int, seed: int) -> np.ndarray:
+    """Unit noise [count, h, w, c]: what `sample` draws from this seed."""
+    draw = compiled_noise(model.trained.description.data_shape, data_mesh())
+    return np.concatenate(
+        [draw(jax.random.key(seed), np.arange(i, i + 1))[0] for i in range(count)]
+    )
+
+
+def _num_steps(model: TextToImage, condition: Condition, *, w: float, **request: Any) -> int:
+    asked = {name: request.get(name) for name in ("num_steps", "sampler")}
+    allow = request.get("allow_untrained", False)
+    about = model.trained.description
+    return check_request(about, condition=condition, w=w, **asked, allow_untrained=allow)[0]
+
+
+def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndarray:
+    null = {"text": model.text_encoder.encode([""])[0]}
+    return sample(model.trained, condition=condition, null=null, **request)

@@ -1,0 +1,147 @@
+"""A run's own latent space: its autoencoder, and the data as latents and embedded texts."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+from guided_distill.interop.companions import COMPANIONS, autoencoder_config, read_autoencoder
+from guided_distill.interop.diffusers_folder import WEIGHTS, write_component
+from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.models.registry import Params, check_options
+from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
+from guided_distill.objectives.autoencoder import autoencoder_loss
+from guided_distill.training.mesh import data_mesh
+from guided_distill.training.session import train_in
+from guided_distill.training.state import make_optimizer
+from guided_distill.training.step import make_train_step
+
+SCALE_EXAMPLES = 4096
+"""Images whose latents' deviation sets the scaling factor."""
+
+_BATCH = 64
+
+
+def autoencoder_folder(workdir: epath.Path) -> epath.Path:
+    """Where a run's autoencoder lies, in diffusers' layout."""
+    return workdir / COMPANIONS / "vae"
+
+
+def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:
+    """Train the run's autoencoder on the images of `source`, and write it to its folder.
+
+    Its scaling factor makes the latents of the training images have a deviation of one. Raises
+    UserError as training does, and for data that aren't images of its size.
+    """
+    settings = experiment.autoencoder
+    module = _module(settings, source)
+    seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
+    init_key, loop_key = jax.random.split(jax.random.key(seed))
+    params = jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
+    optimizer = make_optimizer(settings, steps=settings.steps)
+    mesh = data_mesh()
+    step = make_train_step(
+        lambda params, frozen, batch, key: autoencoder_loss(
+            module, params, batch["image"], key, kl_weight=settings.kl_weight
+        ),
+        optimizer,
+        ema_decay=settings.ema_decay,
+        mesh=mesh,
+    )
+    state = train_in(
+        workdir / AUTOENCODER,
+        source=source,
+        flip=experiment.data.flip,
+        seed=seed,
+        params=params,
+        step=step,
+        optimizer=optimizer,
+        settings=settings,
+        total_steps=settings.steps,
+        frozen={},
+        key=loop_key,
+        cadence=experiment.cadence,
+        about={"stage": AUTOENCODER},
+        mesh=mesh,
+        title=AUTOENCODER,
+    )
+    scaled = module.clone(scaling_factor=_scaling_factor(module, state.result, source))
+    write_component(
+        autoencoder_folder(workdir),
+        autoencoder_config(scaled, sample_size=source.shape[0]),
+        to_tensors(state.result),
+        WEIGHTS,
+    )
+
+
+def _module(settings: Autoencoder, source: Source) -> AutoencoderKL:
+    fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
+    check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
+    module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])
+    factor = 2 ** (len(module.block_out_channels) - 1)
+    if len(source.shape) != 3 or source.shape[0] % factor or source.shape[1] % factor:
+        raise UserError(
+            f"config.autoencoder halves images {len(module.block_out_channels) - 1} times, but those of "
+            f"{source.name} are {' x '.join(map(str, source.shape))}: set config.data.image_size to a "
+            f"multiple of {factor}"
+        )
+    return module
+
+
+def _scaling_factor(module: AutoencoderKL, params: Params, source: Source) -> float:
+    images = source.arrays(SCALE_EXAMPLES)["image"]
+    unscaled = LatentSpace(module.clone(scaling_factor=1.0), params)
+    return float(1.0 / np.std(unscaled.to_latents(images)))
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """An autoencoder with its weights: pixels [n, H, W, C] in [-1, 1] to latents and back."""
+
+    module: AutoencoderKL | VQModel
+    params: Params = field(repr=False)
+
+    def to_latents(self, images: np.ndarray) -> np.ndarray:
+        """Latents [n, h, w, c] of the diffusion; their mean, where they are random."""
+        return self._batched(self._encode, images)
+
+    def to_images(self, latents: np.ndarray) -> np.ndarray:
+        """Images of the diffusion's latents [n, h, w, c], held to [-1, 1]."""
+        return np.clip(self._batched(self._decode, latents), -1.0, 1.0)
+
+    @functools.cached_property
+    def _encode(self) -> Callable[..., Any]:
+        return jax.jit(functools.partial(self.module.apply, method="to_latents"))
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., Any]:
+        return jax.jit(functools.partial(self.module.apply, method="to_images"))
+
+    def _batched(self, run: Callable[..., Any], arrays: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, len(arrays), _BATCH):
+            batch = arrays[start : start + _BATCH]
+            # One size, so one compilation.
+            padded = np.pad(batch, [(0, _BATCH - len(batch)), *[(0, 0)] * (arrays.ndim - 1)])
+            found.append(np.asarray(run({"params": self.params}, padded))[: len(batch)])
+        return np.concatenate(found)
+
+
+def load_latent_space(workdir: epath.Path) -> LatentSpace:
+    """The autoencoder of a run. Raises UserError if it has none, or one that isn't supported."""
+    folder = autoencoder_folder(workdir)
+    if not folder.exists():
+        raise UserError(
+            f"{workdir} has no autoencoder ({folder.name} in its {COMPANIONS} is missing): import a "
+            f"model, or train a run whose config has one"
+        )
+    return LatentSpace(*read_autoencoder(folder))

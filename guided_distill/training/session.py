@@ -1,0 +1,81 @@
+"""A training in its own folder: from its newest checkpoint, or from given weights, to its end."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from guided_distill.config import Cadence, Optimization
+from guided_distill.data.pipeline import batches
+from guided_distill.data.source import Source
+from guided_distill.training.checkpoints import StageCheckpoints, abstract, write_text
+from guided_distill.training.loop import train
+from guided_distill.training.mesh import replicated
+from guided_distill.training.metrics import MetricsLog, parameter_table
+from guided_distill.training.state import TrainState, initial_state
+from guided_distill.training.step import TrainStep
+
+
+def train_in(
+    directory: epath.Path,
+    *,
+    source: Source,
+    flip: bool,
+    seed: int,
+    params: Any,
+    step: TrainStep,
+    optimizer: optax.GradientTransformation,
+    settings: Optimization,
+    total_steps: int,
+    frozen: Any,
+    key: jax.Array,
+    cadence: Cadence,
+    about: Mapping[str, Any],
+    mesh: Mesh,
+    title: str,
+) -> TrainState:
+    """Train `params` on the source, and answer the state after total_steps.
+
+    seed draws the batches, key what the loss draws. about: what the checkpoints say of themselves.
+    The folder then holds checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt. Raises UserError
+    if the disk is full, or the loss isn't finite for long.
+    """
+    whole = replicated(mesh)
+    state = jax.device_put(initial_state(params, optimizer, ema_decay=settings.ema_decay), whole)
+    iterator = batches(
+        source,
+        batch_size=settings.batch_size // jax.process_count(),
+        seed=seed,
+        flip=flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with (
+        contextlib.closing(iterator),
+        StageCheckpoints(directory, keep=cadence.checkpoints_to_keep) as checkpoints,
+    ):
+        restored = checkpoints.restore(abstract(state, whole))
+        if restored is None:
+            write_text(directory / "parameters.txt", parameter_table(params))
+        else:
+            state = restored.state
+            iterator.set_state(restored.data_state)
+        with contextlib.closing(MetricsLog(directory, step=int(state.step))) as metrics_log:
+            return train(
+                state,
+                step,
+                frozen=frozen,
+                batches=iterator,
+                key=key,
+                total_steps=total_steps,
+                cadence=cadence,
+                checkpoints=checkpoints,
+                about=about,
+                metrics_log=metrics_log,
+                mesh=mesh,
+                title=title,
+            )
