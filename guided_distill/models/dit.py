@@ -1,0 +1,209 @@
+"""DiT, a transformer of latent patches (Peebles & Xie 2023), in the layout of diffusers' weights."""
+
+import functools
+from collections.abc import Mapping
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from guided_distill.models.embeddings import SinusoidMLP
+from guided_distill.models.patches import from_patches
+from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
+from guided_distill.models.stable_diffusion.embeddings import (
+    TimestepEmbedding,
+    check_w,
+    time_sinusoid,
+)
+
+_TIME_WIDTH = 256
+
+
+def grid_sinusoid(rows: int, columns: int, width: int) -> np.ndarray:
+    """[rows columns, width]: each patch's column in the first half, and its row in the second."""
+    frequencies = 1e4 ** -(np.arange(width // 4) / (width // 4))
+
+    def embed(positions: np.ndarray) -> np.ndarray:
+        angles = positions.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    row, column = np.mgrid[:rows, :columns]
+    return np.concatenate([embed(column), embed(row)], axis=-1)
+
+
+class LabelEmbedding(nn.Module):
+    """A table with one row for the null label."""
+
+    num_classes: int
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, label: jax.Array) -> jax.Array:
+        """[B] -> [B, width]."""
+        rows = self.num_classes + 1
+        return nn.Embed(rows, self.width, dtype=self.dtype, name="embedding_table")(label)
+
+
+class TimeAndLabel(nn.Module):
+    """The sum of both embeddings."""
+
+    num_classes: int
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, time: jax.Array, label: jax.Array) -> jax.Array:
+        """time [B, D], as a sinusoid, and label [B] -> [B, width]."""
+        embed_time = TimestepEmbedding(self.width, self.dtype, name="timestep_embedder")
+        embed_label = LabelEmbedding(
+            self.num_classes, self.width, self.dtype, name="class_embedder"
+        )
+        return embed_time(time) + embed_label(label)
+
+
+class AdaptiveNorm(nn.Module):
+    """What a block's modulation is made from; the weights have all of it under one name."""
+
+    num_classes: int
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, time: jax.Array, label: jax.Array, w: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """time [B, D]; label [B]; w [B, width] -> embedding [B, width], modulation [B, 1, 6 width]."""
+        embedding = TimeAndLabel(self.num_classes, self.width, self.dtype, name="emb")(time, label)
+        if w is not None:
+            embedding += w
+        modulation = nn.Dense(
+            6 * self.width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="linear"
+        )(nn.swish(embedding))
+        return embedding, modulation[:, None, :]
+
+
+class DiTBlock(nn.Module):
+    """Attention and a perceptron, each scaled, shifted and gated by the block's own embeddings."""
+
+    num_heads: int
+    num_classes: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, time: jax.Array, label: jax.Array, w: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """tokens [B, T, C], time [B, D], label [B], w [B, C] -> tokens, and the embedding [B, C]."""
+        width = tokens.shape[-1]
+        embedding, modulation = AdaptiveNorm(self.num_classes, width, self.dtype, name="norm1")(
+            time, label, w
+        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=self.dtype)
+        attention = Attention(self.num_heads, qkv_bias=True, dtype=self.dtype, name="attn1")
+        feed_forward = FeedForward(4 * width, nn.gelu, dtype=self.dtype, name="ff")
+        tokens += gate_a * attention(norm(epsilon=1e-6)(tokens) * (1.0 + scale_a) + shift_a)
+        branch = norm(epsilon=1e-5)(tokens) * (1.0 + scale_m) + shift_m
+        return tokens + gate_m * feed_forward(branch), embedding
+
+
+class PatchEmbedding(nn.Module):
+    """Patches as tokens, and where they lie."""
+
+    width: int
+    patch_size: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h w, width]."""
+        size = (self.patch_size, self.patch_size)
+        patches = nn.Conv(
+            self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="proj"
+        )(z)
+        batch, rows, columns, _ = patches.shape
+        position = jnp.asarray(grid_sinusoid(rows, columns, self.width), self.dtype)
+        return patches.reshape(batch, rows * columns, -1) + position[None]
+
+
+class DiT(nn.Module):
+    """Patches -> num_layers transformer blocks -> patches.
+
+    Fields have diffusers' names, but for attention_head_dim: it is the width of one head here as there.
+    learned_sigma: whether the weights answer the variance too, as the published ones do; the network
+    then keeps them and leaves their half of the answer out. The embedding of w, a perceptron of a
+    sinusoid, is not diffusers'; it is added to every block's embedding of time and starts at zero.
+    remat: keep the inputs of the blocks alone for the backward pass, and compute the rest again.
+    """
+
+    takes_timesteps: ClassVar[bool] = True
+
+    num_classes: int
+    num_layers: int = 28
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    patch_size: int = 2
+    learned_sigma: bool = True
+    w_conditioned: bool = False
+    w_embedding_width: int = 256
+    num_outputs: int = 1
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        time: jax.Array,
+        condition: Mapping[str, jax.Array],
+        w: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
+
+        condition: "label" [B], num_classes being the null label. H and W are multiples of patch_size.
+        Training changes nothing. Raises ValueError if w is given to a network that doesn't take it, or
+        missing from one that does.
+        """
+        check_w(w, w_conditioned=self.w_conditioned)
+        width = self.num_attention_heads * self.attention_head_dim
+        if w is not None:
+            w = SinusoidMLP(
+                width,
+                self.w_embedding_width,
+                scale=1000.0,
+                zero_output=True,
+                dtype=self.dtype,
+                name="w",
+            )(w)
+        embedded_time = time_sinusoid(time, _TIME_WIDTH, frequency_shift=1)
+        tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="pos_embed")(z)
+        block = nn.remat(DiTBlock) if self.remat else DiTBlock
+        embeddings = []
+        for index in range(self.num_layers):
+            tokens, embedding = block(
+                self.num_attention_heads,
+                self.num_classes,
+                self.dtype,
+                name=f"transformer_blocks_{index}",
+            )(tokens, embedded_time, condition["label"], w)
+            embeddings.append(embedding)
+
+        # The last layer has no embeddings of its own: it takes those of the first block.
+        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
+        modulation = dense(2 * width, dtype=self.dtype, name="proj_out_1")(nn.swish(embeddings[0]))
+        shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)
+        tokens = nn.LayerNorm(
+            epsilon=1e-6, use_scale=False, use_bias=False, dtype=self.dtype, name="norm_out"
+        )(tokens)
+        tokens = tokens * (1.0 + scale) + shift
+        channels = (self.num_outputs + self.learned_sigma) * z.shape[-1]
+        patches = dense(self.patch_size**2 * channels, dtype=jnp.float32, name="proj_out_2")(tokens)
+        rows, columns = (side // self.patch_size for side in z.shape[1:3])
+        image = from_patches(patches.reshape(len(z), rows, columns, -1), self.patch_size)
+        return image[..., : self.num_outputs * z.shape[-1]]

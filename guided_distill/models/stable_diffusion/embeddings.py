@@ -1,0 +1,45 @@
+"""What conditions every block: the index of the noise level, and the guidance weight beside it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+def time_sinusoid(time: jax.Array, width: int, *, frequency_shift: int = 0) -> jax.Array:
+    """time [B] -> [B, width]: cosines, then sines, at width/2 frequencies from 1 down to 1/10000.
+
+    The frequency reached after width/2 - frequency_shift steps is the lowest.
+    """
+    half = width // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift)
+    angles = time.astype(jnp.float32)[:, None] * jnp.exp(-np.log(1e4) * exponents)[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def check_w(w: jax.Array | None, *, w_conditioned: bool) -> None:
+    """Raises ValueError if w is given where it isn't taken, or missing where it is."""
+    if w_conditioned != (w is not None):
+        raise ValueError(f"w_conditioned is {w_conditioned}, but w is {w}")
+
+
+class TimestepEmbedding(nn.Module):
+    """Dense -> swish -> Dense; what w adds to the sinusoid of time starts at zero."""
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, time: jax.Array, w: jax.Array | None = None) -> jax.Array:
+        """time [B, D] and w [B, E], embedded as sinusoids -> [B, width]."""
+        if w is not None:
+            time += nn.Dense(
+                time.shape[-1],
+                use_bias=False,
+                kernel_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="cond_proj",
+            )(w)
+        hidden = nn.swish(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(time))
+        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(hidden)

@@ -1,0 +1,158 @@
+"""The U-Net of latent diffusion (Rombach et al. 2022): Stable Diffusion 1 and 2, and LDMs of ImageNet."""
+
+import functools
+from collections.abc import Mapping
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from guided_distill.models.embeddings import sinusoid
+from guided_distill.models.stable_diffusion.attention import SpatialTransformer
+from guided_distill.models.stable_diffusion.blocks import (
+    Downsample,
+    Level,
+    Middle,
+    ResnetBlock,
+    Upsample,
+)
+from guided_distill.models.stable_diffusion.embeddings import (
+    TimestepEmbedding,
+    check_w,
+    time_sinusoid,
+)
+
+
+class UNet2DCondition(nn.Module):
+    """Down, middle and up, with a skip from every step of the way down to its like on the way up.
+
+    Fields have diffusers' names where those say what they are.
+    cross_attention_levels: indices into block_out_channels, from full resolution down; the middle
+    always attends. num_attention_heads: at each level (diffusers writes it as attention_head_dim).
+    num_classes: 0 where the condition is a text; otherwise a label is embedded to a context of
+    cross_attention_dim numbers and of length one, and label num_classes is the null label.
+    w_embedding_width: diffusers' time_cond_proj_dim. remat: keep the inputs of the blocks alone for the
+    backward pass, and compute the rest again.
+    """
+
+    takes_timesteps: ClassVar[bool] = True
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    cross_attention_levels: tuple[int, ...] = (0, 1, 2)
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    num_classes: int = 0
+    w_conditioned: bool = False
+    w_embedding_width: int = 256
+    num_outputs: int = 1
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        time: jax.Array,
+        condition: Mapping[str, jax.Array],
+        w: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
+
+        condition: "text" [B, L, D] or, where num_classes is set, "label" [B]; an in-painting network's
+        "inpaint" [B, H, W, 1 + C] is the mask (1 where to paint) and the masked image's latents. Training
+        changes nothing. Raises ValueError if w is given to a network that doesn't take it, or missing
+        from one that does.
+        """
+        check_w(w, w_conditioned=self.w_conditioned)
+        embedding = self._embedding(time, w)
+        context = self._context(condition)
+        attention = functools.partial(
+            nn.remat(SpatialTransformer) if self.remat else SpatialTransformer,
+            norm_num_groups=self.norm_num_groups,
+            use_linear_projection=self.use_linear_projection,
+            dtype=self.dtype,
+        )
+        resnet = functools.partial(
+            nn.remat(ResnetBlock) if self.remat else ResnetBlock,
+            norm_num_groups=self.norm_num_groups,
+            norm_eps=1e-5,
+            dtype=self.dtype,
+        )
+        attentions = [
+            functools.partial(attention, heads) if level in self.cross_attention_levels else None
+            for level, heads in enumerate(self.num_attention_heads)
+        ]
+        last_level = len(self.block_out_channels) - 1
+
+        image = jnp.concatenate([z, condition["inpaint"]], axis=-1) if "inpaint" in condition else z
+        image = nn.Conv(self.block_out_channels[0], (3, 3), dtype=self.dtype, name="conv_in")(image)
+        skips = [image]
+        for level, channels in enumerate(self.block_out_channels):
+            downsampler = functools.partial(Downsample, (1, 1), self.dtype)
+            image, steps = Level(
+                channels,
+                self.layers_per_block,
+                resnet,
+                attentions[level],
+                downsampler=downsampler if level < last_level else None,
+                name=f"down_blocks_{level}",
+            )(image, embedding, context)
+            skips += steps
+
+        image = Middle(
+            self.block_out_channels[-1],
+            resnet,
+            functools.partial(attention, self.num_attention_heads[-1]),
+            name="mid_block",
+        )(image, embedding, context)
+
+        num_layers = self.layers_per_block + 1
+        for index, level in enumerate(reversed(range(last_level + 1))):
+            skips, taken = skips[:-num_layers], skips[-num_layers:]
+            upsampler = None
+            if level > 0:
+                _, rows, columns, _ = skips[-1].shape
+                upsampler = functools.partial(Upsample, (rows, columns), self.dtype)
+            image, _ = Level(
+                self.block_out_channels[level],
+                num_layers,
+                resnet,
+                attentions[level],
+                upsampler=upsampler,
+                name=f"up_blocks_{index}",
+            )(image, embedding, context, taken)
+
+        image = nn.GroupNorm(
+            self.norm_num_groups, epsilon=1e-5, dtype=self.dtype, name="conv_norm_out"
+        )(image)
+        return nn.Conv(
+            self.num_outputs * z.shape[-1],
+            (3, 3),
+            kernel_init=nn.initializers.zeros,
+            dtype=jnp.float32,
+            name="conv_out",
+        )(nn.swish(image))
+
+    def _embedding(self, time: jax.Array, w: jax.Array | None) -> jax.Array:
+        """[B, 4 block_out_channels[0]], as every residual block adds it."""
+        width = self.block_out_channels[0]
+        if w is not None:
+            w = sinusoid(w.astype(jnp.float32), self.w_embedding_width, scale=1000.0)
+        embed = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")
+        return nn.swish(embed(time_sinusoid(time, width), w))
+
+    def _context(self, condition: Mapping[str, jax.Array]) -> jax.Array:
+        """[B, L, cross_attention_dim]."""
+        if not self.num_classes:
+            return condition["text"]
+        embed = nn.Embed(
+            self.num_classes + 1, self.cross_attention_dim, dtype=self.dtype, name="class_embedder"
+        )
+        return embed(condition["label"])[:, None, :]
