@@ -67,7 +67,10 @@ def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
             return 0.02 * values
         case "embedding":
             return 0.2 * values
-    gain = 1.5 if layer in ("to_q", "to_k", "q_proj", "k_proj", "proj", "fc1") else 0.3
+    if layer in ("to_q", "to_k", "q_proj", "k_proj", "proj", "fc1"):
+        gain = 1.5
+    else:
+        gain = 0.1 if layer == "proj_in" else 0.3
     return values * np.float32(gain / math.sqrt(math.prod(shape[:-1])))
 
 

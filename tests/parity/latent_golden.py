@@ -64,7 +64,7 @@ def unet(name: str) -> torch.Tensor:
     case = cases.UNETS[name]
     attends = [level in case["cross_attention_levels"] for level in range(len(cases.CHANNELS))]
     labelled = "num_classes" in case
-    z = cases.Z[..., :3] if labelled else cases.Z
+    z = cases.EVEN_Z[..., :3] if labelled else cases.Z
     net = UNet2DConditionModel(
         in_channels=9 if name == "inpaint" else z.shape[-1],
         out_channels=z.shape[-1],

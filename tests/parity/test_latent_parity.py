@@ -43,7 +43,7 @@ def run(module, params, *inputs, method=None):
 
 
 def assert_meets(found, expected):
-    assert np.abs(cases.probe(np.asarray(found)) - expected).max() < 1e-4 * expected.std()
+    assert np.abs(cases.probe(np.asarray(found)) - expected).max() < 5e-5 * expected.std()
 
 
 @pytest.mark.parametrize("name", cases.UNETS)
@@ -59,7 +59,7 @@ def test_unet(golden, name):
     )
     z, condition = cases.Z, {"text": cases.TEXT}
     if name == "imagenet":
-        z, condition = z[..., :3], {"label": cases.LABEL}
+        z, condition = cases.EVEN_Z[..., :3], {"label": cases.LABEL}
     if name == "inpaint":
         condition["inpaint"] = cases.INPAINT
     inputs = (z, cases.TIME, condition, cases.W if net.w_conditioned else None)
