@@ -1,7 +1,6 @@
 """DiT, a transformer of latent patches (Peebles & Xie 2023), in the layout of diffusers' weights."""
 
 import functools
-from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import SinusoidMLP
 from guided_distill.models.patches import from_patches
 from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
@@ -91,6 +91,7 @@ class DiTBlock(nn.Module):
 
     num_heads: int
     num_classes: int
+    dropout: float
     dtype: DTypeLike
 
     @nn.compact
@@ -105,7 +106,7 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=self.dtype)
         attention = Attention(self.num_heads, qkv_bias=True, dtype=self.dtype, name="attn1")
-        feed_forward = FeedForward(4 * width, nn.gelu, dtype=self.dtype, name="ff")
+        feed_forward = FeedForward(4 * width, nn.gelu, self.dropout, self.dtype, name="ff")
         tokens += gate_a * attention(norm(epsilon=1e-6)(tokens) * (1.0 + scale_a) + shift_a)
         branch = norm(epsilon=1e-5)(tokens) * (1.0 + scale_m) + shift_m
         return tokens + gate_m * feed_forward(branch), embedding
@@ -141,6 +142,7 @@ class DiT(nn.Module):
     """
 
     takes_timesteps: ClassVar[bool] = True
+    conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     num_classes: int
     num_layers: int = 28
@@ -151,6 +153,7 @@ class DiT(nn.Module):
     w_conditioned: bool = False
     w_embedding_width: int = 256
     num_outputs: int = 1
+    dropout: float = 0.0
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -159,7 +162,7 @@ class DiT(nn.Module):
         self,
         z: jax.Array,
         time: jax.Array,
-        condition: Mapping[str, jax.Array],
+        condition: Condition,
         w: jax.Array | None = None,
         *,
         train: bool = False,
@@ -167,8 +170,7 @@ class DiT(nn.Module):
         """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
 
         condition: "label" [B], num_classes being the null label. H and W are multiples of patch_size.
-        Training changes nothing. Raises ValueError if w is given to a network that doesn't take it, or
-        missing from one that does.
+        Raises ValueError if w is given to a network that doesn't take it, or missing from one that does.
         """
         check_w(w, w_conditioned=self.w_conditioned)
         width = self.num_attention_heads * self.attention_head_dim
@@ -189,6 +191,7 @@ class DiT(nn.Module):
             tokens, embedding = block(
                 self.num_attention_heads,
                 self.num_classes,
+                self.dropout if train else 0.0,
                 self.dtype,
                 name=f"transformer_blocks_{index}",
             )(tokens, embedded_time, condition["label"], w)

@@ -15,12 +15,16 @@ from guided_distill.diffusion.guidance import Condition, Denoiser
 from guided_distill.diffusion.process import Prediction, prediction_from
 from guided_distill.diffusion.schedules import SCHEDULES, Schedule, timestep_index
 from guided_distill.errors import UserError
+from guided_distill.models.dit import DiT
 from guided_distill.models.mlp import MLP
+from guided_distill.models.stable_diffusion.unet import UNet2DCondition
 from guided_distill.models.transformer import PatchTransformer
 from guided_distill.models.unet import UNet
 
 MODELS: dict[str, type[nn.Module]] = {
+    "dit": DiT,
     "mlp": MLP,
+    "sd_unet": UNet2DCondition,
     "transformer": PatchTransformer,
     "unet": UNet,
 }

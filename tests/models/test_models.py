@@ -11,7 +11,16 @@ from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.registry import build_network, student_params
 
 OPTIONS = {
+    "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
     "mlp": {"width": 16, "depth": 2, "embedding_width": 8},
+    "sd_unet": {
+        "block_out_channels": (8,),
+        "cross_attention_levels": (0,),
+        "num_attention_heads": (2,),
+        "layers_per_block": 1,
+        "cross_attention_dim": 6,
+        "norm_num_groups": 2,
+    },
     "transformer": {
         "width": 16,
         "depth": 1,
@@ -28,6 +37,11 @@ OPTIONS = {
         "embedding_width": 8,
     },
 }
+W_PROJECTION = {
+    "dit": ("w", "output", "kernel"),
+    "sd_unet": ("time_embedding", "cond_proj", "kernel"),
+}
+"""The weights that w enters by, where they aren't those of `Conditioning`."""
 SHAPE = (4, 4, 1)
 
 
@@ -70,7 +84,8 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     # These keys compile in a fraction of the usual ones' time.
     fresh = jax.jit(student.init)(jax.random.key(1, impl="unsafe_rbg"))
     start = flatten_dict(student_params(fresh, teacher_params))
-    projection = start.pop(("conditioning", "w", "output", "kernel"))
+    entry = W_PROJECTION.get(name, ("conditioning", "w", "output", "kernel"))
+    projection = start.pop(entry)
     z, t, condition = inputs()
     w = jnp.array([0.0, 1.0, 2.5, 4.0])
 
@@ -78,9 +93,7 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     @jax.jit
     def compare(teacher_params, start, projection):
         def found(projection):
-            params = unflatten_dict(
-                {**start, ("conditioning", "w", "output", "kernel"): projection}
-            )
+            params = unflatten_dict({**start, entry: projection})
             return student.denoiser(params).predict(z, t, condition, w).x
 
         expected = network.denoiser(teacher_params).predict(z, t, condition, None).x

@@ -90,12 +90,14 @@ class FeedForward(nn.Module):
 
     width: int
     activation: Activation
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[..., C] -> the same."""
         hidden = Projection(self.width, self.activation, self.dtype, name="net_0")(tokens)
+        hidden = nn.Dropout(self.dropout, deterministic=False)(hidden)
         return nn.Dense(tokens.shape[-1], dtype=self.dtype, name="net_2")(hidden)
 
 

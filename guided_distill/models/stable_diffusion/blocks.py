@@ -15,6 +15,7 @@ class ResnetBlock(nn.Module):
     channels: int
     norm_num_groups: int
     norm_eps: float
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -29,6 +30,7 @@ class ResnetBlock(nn.Module):
             added = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(embedding)
             branch += added[:, None, None, :]
         branch = nn.swish(norm(name="norm2")(branch))
+        branch = nn.Dropout(self.dropout, deterministic=False)(branch)
         branch = conv((3, 3), kernel_init=nn.initializers.zeros, name="conv2")(branch)
         if image.shape[-1] != self.channels:
             image = conv((1, 1), name="conv_shortcut")(image)

@@ -1,7 +1,6 @@
 """The U-Net of latent diffusion (Rombach et al. 2022): Stable Diffusion 1 and 2, and LDMs of ImageNet."""
 
 import functools
-from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import sinusoid
 from guided_distill.models.stable_diffusion.attention import SpatialTransformer
 from guided_distill.models.stable_diffusion.blocks import (
@@ -31,13 +31,13 @@ class UNet2DCondition(nn.Module):
     Fields have diffusers' names where those say what they are.
     cross_attention_levels: indices into block_out_channels, from full resolution down; the middle
     always attends. num_attention_heads: at each level (diffusers writes it as attention_head_dim).
-    num_classes: 0 where the condition is a text; otherwise a label is embedded to a context of
-    cross_attention_dim numbers and of length one, and label num_classes is the null label.
-    w_embedding_width: diffusers' time_cond_proj_dim. remat: keep the inputs of the blocks alone for the
-    backward pass, and compute the rest again.
+    A label becomes a context of length one and width cross_attention_dim; label num_classes is the null
+    label. w_embedding_width: diffusers' time_cond_proj_dim. remat: keep the inputs of the blocks alone
+    for the backward pass, and compute the rest again.
     """
 
     takes_timesteps: ClassVar[bool] = True
+    conditions: ClassVar[tuple[str, ...]] = ("label", "text", "inpaint")
 
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     cross_attention_levels: tuple[int, ...] = (0, 1, 2)
@@ -50,6 +50,7 @@ class UNet2DCondition(nn.Module):
     w_conditioned: bool = False
     w_embedding_width: int = 256
     num_outputs: int = 1
+    dropout: float = 0.0
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -58,17 +59,16 @@ class UNet2DCondition(nn.Module):
         self,
         z: jax.Array,
         time: jax.Array,
-        condition: Mapping[str, jax.Array],
+        condition: Condition,
         w: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
         """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
 
-        condition: "text" [B, L, D] or, where num_classes is set, "label" [B]; an in-painting network's
-        "inpaint" [B, H, W, 1 + C] is the mask (1 where to paint) and the masked image's latents. Training
-        changes nothing. Raises ValueError if w is given to a network that doesn't take it, or missing
-        from one that does.
+        condition: "text" [B, L, D] or "label" [B]; beside it, an in-painting network's "inpaint"
+        [B, H, W, 1 + C] is the mask (1 where to paint) and the masked image's latents. Raises ValueError
+        if w is given to a network that doesn't take it, or missing from one that does.
         """
         check_w(w, w_conditioned=self.w_conditioned)
         embedding = self._embedding(time, w)
@@ -83,6 +83,7 @@ class UNet2DCondition(nn.Module):
             nn.remat(ResnetBlock) if self.remat else ResnetBlock,
             norm_num_groups=self.norm_num_groups,
             norm_eps=1e-5,
+            dropout=self.dropout if train else 0.0,
             dtype=self.dtype,
         )
         attentions = [
@@ -148,9 +149,9 @@ class UNet2DCondition(nn.Module):
         embed = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")
         return nn.swish(embed(time_sinusoid(time, width), w))
 
-    def _context(self, condition: Mapping[str, jax.Array]) -> jax.Array:
+    def _context(self, condition: Condition) -> jax.Array:
         """[B, L, cross_attention_dim]."""
-        if not self.num_classes:
+        if "text" in condition:
             return condition["text"]
         embed = nn.Embed(
             self.num_classes + 1, self.cross_attention_dim, dtype=self.dtype, name="class_embedder"
