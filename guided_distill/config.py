@@ -125,8 +125,9 @@ class Guidance(Optimization):
 class Halving(Optimization):
     """Stage two: rounds of N = first_num_steps, half of it, ... last_num_steps.
 
-    few_step_factor multiplies the updates of the rounds N = 2 and N = 1. Each of `samplers` gets its
-    own chain of students, for they are trained on different jumps.
+    few_step_factor multiplies the updates of the rounds N = 2 and N = 1; round_steps, where it isn't
+    empty, is the updates of every round in turn. Each of `samplers` gets its own chain of students, for
+    they are trained on different jumps.
     """
 
     weighting: str = _one_of("truncated_snr", *WEIGHTINGS)
@@ -134,6 +135,7 @@ class Halving(Optimization):
     first_num_steps: int = 32
     last_num_steps: int = 1
     few_step_factor: int = 2
+    round_steps: tuple[int, ...] = ()
     samplers: tuple[str, ...] = ("ddim",)
 
 
@@ -206,6 +208,8 @@ class Experiment:
 
     def round_steps(self, num_steps: int) -> int:
         """Updates of the round that ends at `num_steps`."""
+        if self.halving.round_steps:
+            return self.halving.round_steps[self.rounds().index(num_steps)]
         return self.halving.steps * (self.halving.few_step_factor if num_steps <= 2 else 1)
 
 
@@ -363,6 +367,13 @@ def _check(experiment: Experiment) -> None:
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
             f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
         )
+    if experiment.halving.round_steps:
+        if len(experiment.halving.round_steps) != len(rounds):
+            raise UserError(
+                f"config.halving.round_steps has {len(experiment.halving.round_steps)} numbers for "
+                f"{len(rounds)} rounds, from {first} to {last}: give one for each, or none"
+            )
+        _positive("halving.round_steps", min(experiment.halving.round_steps))
     for name in STAGES if experiment.autoencoder.steps == 0 else (AUTOENCODER, *STAGES):
         stage = getattr(experiment, name)
         _positive(f"{name}.steps", stage.steps)

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
+from guided_distill.data import sources
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import COMPANIONS, autoencoder_config, read_autoencoder
@@ -20,6 +21,7 @@ from guided_distill.interop.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.objectives.autoencoder import autoencoder_loss
+from guided_distill.precompute import encode
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
@@ -29,11 +31,54 @@ SCALE_EXAMPLES = 4096
 """Images whose latents' deviation sets the scaling factor."""
 
 _BATCH = 64
+_SHARD = 4096
 
 
 def autoencoder_folder(workdir: epath.Path) -> epath.Path:
     """Where a run's autoencoder lies, in diffusers' layout."""
     return workdir / COMPANIONS / "vae"
+
+
+def training_source(experiment: Experiment, workdir: epath.Path) -> Source:
+    """What the run's denoisers are trained on: its data, or their latents by an autoencoder of its own.
+
+    The autoencoder is trained first where it isn't finished, and the data are encoded, texts too.
+    Raises UserError if the data aren't what the config says, or if the autoencoder is unfinished and
+    config.stage asks for another stage.
+    """
+    data = experiment.data
+    source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
+    if data.channels not in (None, source.shape[-1]):
+        raise UserError(
+            f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
+            f"give it images of that kind, or set config.data.channels to what it has"
+        )
+    if not experiment.autoencoder.steps:
+        if data.text_encoder:
+            raise UserError(
+                "config.data.text_encoder is for a run with an autoencoder: set config.autoencoder.steps, "
+                "or let `guided-distill encode` embed the texts and name its folder in config.data.name"
+            )
+        return source
+    if not autoencoder_folder(workdir).exists():
+        if experiment.stage not in ("all", AUTOENCODER):
+            raise UserError(
+                f"{workdir} has no autoencoder yet, and the next stage needs it: train it with "
+                f"--config.stage={AUTOENCODER}, or everything with --config.stage=all"
+            )
+        train_autoencoder(experiment, source, workdir)
+    folder = workdir / "latents"
+    encode(
+        folder,
+        data=data.name,
+        image_size=data.image_size,
+        autoencoder=autoencoder_folder(workdir),
+        text_encoder=data.text_encoder,
+        mirrored=data.flip,
+        batch_size=_BATCH,
+        shard_size=_SHARD,
+    )
+    return sources.load(f"encoded:{folder}")
 
 
 def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.config import STAGES, Experiment, changed_keys, parse
-from guided_distill.data import sources
+from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.models.registry import student_params
+from guided_distill.interop.companions import bring_companions
+from guided_distill.latent_space import training_source
+from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, write_text
 from guided_distill.training.mesh import data_mesh
@@ -33,8 +35,11 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
     Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, or if the
     disk is full.
     """
-    pipeline = Pipeline(experiment, workdir)
     claim(workdir, experiment)
+    for origin in (experiment.start_from, experiment.teacher.initial):
+        if origin:
+            bring_companions(epath.Path(origin).parent, workdir)
+    pipeline = Pipeline(experiment, workdir, training_source(experiment, workdir))
     for chain in chains(experiment):
         pipeline.train_chain(chain)
 
@@ -79,16 +84,10 @@ def finished_stages(workdir: epath.Path) -> list[str]:
 class Pipeline:
     """Trains the stages of one run."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
+    def __init__(self, experiment: Experiment, workdir: epath.Path, source: Source) -> None:
         self._experiment = experiment
         self._workdir = workdir
-        data = experiment.data
-        self._source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
-        if data.channels not in (None, self._source.shape[-1]):
-            raise UserError(
-                f"config.data.channels is {data.channels}, but {data.name} has {self._source.shape[-1]}: "
-                f"give it images of that kind, or set config.data.channels to what it has"
-            )
+        self._source = source
         self._mesh = data_mesh()
         self._network = network_of(
             experiment.model,
@@ -100,7 +99,7 @@ class Pipeline:
         for kind in ("guidance", "halving"):
             if getattr(experiment, kind).clipped and not self._network.of_images:
                 raise UserError(
-                    f"config.{kind}.clipped is for pixels, and {data.name} has none: set it to False"
+                    f"config.{kind}.clipped is for pixels, and {source.name} has none: set it to False"
                 )
         self._start: Trained | None = None
         self._latest: Trained | None = None
@@ -148,6 +147,8 @@ class Pipeline:
         params = jax.jit(network.init)(init_key)
         if teacher is not None:
             params = student_params(params, teacher.params)
+        elif experiment.teacher.initial:
+            params = student_params(params, self._initial_weights(experiment.teacher.initial))
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
@@ -181,6 +182,17 @@ class Pipeline:
         )
         return Trained(str(directory), stage.total_steps, state.result, about)
 
+    def _initial_weights(self, path: str) -> Params:
+        """Of another run's teacher with the same network, whatever it predicts."""
+        start, ours = load_finished(epath.Path(path)), self._experiment.model
+        theirs = start.description.model
+        if (theirs.name, theirs.options) != (ours.name, ours.options):
+            raise UserError(
+                f"config.teacher.initial={path} has another network ({theirs.name}, {theirs.options}) than "
+                f"config.model ({ours.name}, {ours.options}): choose another, or change config.model"
+            )
+        return start.params
+
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
         guidance = self._experiment.guidance
         return Description(
@@ -207,7 +219,8 @@ class Pipeline:
         start = load_finished(epath.Path(path))
         about, ours = start.description, self._experiment
         same = {
-            "model": (about.model, ours.model),
+            # Weights are float32 whatever is computed in.
+            "model": tuple(replace(each, dtype="") for each in (about.model, ours.model)),
             "data_shape": (about.data_shape, self._source.shape),
             "number of classes": (len(about.class_names), self._source.num_classes),
             "condition": (dict(about.condition_shapes), dict(self._source.condition_shapes)),

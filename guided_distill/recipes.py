@@ -100,6 +100,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     while first > 2 * last:
         first //= 2
     config.halving.first_num_steps = first
+    config.halving.round_steps = ()
     config.steps_per_dispatch = 1
     config.log_every = config.checkpoint_every = 2
     config.evaluation.update(

@@ -15,6 +15,7 @@ from guided_distill.interop.diffusers_folder import (
     DIFFUSERS_VERSION,
     TEXT_WEIGHTS,
     WEIGHTS,
+    copy_folder,
     read_json,
     read_weights,
 )
@@ -25,6 +26,15 @@ from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLI
 
 COMPANIONS = "companions"
 """Their folder in a workdir."""
+
+
+def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
+    """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
+    if (source / COMPANIONS).exists() and not (workdir / COMPANIONS).exists():
+        part = workdir / f"{COMPANIONS}.part"
+        copy_folder(source / COMPANIONS, part)
+        part.rename(workdir / COMPANIONS)
+
 
 _VAE_MUST = {
     "act_fn": "silu",
