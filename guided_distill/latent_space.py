@@ -56,8 +56,14 @@ def training_source(experiment: Experiment, workdir: epath.Path) -> Source:
     if not experiment.autoencoder.steps:
         if data.text_encoder:
             raise UserError(
-                "config.data.text_encoder is for a run with an autoencoder: set config.autoencoder.steps, "
-                "or let `guided-distill encode` embed the texts and name its folder in config.data.name"
+                "config.data.text_encoder is for a run with an autoencoder: set "
+                "config.autoencoder.steps, or let `guided-distill encode` embed the texts and name its "
+                "folder in config.data.name"
+            )
+        if source.latent and data.flip:
+            raise UserError(
+                "config.data.flip would mirror latents, which are no latents of mirrored images: set it "
+                "to False, and let `guided-distill encode --flip` encode both"
             )
         return source
     if not autoencoder_folder(workdir).exists():

@@ -162,7 +162,8 @@ class Pipeline:
         state = train_in(
             directory,
             source=self._source,
-            flip=experiment.data.flip,
+            # Latents are encoded in both orientations.
+            flip=experiment.data.flip and not self._source.latent,
             seed=seed,
             params=params,
             step=step,
@@ -188,8 +189,8 @@ class Pipeline:
         theirs = start.description.model
         if (theirs.name, theirs.options) != (ours.name, ours.options):
             raise UserError(
-                f"config.teacher.initial={path} has another network ({theirs.name}, {theirs.options}) than "
-                f"config.model ({ours.name}, {ours.options}): choose another, or change config.model"
+                f"config.teacher.initial={path} has another network ({theirs.name}, {theirs.options}) "
+                f"than config.model ({ours.name}, {ours.options}): choose another, or change config.model"
             )
         return start.params
 
