@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +185,14 @@ class Pipeline:
 
     def _initial_weights(self, path: str) -> Params:
         """Of another run's teacher with the same network, whatever it predicts."""
-        start, ours = load_finished(epath.Path(path)), self._experiment.model
-        theirs = start.description.model
-        if (theirs.name, theirs.options) != (ours.name, ours.options):
-            raise UserError(
-                f"config.teacher.initial={path} has another network ({theirs.name}, {theirs.options}) "
-                f"than config.model ({ours.name}, {ours.options}): choose another, or change config.model"
-            )
+        start = load_finished(epath.Path(path))
+        theirs, ours = start.description.network().options, self._network.options
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise UserError(
+                    f"config.teacher.initial={path} has another {name} ({theirs.get(name)}) than this run "
+                    f"needs ({ours[name]}): start from a teacher that fits, or change the config"
+                )
         return start.params
 
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
@@ -220,8 +221,14 @@ class Pipeline:
         start = load_finished(epath.Path(path))
         about, ours = start.description, self._experiment
         same = {
-            # Weights are float32 whatever is computed in.
-            "model": tuple(replace(each, dtype="") for each in (about.model, ours.model)),
+            **{
+                key: (getattr(about.model, key), getattr(ours.model, key))
+                for key in ("parameterization", "schedule", "schedule_options")
+            },
+            **{
+                name: (about.network().options.get(name), value)
+                for name, value in self._network.options.items()
+            },
             "data_shape": (about.data_shape, self._source.shape),
             "number of classes": (len(about.class_names), self._source.num_classes),
             "condition": (dict(about.condition_shapes), dict(self._source.condition_shapes)),

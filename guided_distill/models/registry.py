@@ -70,6 +70,16 @@ class Network:
         return len(self.data_shape) == 3 and not self.latent
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What its weights are made for, by name: two networks alike in this can share them."""
+        how = ("w_conditioned", "dropout", "dtype", "remat", "parent", "name")
+        fields = [each.name for each in dataclasses.fields(self.module) if each.name not in how]
+        return {
+            "network": type(self.module).__name__,
+            **{name: getattr(self.module, name) for name in fields},
+        }
+
+    @property
     def null(self) -> Condition | None:
         """The condition that stands for none, of labels; that of texts is their encoder's to tell."""
         return {"label": self.num_classes} if "label" in dict(self.condition_shapes) else None

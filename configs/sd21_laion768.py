@@ -1,0 +1,37 @@
+"""Stable Diffusion 2.1 at 768 pixels, whose teacher predicts v already.
+
+    guided-distill import --from stable-diffusion-2-1 --workdir runs/sd21
+    guided-distill encode --data folder:laion768 --image_size 768 --autoencoder runs/sd21/companions/vae \\
+        --text_encoder clip:runs/sd21/companions --out data/laion768_sd21
+    guided-distill train --config configs/sd21_laion768.py --workdir runs/sd21_distilled
+
+Not in the paper, which distills an earlier Stable Diffusion; its training is taken over. Cost: not run. Nothing
+is known of what to expect. "base" is the 512-pixel model, which predicts eps: give it runs/sd21_base and
+data/laion512_sd21.
+"""
+
+from ml_collections import ConfigDict
+
+from guided_distill.recipes import latent_paper_config
+
+SIZES = {"block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (5, 10, 20, 20)}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """variant: "" for 768 pixels, "base" for 512."""
+    config = latent_paper_config()
+    config.model.name = "sd_unet"
+    config.model.options = {
+        **SIZES,
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "remat": True,
+    }
+    config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
+    if variant == "base":
+        config.data.name = "encoded:data/laion512_sd21"
+        config.teacher.initial = "runs/sd21_base/teacher"
+    else:
+        config.data.name = "encoded:data/laion768_sd21"
+        config.start_from = "runs/sd21/teacher"
+    return config
