@@ -5,8 +5,8 @@
         --autoencoder runs/dit256/companions/vae --out data/imagenet256_dit
     guided-distill train --config configs/dit_imagenet256.py --workdir runs/dit256_distilled
 
-Not in the paper: its training of ImageNet 256x256 on today's teacher of it. Cost: not run. Nothing is known
-of what to expect.
+Not in the paper: its training of ImageNet 256x256 on today's teacher of it. Cost: not run. Nothing is
+known of what to expect.
 """
 
 from ml_collections import ConfigDict

@@ -5,9 +5,9 @@
         --autoencoder runs/cin256/companions/vae --out data/imagenet256_cin256
     guided-distill train --config configs/ldm_imagenet256.py --workdir runs/cin256_distilled
 
-Meng et al. 2023, the section on ImageNet 256x256. w in [0, 14] is not confirmed by a source we could read,
-nor are the rounds, taken from Stable Diffusion's. Cost: not run. Expected: the teacher's FID in 2 to 4
-steps, as reviews of the paper say.
+Meng et al. 2023, the section on ImageNet 256x256. w in [0, 14] is not confirmed by a source we could
+read, nor are the rounds, taken from Stable Diffusion's. Cost: not run. Expected: the teacher's FID in 2
+to 4 steps, as reviews of the paper say.
 """
 
 from ml_collections import ConfigDict

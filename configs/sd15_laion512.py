@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5 at 512 pixels, distilled as Meng et al. 2023 do, sections on latent space.
 
     guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15
-    guided-distill encode --data folder:laion512 --image_size 512 --autoencoder runs/sd15/companions/vae \\
-        --text_encoder clip:runs/sd15/companions --out data/laion512_sd15
+    guided-distill encode --data folder:laion512 --image_size 512 --out data/laion512_sd15 \\
+        --autoencoder runs/sd15/companions/vae --text_encoder clip:runs/sd15/companions
     guided-distill train --config configs/sd15_laion512.py --workdir runs/sd15_distilled
 
 The teacher predicts eps; the first stage makes it predict v. Cost: not run; others price the paper's at

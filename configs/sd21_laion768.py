@@ -1,13 +1,13 @@
 """Stable Diffusion 2.1 at 768 pixels, whose teacher predicts v already.
 
     guided-distill import --from stable-diffusion-2-1 --workdir runs/sd21
-    guided-distill encode --data folder:laion768 --image_size 768 --autoencoder runs/sd21/companions/vae \\
-        --text_encoder clip:runs/sd21/companions --out data/laion768_sd21
+    guided-distill encode --data folder:laion768 --image_size 768 --out data/laion768_sd21 \\
+        --autoencoder runs/sd21/companions/vae --text_encoder clip:runs/sd21/companions
     guided-distill train --config configs/sd21_laion768.py --workdir runs/sd21_distilled
 
-Not in the paper, which distills an earlier Stable Diffusion; its training is taken over. Cost: not run. Nothing
-is known of what to expect. "base" is the 512-pixel model, which predicts eps: give it runs/sd21_base and
-data/laion512_sd21.
+Not in the paper, which distills an earlier Stable Diffusion; its training is taken over. Cost: not
+run. Nothing is known of what to expect. "base" is the 512-pixel model, which predicts eps: it starts
+from runs/sd21_base and learns from data/laion512_sd21.
 """
 
 from ml_collections import ConfigDict

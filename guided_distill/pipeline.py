@@ -190,8 +190,8 @@ class Pipeline:
         for name in ours:
             if theirs.get(name) != ours[name]:
                 raise UserError(
-                    f"config.teacher.initial={path} has another {name} ({theirs.get(name)}) than this run "
-                    f"needs ({ours[name]}): start from a teacher that fits, or change the config"
+                    f"config.teacher.initial={path} has another {name} ({theirs.get(name)}) than this "
+                    f"run needs ({ours[name]}): start from a teacher that fits, or change the config"
                 )
         return start.params
 

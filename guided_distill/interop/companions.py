@@ -27,15 +27,6 @@ from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLI
 COMPANIONS = "companions"
 """Their folder in a workdir."""
 
-
-def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
-    """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
-    if (source / COMPANIONS).exists() and not (workdir / COMPANIONS).exists():
-        part = workdir / f"{COMPANIONS}.part"
-        copy_folder(source / COMPANIONS, part)
-        part.rename(workdir / COMPANIONS)
-
-
 _VAE_MUST = {
     "act_fn": "silu",
     "latents_mean": None,
@@ -57,6 +48,14 @@ _CLIP_DEFAULTS = {
     "num_attention_heads": 8,
     "max_position_embeddings": 77,
 }
+
+
+def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
+    """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
+    if (source / COMPANIONS).exists() and not (workdir / COMPANIONS).exists():
+        part = workdir / f"{COMPANIONS}.part"
+        copy_folder(source / COMPANIONS, part)
+        part.rename(workdir / COMPANIONS)
 
 
 def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Params]:
