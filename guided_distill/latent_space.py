@@ -16,12 +16,21 @@ from guided_distill.data import sources
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import COMPANIONS, autoencoder_config, read_autoencoder
-from guided_distill.interop.diffusers_folder import WEIGHTS, write_component
+from guided_distill.interop.diffusers_configs import Chain, scheduler_config
+from guided_distill.interop.diffusers_folder import (
+    DIFFUSERS_VERSION,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    WEIGHTS,
+    write_component,
+    write_json,
+)
 from guided_distill.interop.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.objectives.autoencoder import autoencoder_loss
-from guided_distill.precompute import encode
+from guided_distill.prepare.encode import encode
+from guided_distill.text.registry import copy_text_encoder
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
@@ -66,7 +75,7 @@ def training_source(experiment: Experiment, workdir: epath.Path) -> Source:
                 "to False, and let `guided-distill encode --flip` encode both"
             )
         return source
-    if not autoencoder_folder(workdir).exists():
+    if not (workdir / COMPANIONS / MODEL_INDEX).exists():
         if experiment.stage not in ("all", AUTOENCODER):
             raise UserError(
                 f"{workdir} has no autoencoder yet, and the next stage needs it: train it with "
@@ -125,13 +134,46 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
         mesh=mesh,
         title=AUTOENCODER,
     )
-    scaled = module.clone(scaling_factor=_scaling_factor(module, state.result, source))
+    factor = _scaling_factor(module, state.result, source)
+    _write_companions(
+        workdir / COMPANIONS, experiment, module.clone(scaling_factor=factor), state.result, source
+    )
+
+
+def _write_companions(
+    folder: epath.Path,
+    experiment: Experiment,
+    module: AutoencoderKL,
+    params: Params,
+    source: Source,
+) -> None:
+    """What the run's denoisers need beside them, as diffusers keeps it; the index last of all."""
+    model, text_encoder = experiment.model, experiment.data.text_encoder
     write_component(
-        autoencoder_folder(workdir),
-        autoencoder_config(scaled, sample_size=source.shape[0]),
-        to_tensors(state.result),
+        folder / "vae",
+        autoencoder_config(module, sample_size=source.shape[0]),
+        to_tensors(params),
         WEIGHTS,
     )
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if model.schedule != "cosine":
+        chain = Chain(model.parameterization, model.schedule, model.schedule_options)
+        scheduler = scheduler_config(chain, num_steps=None)
+        write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler)
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if text_encoder:
+        index |= copy_text_encoder(text_encoder, folder)
+    write_json(folder / MODEL_INDEX, index)
 
 
 def _module(settings: Autoencoder, source: Source) -> AutoencoderKL:

@@ -83,7 +83,7 @@ def load(path: str, *, split: str) -> Source:
         "split": split,
         "shape": encoding.shape,
         "size": size,
-        "class_names": encoding.class_names,
+        "class_names": encoding.class_names if encoding.text_shape is None else (),
         "latent": True,
     }
 

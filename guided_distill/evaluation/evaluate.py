@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.config import Evaluation
 from guided_distill.data import sources
 from guided_distill.data.source import Source
+from guided_distill.evaluation.conditions import Subjects, pixels_of, subjects
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
@@ -24,7 +25,7 @@ from guided_distill.evaluation.results import Result, metric_name, read_results,
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
 from guided_distill.pipeline import read_config
-from guided_distill.sampling import cycling_labels, of_labels, sample_batches
+from guided_distill.sampling import sample_batches
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
@@ -56,7 +57,8 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
     if not table.holds(real, count):
         table.add(real, _real_outputs(test, extractor), count)
-    labels = cycling_labels(settings.num_samples, train.num_classes)
+    wanted = subjects(test, settings.num_samples, text_encoder=data.text_encoder, workdir=workdir)
+    labels = wanted.labels
     loaded: Trained | None = None
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
         for done, task in enumerate(tasks, start=1):
@@ -67,7 +69,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     loaded = load_finished(directory)
                 folder = f"{task.file_stem}_seed{settings.seed}"
                 outputs = RowOutputs(
-                    _drawing(loaded, task, labels, settings),
+                    _drawing(loaded, task, wanted, settings, workdir),
                     labels,
                     extractor,
                     parts=workdir / "evaluation" / extractor.name / folder,
@@ -129,12 +131,13 @@ def _real_outputs(source: Source, extractor: Extractor) -> Iterator[Outputs]:
 
 
 def _drawing(
-    trained: Trained, task: Task, labels: np.ndarray, settings: Evaluation
+    trained: Trained, task: Task, wanted: Subjects, settings: Evaluation, workdir: epath.Path
 ) -> Callable[[int], Iterator[np.ndarray]]:
     """f(start): the task's samples from that index on, by a sampler that is compiled by then."""
     draw = functools.partial(
         sample_batches,
         trained,
+        null=wanted.null,
         w=task.w,
         sampler=task.sampler,
         seed=settings.seed,
@@ -142,8 +145,12 @@ def _drawing(
         allow_untrained=True,
     )
 
+    pixels = pixels_of(latent=trained.description.latent, workdir=workdir)
+
     def draw_from(start: int) -> Iterator[np.ndarray]:
-        next(draw(condition=of_labels(labels[:1]), num_steps=1))
-        return draw(condition=of_labels(labels), num_steps=task.num_steps, start=start)
+        one = {name: each[:1] for name, each in wanted.condition.items()}
+        next(draw(condition=one, num_steps=1))
+        samples = draw(condition=wanted.condition, num_steps=task.num_steps, start=start)
+        return map(pixels, samples)
 
     return draw_from

@@ -137,7 +137,7 @@ def write(
             _write_whole(folder / CAPTIONS, json.dumps(captions).encode())
             states = _States(sorted(set(captions)), to_states)
             _write_shards(folder, "text", states, encoding.shard_size)
-    if to_states is not None:
+    if to_states is not None and not (out / NULL).exists():
         null = io.BytesIO()
         np.save(null, to_states([""])[0])
         _write_whole(out / NULL, null.getvalue())

@@ -147,10 +147,17 @@ class Bert(nn.Module):
         return _Layers(self.num_hidden_layers, layer, name="encoder")(states, mask)
 
 
-def load_minilm(folder: epath.Path, *, name: str, length: int = LENGTH) -> SentenceEncoder:
+def load_minilm(
+    folder: epath.Path,
+    *,
+    name: str,
+    vocabulary: epath.Path | None = None,
+    length: int = LENGTH,
+) -> SentenceEncoder:
     """The encoder in a folder of config.json, vocab.txt and model.safetensors.
 
-    length: tokens of a prompt at most, the first and the last included.
+    vocabulary: where vocab.txt is, if it isn't in the folder. length: tokens of a prompt at most, the
+    first and the last included.
 
     Raises UserError if a file is missing, can't be read, or isn't of such a model.
     """
@@ -159,7 +166,7 @@ def load_minilm(folder: epath.Path, *, name: str, length: int = LENGTH) -> Sente
             f"no folder {folder}: make it by guided-distill prepare minilm --out {folder}"
         )
     network = _network(folder / "config.json")
-    tokenizer = wordpiece_tokenizer(folder / "vocab.txt", length)
+    tokenizer = wordpiece_tokenizer(vocabulary or folder / "vocab.txt", length)
     weights = folder / "model.safetensors"
     params = bert_params(network, read_tensors(weights), source=weights)
 

@@ -3,22 +3,60 @@
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.interop.diffusers_folder import copy_folder, read_json, write_json
 from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder
-from guided_distill.text.minilm import load_minilm
+from guided_distill.text.minilm import LENGTH, load_minilm
 
 KNOWN = ("minilm:DIR", "clip:DIR")
+"""What a config may name."""
+
+COMPANIONS = "companions:"
+
+
+def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
+    """Writes one of `KNOWN` into the folders text_encoder and tokenizer of `out`.
+
+    Answers what a diffusers model's index says of them. Raises UserError if that fails.
+    """
+    kind, _, folder = name.partition(":")
+    if kind == "clip":
+        for part in ("text_encoder", "tokenizer"):
+            copy_folder(epath.Path(folder) / part, out / part)
+        return {
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+        }
+    source = epath.Path(folder)
+    copy_folder(source, out / "text_encoder", leave_out=("vocab.txt", "config.json"))
+    # diffusers gives an encoder the mask of a prompt's own tokens only where its config says so.
+    config = read_json(source / "config.json") | {"use_attention_mask": True}
+    write_json(out / "text_encoder" / "config.json", config)
+    copy_folder(source, out / "tokenizer", leave_out=("model.safetensors", "config.json"))
+    tokenizer = {"tokenizer_class": "BertTokenizer", "model_max_length": LENGTH}
+    write_json(out / "tokenizer" / "tokenizer_config.json", tokenizer | {"do_lower_case": True})
+    return {
+        "text_encoder": ["transformers", "BertModel"],
+        "tokenizer": ["transformers", "BertTokenizer"],
+    }
 
 
 def load_text_encoder(name: str) -> TextEncoder:
-    """Opens one of `KNOWN`.
+    """Opens one of `KNOWN`, or companions:DIR, either kind beside an imported or trained model.
 
-    DIR holds, for minilm, what `guided-distill prepare minilm` put there; for clip, the folders
+    DIR holds, for minilm, what `guided-distill prepare minilm` put there; for the others, the folders
     text_encoder and tokenizer of a diffusers model.
 
     Raises UserError if there is no such encoder, or for what is in DIR.
     """
     kind, _, folder = name.partition(":")
+    if name.startswith(COMPANIONS):
+        parts = epath.Path(folder)
+        config = read_json(parts / "text_encoder" / "config.json")
+        if config.get("model_type") == "bert":
+            vocabulary = parts / "tokenizer" / "vocab.txt"
+            return load_minilm(parts / "text_encoder", name=name, vocabulary=vocabulary)
+        kind = "clip"
     if kind == "minilm" and folder:
         return load_minilm(epath.Path(folder), name=name)
     if kind == "clip" and folder:

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import safetensors.numpy
 from random_arrays import random_tensors
-from text_cases import LENGTH, write_clip_tokenizer
+from text_cases import BERT, LENGTH, write_clip_tokenizer, write_words
 
 from guided_distill.interop.torch_layout import to_tensors, to_tree
 from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
+from guided_distill.text.minilm import Bert
 
 
 def random_params(network, *inputs):
@@ -40,3 +41,19 @@ def write_clip(folder, pads="sd1", **changes):
     tensors = to_tensors(params)
     safetensors.numpy.save_file(tensors, folder / "text_encoder" / "model.safetensors")
     return network, params
+
+
+def write_minilm(folder):
+    """A small model with random weights, in a published one's files."""
+    folder.mkdir(parents=True)
+    write_words(folder / "vocab.txt")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
+    network = Bert(**BERT)
+    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (int, bool))
+    params = random_params(network, tokens, mask)
+    tensors = {
+        name.replace("layers", "layer"): tensor for name, tensor in to_tensors(params).items()
+    }
+    tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
+    tensors |= {"embeddings.position_ids": np.arange(40)[None]}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")

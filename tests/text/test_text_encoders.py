@@ -1,34 +1,15 @@
 import json
 
-import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from etils import epath
 from text_cases import BERT, LENGTH, WORDS, write_clip_tokenizer, write_words
-from text_models import random_params, write_clip
+from text_models import write_clip, write_minilm
 
 from guided_distill.errors import UserError
-from guided_distill.interop.torch_layout import to_tensors
 from guided_distill.text import minilm
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
-
-
-def write_minilm(folder):
-    """A small model with random weights, in a published one's files."""
-    folder.mkdir(parents=True)
-    write_words(folder / "vocab.txt")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
-    network = minilm.Bert(**BERT)
-    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (int, bool))
-    params = random_params(network, tokens, mask)
-    tensors = {
-        name.replace("layers", "layer"): tensor for name, tensor in to_tensors(params).items()
-    }
-    tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
-    tensors |= {"embeddings.position_ids": np.arange(40)[None]}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
