@@ -14,7 +14,7 @@ from guided_distill.diffusion.process import add_noise, prediction_from
 from guided_distill.diffusion.schedules import alpha_sigma
 from guided_distill.evaluation.energy import energy_distance
 from guided_distill.models.registry import Network, build_network
-from guided_distill.sampling import compiled_noise, compiled_sampler, cycling_labels
+from guided_distill.sampling import compiled_noise, compiled_sampler, cycling_labels, of_labels
 from guided_distill.stages import compiled_step
 from guided_distill.training.state import initial_state
 
@@ -156,7 +156,8 @@ def test_four_steps_are_as_good_as_1024_of_the_exact_teacher(teacher, four_step_
         samples = compiled_sampler(network, "ddim", mesh_of(1), clipped=False)(
             params,
             *noise,
-            np.tile(label, len(weights)),
+            of_labels(np.tile(label, len(weights))),
+            network.null,
             np.repeat(weights, count),
             np.int32(num_steps),
         )
