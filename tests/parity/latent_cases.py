@@ -51,6 +51,8 @@ LABEL = np.array([1, CLASSES])
 INPAINT = normal("inpaint", 2, 7, 9, 5)
 IMAGE = normal("image", 2, 16, 16, 3)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 10))
+STRONG = ("to_q", "to_k", "q_proj", "k_proj", "proj", "fc1", "net_2", "linear")
+"""Layers before something that isn't linear, and those that weigh the branch after it."""
 
 
 def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -67,10 +69,7 @@ def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
             return 0.02 * values
         case "embedding":
             return 0.2 * values
-    if layer in ("to_q", "to_k", "q_proj", "k_proj", "proj", "fc1"):
-        gain = 1.5
-    else:
-        gain = 0.1 if layer == "proj_in" else 0.3
+    gain = 1.5 if layer in STRONG else 0.1 if layer == "proj_in" else 0.3
     return values * np.float32(gain / math.sqrt(math.prod(shape[:-1])))
 
 
