@@ -212,6 +212,15 @@ def _add_prepare(verbs: Any) -> None:
         "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
     )
     emoji.add_argument("--cache", **CACHE)
+    minilm = _command(
+        things,
+        "minilm",
+        _prepare_minilm,
+        "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
+        "guided-distill prepare minilm --out data/minilm",
+    )
+    minilm.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    minilm.add_argument("--cache", **CACHE)
 
 
 def _verb(
@@ -324,6 +333,13 @@ def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
     )
     for style, licence in enumerate(fields["licence"]):
         print(f"{(fields['style'] == style).sum()} images. {licence}")
+    print(options.out)
+
+
+def _prepare_minilm(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.text.minilm import prepare_minilm
+
+    prepare_minilm(options.out, options.cache)
     print(options.out)
 
 

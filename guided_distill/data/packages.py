@@ -53,7 +53,7 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
       UserError: it can't be had, or isn't what was pinned.
     """
     target = cache / package.file_name
-    if target.exists() and _digest(target) == package.sha512:
+    if target.exists() and file_digest(target, "sha512") == package.sha512:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     part = cache / f"{package.file_name}.part"
@@ -67,7 +67,7 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
                 f"{package.file_name}, as `npm pack {package.name}@{package.version}` makes it, into "
                 f"{cache}"
             ) from error
-    if _digest(part) != package.sha512:
+    if file_digest(part, "sha512") != package.sha512:
         part.unlink()
         raise UserError(
             f"{package.url} is not the file that was pinned, its SHA-512 differs: check "
@@ -118,6 +118,7 @@ def _download(package: NpmPackage, part: epath.Path, progress: Progress, bar: Ta
             progress.update(bar, completed=received)
 
 
-def _digest(path: epath.Path) -> str:
+def file_digest(path: epath.Path, algorithm: str) -> str:
+    """The hexadecimal digest of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha512").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()

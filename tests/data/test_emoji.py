@@ -153,7 +153,7 @@ def test_only_the_pinned_file_is_kept(tmp_path, registry):
     ):
         with pytest.raises(UserError, match=message):
             packages.fetch(replace(package, **changes), cache)
-    assert packages._digest(path) == package.sha512
+    assert packages.file_digest(path, "sha512") == package.sha512
 
 
 def test_members_are_regular_files_of_a_bounded_size(tmp_path):

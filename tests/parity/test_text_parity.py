@@ -1,0 +1,66 @@
+"""Tokenizers and text encoders give what transformers' give (see text_golden.py)."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from random_arrays import random_tensors, spots
+from text_cases import BERT, LENGTH, PROMPTS, write_clip_tokenizer, write_words
+
+from guided_distill.text.minilm import Bert, bert_params
+from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
+
+GOLDENS = json.loads(Path(__file__).with_name("text_golden.json").read_text())
+
+
+@pytest.mark.parametrize("pads", ["sd1", "sd2"])
+def test_clip_tokens(tmp_path, pads):
+    write_clip_tokenizer(tmp_path, pads)
+    tokens, _ = clip_tokenizer(epath.Path(tmp_path))(PROMPTS)
+    np.testing.assert_array_equal(tokens, GOLDENS["tokens"][pads])
+
+
+def test_bert_tokens(tmp_path):
+    write_words(tmp_path / "vocab.txt")
+    tokens, mask = wordpiece_tokenizer(epath.Path(tmp_path) / "vocab.txt", LENGTH)(PROMPTS)
+    np.testing.assert_array_equal(tokens, GOLDENS["tokens"]["bert"])
+    np.testing.assert_array_equal(mask, tokens != 0)
+
+
+def test_bert_at_every_token_and_in_the_padding():
+    network = Bert(**BERT)
+    tokens = np.array(GOLDENS["tokens"]["bert"], np.int32)
+    expected = np.array(GOLDENS["bert"])
+    assert expected.std() > 0.1
+    params = bert_params(network, random_tensors(bert_shapes()), source=epath.Path("random"))
+    with jax.default_matmul_precision("highest"):
+        states = network.apply({"params": params}, tokens, tokens != 0)
+    np.testing.assert_allclose(spots(states, 64), expected, atol=2e-5)
+
+
+def bert_shapes():
+    """Names and shapes of BertModel's tensors, written out as published files have them."""
+    wide, narrow = BERT["intermediate_size"], BERT["hidden_size"]
+    shapes = {
+        f"embeddings.{kind}_embeddings.weight": (BERT[size], narrow)
+        for kind, size in (
+            ("word", "vocab_size"),
+            ("position", "max_position_embeddings"),
+            ("token_type", "type_vocab_size"),
+        )
+    }
+    dense = {f"attention.self.{name}": (narrow, narrow) for name in ("query", "key", "value")}
+    dense["attention.output.dense"] = (narrow, narrow)
+    dense |= {"intermediate.dense": (wide, narrow), "output.dense": (narrow, wide)}
+    norms = ["embeddings.LayerNorm"]
+    for layer in range(BERT["num_hidden_layers"]):
+        prefix = f"encoder.layer.{layer}"
+        norms += [f"{prefix}.attention.output.LayerNorm", f"{prefix}.output.LayerNorm"]
+        for name, shape in dense.items():
+            shapes |= {f"{prefix}.{name}.weight": shape, f"{prefix}.{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (narrow,), f"{name}.bias": (narrow,)}
+    return shapes

@@ -1,0 +1,56 @@
+"""Write what transformers gives: text_golden.json, of tokenizers and of text encoders.
+
+pip install -e .[parity]
+python tests/parity/text_golden.py
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from random_arrays import random_tensors, spots
+from text_cases import BERT, LENGTH, PADS, PROMPTS, write_clip_tokenizer, write_words
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPTokenizer
+
+GOLDENS = Path(__file__).with_suffix(".json")
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = {pads: clip_tokens(folder / pads, pads) for pads in PADS}
+        tokens["bert"] = bert_tokens(folder)
+    goldens = {"tokens": tokens, "bert": bert_spots(tokens["bert"])}
+    lines = [f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in goldens.items()]
+    GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def filled(tokenizer) -> list[list[int]]:
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    return tokenizer(list(PROMPTS), **options)["input_ids"]
+
+
+def clip_tokens(folder: Path, pads: str) -> list[list[int]]:
+    write_clip_tokenizer(folder, pads)
+    return filled(CLIPTokenizer.from_pretrained(folder))
+
+
+def bert_tokens(folder: Path) -> list[list[int]]:
+    write_words(folder / "vocab.txt")
+    return filled(BertTokenizer(str(folder / "vocab.txt")))
+
+
+def bert_spots(tokens: list[list[int]]) -> list[float]:
+    network = BertModel(BertConfig(**BERT), add_pooling_layer=False).eval()
+    shapes = {name: tuple(each.shape) for name, each in network.state_dict().items()}
+    tensors = {name: torch.tensor(each) for name, each in random_tensors(shapes).items()}
+    network.load_state_dict(tensors)
+    numbers = torch.tensor(tokens)
+    states = network(numbers, attention_mask=(numbers != 0).long()).last_hidden_state
+    return [float(f"{value:.7g}") for value in spots(states, 64)]
+
+
+if __name__ == "__main__":
+    main()
