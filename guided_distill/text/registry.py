@@ -3,6 +3,7 @@
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.minilm import load_minilm
 
@@ -20,4 +21,6 @@ def load_text_encoder(name: str) -> TextEncoder:
     kind, _, folder = name.partition(":")
     if kind == "minilm" and folder:
         return load_minilm(epath.Path(folder), name=name)
+    if kind == "clip" and folder:
+        return load_clip(epath.Path(folder), name=name)
     raise UserError(f"unknown text encoder {name!r}: use one of {', '.join(KNOWN)}")

