@@ -4,16 +4,30 @@ import io
 import itertools
 import zipfile
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from guided_distill.data.pixels import DAMAGED, crop_and_resize
-from guided_distill.data.source import Source, from_arrays, split_indices
+from guided_distill.data.source import Source, from_arrays, split_indices, split_whole_groups
 from guided_distill.errors import UserError
 
 SPLIT = "{split}"
+TEST_FRACTION = 0.1
+
+
+class Examples(NamedTuple):
+    """images [N, H, W, C], labels [N] and, where there are any, captions [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    captions: np.ndarray | None
+
+    def at(self, indices: np.ndarray) -> "Examples":
+        """Those of some indices."""
+        return Examples(*(None if each is None else each[indices] for each in self))
 
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:
@@ -22,10 +36,13 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
     Images are uint8, or float32 already in [-1, 1], [N, H, W, C] or [N, H, W]; or, in place of
     `image`, `jpeg` and `offset`: image i is the file jpeg[offset[i]:offset[i + 1]] of bytes, in any
     format that Pillow reads. Labels are integers [N]. With image_size, uint8 images are
-    centre-cropped to squares and resized. `class_names`, strings [K], is optional.
+    centre-cropped to squares and resized. `class_names`, strings [K], and `caption`, strings [N], are
+    optional.
 
     The test split is a file of its own where the path holds "{split}", which stands for train and
-    test; or `test_image` and `test_label`; or a tenth of the images, held out by a fixed shuffle.
+    test; or `test_image`, `test_label` and `test_caption`; or a tenth of the images, held out by a
+    fixed shuffle. With `group`, numbers or strings [N], it is a tenth of the groups: all images of one
+    are in the same split.
 
     Raises:
       UserError: the file or a field of it is missing or not as said.
@@ -35,27 +52,41 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
     train = _examples(path, fields, prefix="")
     in_file = SPLIT not in path and own_test
     test = _examples(path, fields, prefix="test_") if in_file else train
-    images, labels = test if split == "test" else train
-    if images.shape[1:] != train[0].shape[1:]:
+    chosen = test if split == "test" else train
+    if chosen.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
-            f"{path}: test_image is {images.shape[1:]} an image and image is "
-            f"{train[0].shape[1:]}; make them one size"
+            f"{path}: test_image is {chosen.images.shape[1:]} an image and image is "
+            f"{train.images.shape[1:]}; make them one size"
         )
     if not own_test:
-        indices = split_indices(np.zeros(len(images), int), split=split, test_fraction=0.1)
-        images, labels = images[indices], labels[indices]
+        chosen = train.at(_held_out(path, fields, len(train.images), split))
+    images = chosen.images
     if not len(images):
         raise UserError(f"{path} has no images for the {split} split: add some")
     if image_size is not None and images.dtype == np.uint8:
         images = _resize(images, image_size)
-    num_classes = int(max(train[1].max(initial=0), test[1].max(initial=0))) + 1
+    num_classes = int(max(train.labels.max(initial=0), test.labels.max(initial=0))) + 1
     return from_arrays(
         f"npz:{path}",
         split=split,
         images=images,
-        labels=labels,
+        labels=chosen.labels,
         class_names=_class_names(path, fields, num_classes),
+        captions=chosen.captions,
     )
+
+
+def _held_out(path: str, fields: Mapping[str, np.ndarray], count: int, split: str) -> np.ndarray:
+    """Indices of one split of a file that doesn't have two."""
+    groups = _find(fields, "group")
+    if groups is None:
+        return split_indices(np.zeros(count, int), split=split, test_fraction=TEST_FRACTION)
+    if groups.shape != (count,) or groups.dtype.kind not in "iuU":
+        raise UserError(
+            f"{path}: group must be integers or strings [{count}]; it is {groups.dtype} "
+            f"{list(groups.shape)}"
+        )
+    return split_whole_groups(groups, split=split, test_fraction=TEST_FRACTION)
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
@@ -99,10 +130,8 @@ def _find(fields: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
     return fields.get(name, fields.get(name + "s"))
 
 
-def _examples(
-    path: str, fields: Mapping[str, np.ndarray], *, prefix: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Checked images [N, H, W, C] and labels [N] of the fields whose names start with prefix."""
+def _examples(path: str, fields: Mapping[str, np.ndarray], *, prefix: str) -> Examples:
+    """What the fields hold whose names start with prefix, checked."""
     images = _find(fields, prefix + "image")
     if images is None and not prefix and {"jpeg", "offset"} <= fields.keys():
         images = _decode(path, fields["jpeg"], fields["offset"])
@@ -133,7 +162,21 @@ def _examples(
             f"{path}: {prefix}label must be non-negative integers [{len(images)}]; it is "
             f"{labels.dtype} {list(labels.shape)}"
         )
-    return images, labels
+    return Examples(images, labels, _captions(path, fields, len(images), prefix=prefix))
+
+
+def _captions(
+    path: str, fields: Mapping[str, np.ndarray], count: int, *, prefix: str
+) -> np.ndarray | None:
+    captions = _find(fields, prefix + "caption")
+    if captions is None and prefix and _find(fields, "caption") is not None:
+        raise UserError(f"{path} has captions but no `{prefix}caption`: add it")
+    if captions is not None and (captions.shape != (count,) or captions.dtype.kind != "U"):
+        raise UserError(
+            f"{path}: {prefix}caption must be strings [{count}]; it is {captions.dtype} "
+            f"{list(captions.shape)}"
+        )
+    return captions
 
 
 def _class_names(path: str, fields: Mapping[str, np.ndarray], num_classes: int) -> list[str]:

@@ -30,7 +30,7 @@ class Source:
 
     condition_shapes: the shapes of one example's condition, by name. null: what stands for none in
     its place, one example's; None for the label num_classes. latent: whether "image" is an
-    autoencoder's latents.
+    autoencoder's latents. captions: what is said of each example, [size] strings, where something is.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Source:
     condition_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"label": ()})
     null: Examples | None = field(default=None, repr=False)
     latent: bool = False
+    captions: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -85,8 +86,12 @@ def from_arrays(
     images: np.ndarray,
     labels: np.ndarray,
     class_names: Sequence[str],
+    captions: np.ndarray | None = None,
 ) -> Source:
-    """Builds a source over images [N, ...], uint8 pixels or float32 values, and labels [N]."""
+    """Builds a source over images [N, ...], uint8 pixels or float32 values, and labels [N].
+
+    captions: strings [N], if there are any.
+    """
     labels = labels.astype(np.int32)
 
     def read(indices: np.ndarray) -> Examples:
@@ -101,6 +106,7 @@ def from_arrays(
         size=len(images),
         class_names=tuple(class_names),
         read=read,
+        captions=captions,
     )
 
 
@@ -117,6 +123,18 @@ def split_indices(groups: np.ndarray, *, split: str, test_fraction: float) -> np
         shuffled = rng.permutation(members)
         chosen.append(shuffled[:count] if split == "test" else shuffled[count:])
     indices = np.concatenate(chosen)
+    return np.random.default_rng(_SPLIT_SEED).permutation(indices)
+
+
+def split_whole_groups(groups: np.ndarray, *, split: str, test_fraction: float) -> np.ndarray:
+    """Indices of one split, in a fixed shuffled order; test gets its share of the groups, whole.
+
+    groups: numbers or strings [N]; those alike stay together. Which go to test depends on nothing but
+    the set of groups.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    chosen = split_indices(np.zeros(len(names), int), split=split, test_fraction=test_fraction)
+    indices = np.flatnonzero(np.isin(group, chosen))
     return np.random.default_rng(_SPLIT_SEED).permutation(indices)
 
 

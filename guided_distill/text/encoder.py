@@ -10,7 +10,7 @@ import numpy as np
 
 from guided_distill.text.tokenizers import Tokenizer
 
-Hidden = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Hidden = Callable[..., jax.Array]
 """f(params, tokens [B, L], mask [B, L]) -> [B, L, D]."""
 
 _BATCH = 32

@@ -76,6 +76,29 @@ def test_float_images_are_never_resized(save):
         sources.load(save(image=from_uint8(pixels(20))), image_size=8)
 
 
+def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
+    group = np.arange(60) // 3 % 20
+    name = save(
+        image=pixels(60),
+        caption=np.array([f"number {index}" for index in range(60)]),
+        group=np.array([f"group {each}" for each in group]),
+    )
+    groups = {}
+    for split in sources.SPLITS:
+        source = sources.load(name, split=split)
+        index = to_uint8(source.arrays()["image"])[:, 0, 0, 0]
+        assert list(source.captions) == [f"number {each}" for each in index]
+        groups[split] = set(group[index])
+        assert len(source) == 3 * len(groups[split])
+    assert not groups["train"] & groups["test"]
+    assert (len(groups["train"]), len(groups["test"])) == (18, 2)
+
+    some = np.flatnonzero(np.arange(60) % 3)
+    fewer = save(image=pixels(60)[some], group=np.array([f"group {each}" for each in group[some]]))
+    test = to_uint8(sources.load(fewer, split="test").arrays()["image"])[:, 0, 0, 0]
+    assert set(group[test]) <= groups["test"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -87,6 +110,14 @@ def test_float_images_are_never_resized(save):
         ({"image": pixels(5), "label": np.zeros(4, int)}, r"integers \[5\].*\[4\]"),
         ({"image": pixels(5), "label": np.zeros(5)}, r"integers \[5\].*float64"),
         ({"image": pixels(5), "label": np.full(5, -1)}, r"non-negative"),
+        ({"image": pixels(5), "caption": np.array(["a"] * 4)}, r"caption must be strings \[5\]"),
+        ({"image": pixels(5), "caption": np.zeros(5)}, r"caption must be strings.*float64"),
+        ({"image": pixels(5), "group": np.zeros(5)}, r"group must be integers or strings"),
+        ({"image": pixels(5), "group": np.zeros(4, int)}, r"group must be.*\[5\].*\[4\]"),
+        (
+            {"image": pixels(5), "test_image": pixels(2), "caption": np.array(["a"] * 5)},
+            r"no `test_caption`",
+        ),
         ({"image": pixels(1)}, r"no images for the test split"),
         ({"image": pixels(0)}, r"no images for the test split"),
         (
