@@ -1,4 +1,4 @@
-"""The command line: guided-distill train | sample | transfer | evaluate | report | export | prepare."""
+"""The command line: guided-distill and a verb."""
 
 import argparse
 import contextlib
@@ -190,7 +190,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
     _add_prepare(verbs)
+    _add_encode(verbs)
     return parser
+
+
+def _add_encode(verbs: Any) -> None:
+    encode = _command(
+        verbs,
+        "encode",
+        _encode,
+        "compute latents and encoded captions once, for data.name=encoded:OUT; run again to resume",
+        "guided-distill encode --data npz:data/emoji3.npz --autoencoder runs/emoji/companions/vae "
+        "--text_encoder minilm:data/minilm --out data/emoji3_encoded",
+    )
+    encode.add_argument("--data", required=True, help="a data source, as of data.name")
+    encode.add_argument("--image_size", type=int, help="side in pixels, as of data.image_size")
+    encode.add_argument(
+        "--autoencoder", required=True, type=epath.Path, help="folder of a diffusers autoencoder"
+    )
+    encode.add_argument(
+        "--text_encoder", help="minilm:DIR or clip:DIR, for captions (default: labels are kept)"
+    )
+    encode.add_argument(
+        "--flip", action="store_true", help="encode every training image mirrored, too"
+    )
+    encode.add_argument(
+        "--batch_size", type=int, default=32, help="images at once (default: %(default)s)"
+    )
+    encode.add_argument(
+        "--shard_size", type=int, default=4096, help="examples in a file (default: %(default)s)"
+    )
+    encode.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
 
 
 def _add_prepare(verbs: Any) -> None:
@@ -323,7 +353,7 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.data.emoji import prepare_emoji
+    from guided_distill.prepare.emoji import prepare_emoji
 
     fields = prepare_emoji(
         options.out,
@@ -337,9 +367,25 @@ def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _prepare_minilm(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.text.minilm import prepare_minilm
+    from guided_distill.prepare.minilm import prepare_minilm
 
     prepare_minilm(options.out, options.cache)
+    print(options.out)
+
+
+def _encode(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.prepare.encode import encode
+
+    encode(
+        options.out,
+        data=options.data,
+        image_size=options.image_size,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        mirrored=options.flip,
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
+    )
     print(options.out)
 
 

@@ -27,7 +27,8 @@ class Examples(NamedTuple):
 
     def at(self, indices: np.ndarray) -> "Examples":
         """Those of some indices."""
-        return Examples(*(None if each is None else each[indices] for each in self))
+        captions = None if self.captions is None else self.captions[indices]
+        return Examples(self.images[indices], self.labels[indices], captions)
 
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:

@@ -47,12 +47,17 @@ def batches(
       same arguments. It reads ahead in threads until its close().
 
     Raises:
-      UserError: batch_size is below 1, or flip is asked of a source without images.
+      UserError: batch_size is below 1, or flip is asked of a source without images, or of latents.
     """
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}: it must be at least 1")
     if flip and len(source.shape) != 3:
         raise UserError(f"data.flip needs images, and {source.name!r} has none: set it to False")
+    if flip and source.latent:
+        raise UserError(
+            "data.flip can't mirror latents: set it to False, and encode the images both ways by "
+            "guided-distill encode --flip"
+        )
     shard = _Shard(batch_size=batch_size, index=process_index, count=process_count)
     permutation = functools.lru_cache(maxsize=2)(
         lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(source))

@@ -1,10 +1,10 @@
 """Data sources by name."""
 
-from guided_distill.data import builtin, folder, npz, photo10, tfds
+from guided_distill.data import builtin, encoded, folder, npz, photo10, tfds
 from guided_distill.data.source import SPLITS, Source, check_image_size
 from guided_distill.errors import UserError
 
-KNOWN = ("digits", "photo10", "mixture2d", "npz:PATH", "folder:PATH", "tfds:NAME")
+KNOWN = ("digits", "photo10", "mixture2d", "npz:PATH", "folder:PATH", "tfds:NAME", "encoded:PATH")
 
 
 def load(
@@ -31,6 +31,8 @@ def load(
         return tfds.load(place, split=split, image_size=image_size)
     if kind == "npz" and place:
         source = npz.load(place, split=split, image_size=image_size)
+    elif kind == "encoded" and place:
+        source = encoded.load(place, split=split)
     elif name == "digits":
         source = builtin.digits(split)
     elif name == "photo10":

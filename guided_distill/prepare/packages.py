@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
-from rich.progress import Progress, TaskID
 
 from guided_distill.errors import UserError
+from guided_distill.training.progress import Advance, progress
 
 REGISTRY = "https://registry.npmjs.org"
 REGISTRY_VARIABLE = "npm_config_registry"
@@ -57,10 +57,9 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     part = cache / f"{package.file_name}.part"
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(f"{package.name} {package.version}", total=package.size)
+    with progress(package.file_name, total=package.size, unit="bytes") as advance:
         try:
-            _download(package, part, progress, bar)
+            _download(package, part, advance)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{package.url} can't be fetched ({error}): check the network, or put "
@@ -104,7 +103,7 @@ def read_members(
     return found
 
 
-def _download(package: NpmPackage, part: epath.Path, progress: Progress, bar: TaskID) -> None:
+def _download(package: NpmPackage, part: epath.Path, advance: Advance) -> None:
     with (
         urllib.request.urlopen(package.url, timeout=_TIMEOUT) as response,
         part.open("wb") as file,
@@ -115,7 +114,7 @@ def _download(package: NpmPackage, part: epath.Path, progress: Progress, bar: Ta
             if received > package.size:
                 raise ValueError(f"it is longer than its {package.size} bytes")
             file.write(block)
-            progress.update(bar, completed=received)
+            advance(received, "")
 
 
 def file_digest(path: epath.Path, algorithm: str) -> str:

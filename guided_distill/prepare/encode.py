@@ -1,0 +1,237 @@
+"""From a data source, an autoencoder and a text encoder to the folders of `data/encoded.py`."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from guided_distill.data import sources
+from guided_distill.data.encoded import ABOUT, CAPTIONS, NULL, NUMBERS, Encoding, read_about, shards
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+from guided_distill.interop.companions import read_autoencoder
+from guided_distill.text.registry import load_text_encoder
+from guided_distill.training.progress import progress
+
+ToLatents = Callable[[np.ndarray], np.ndarray]
+"""Images [B, H, W, C] in [-1, 1] -> latents [B, h, w, c]; one b at a time, B is always the same."""
+
+ToStates = Callable[[Sequence[str]], np.ndarray]
+"""Prompts [n] -> states [n, L, D]."""
+
+# Latents and states don't compress, and are read one by one.
+_OPTIONS = "group_size:1,uncompressed"
+
+
+def encode(
+    out: epath.Path,
+    *,
+    data: str,
+    image_size: int | None,
+    autoencoder: epath.Path,
+    text_encoder: str | None,
+    mirrored: bool,
+    batch_size: int,
+    shard_size: int,
+) -> None:
+    """Encodes both splits of `data` into the folder `out`; run again to resume.
+
+    Args:
+      data, image_size: as of `data.sources.load`.
+      autoencoder: folder of a diffusers autoencoder.
+      text_encoder: as of `load_text_encoder`; without one, labels are the condition.
+      mirrored: encode every training image in both orientations.
+      batch_size: images encoded at once.
+      shard_size: examples in a file.
+
+    Raises:
+      UserError: bad sizes, or what the parts raise.
+    """
+    for flag, value in (("--batch_size", batch_size), ("--shard_size", shard_size)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}: it must be at least 1")
+    splits = {
+        split: sources.load(data, split=split, image_size=image_size) for split in sources.SPLITS
+    }
+    shape = splits["train"].shape
+    if text_encoder and splits["train"].captions is None:
+        raise UserError(
+            f"{data} has no captions to encode: leave --text_encoder out, or add a field `caption` to "
+            "an npz file"
+        )
+    module, params = read_autoencoder(autoencoder)
+    if len(shape) != 3 or shape[-1] != module.image_channels:
+        raise UserError(
+            f"{autoencoder} takes images of {module.image_channels} channels, and an example of {data} "
+            f"is {list(shape)}"
+        )
+    encoder = load_text_encoder(text_encoder) if text_encoder else None
+    run = jax.jit(functools.partial(module.apply, method="to_latents"))
+    latents = jax.eval_shape(
+        run, {"params": params}, jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
+    )
+
+    def to_latents(images: np.ndarray) -> np.ndarray:
+        return np.asarray(run({"params": params}, images))
+
+    encoding = Encoding(
+        data=data,
+        image_size=image_size,
+        autoencoder=f"{autoencoder} ({_fingerprint(params)})",
+        text_encoder=f"{encoder.name} ({_fingerprint(encoder.params)})" if encoder else None,
+        shape=latents.shape[1:],
+        text_shape=encoder.shape if encoder else None,
+        class_names=splits["train"].class_names,
+        mirrored=mirrored,
+        sizes={split: len(source) for split, source in splits.items()},
+        shard_size=shard_size,
+    )
+    write(
+        out,
+        encoding,
+        splits,
+        to_latents=to_latents,
+        to_states=encoder.encode if encoder else None,
+        batch_size=batch_size,
+    )
+
+
+def write(
+    out: epath.Path,
+    encoding: Encoding,
+    splits: Mapping[str, Source],
+    *,
+    to_latents: ToLatents,
+    to_states: ToStates | None,
+    batch_size: int,
+) -> None:
+    """Encodes all splits into the folder `out`; finished shards are left as they are.
+
+    Args:
+      encoding: what will be there.
+      splits: the source of each, with captions.
+      to_states: encodes captions; without it, labels are the condition.
+      batch_size: images of one call of to_latents.
+
+    Raises:
+      UserError: out holds another encoding, or latents are not finite.
+    """
+    _write_about(out, encoding)
+    for split, source in splits.items():
+        folder = out / split
+        folder.mkdir(parents=True, exist_ok=True)
+        latents = _Latents(encoding, source, split, to_latents, batch_size)
+        _write_shards(folder, "image", latents, encoding.shard_size)
+        if to_states is not None:
+            assert source.captions is not None
+            captions = [str(caption) for caption in source.captions]
+            _write_whole(folder / CAPTIONS, json.dumps(captions).encode())
+            states = _States(sorted(set(captions)), to_states)
+            _write_shards(folder, "text", states, encoding.shard_size)
+    if to_states is not None:
+        null = io.BytesIO()
+        np.save(null, to_states([""])[0])
+        _write_whole(out / NULL, null.getvalue())
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """The records of a split, some at a time."""
+
+    encoding: Encoding
+    source: Source
+    split: str
+    to_latents: ToLatents
+    batch_size: int
+
+    def __len__(self) -> int:
+        return self.encoding.copies(self.split) * len(self.source)
+
+    def __call__(self, start: int, stop: int) -> Iterator[list[bytes]]:
+        copies = self.encoding.copies(self.split)
+        for first in range(start, stop, self.batch_size):
+            numbers = np.arange(first, min(first + self.batch_size, stop))
+            examples = self.source.read(numbers // copies)
+            images, mirrored = examples["image"], numbers % copies == 1
+            images[mirrored] = images[mirrored, :, ::-1]
+            padding = [(0, self.batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
+            latents = self.to_latents(np.pad(images, padding))[: len(images)]
+            if not np.all(np.abs(latents) <= np.finfo(NUMBERS).max):
+                raise UserError(
+                    f"{self.encoding.autoencoder} makes latents of {self.source.name} that are not "
+                    "finite in half precision: it is damaged, or its scaling_factor is wrong"
+                )
+            records = np.empty(len(images), self.encoding.record)
+            records["image"], records["label"] = latents, examples["label"]
+            yield [record.tobytes() for record in records]
+
+
+@dataclass(frozen=True)
+class _States:
+    """The records of captions, some at a time."""
+
+    captions: list[str]
+    to_states: ToStates
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __call__(self, start: int, stop: int) -> Iterator[list[bytes]]:
+        for first in range(start, stop, 256):
+            states = self.to_states(self.captions[first : min(first + 256, stop)])
+            yield [each.tobytes() for each in states.astype(NUMBERS)]
+
+
+def _write_shards(folder: epath.Path, kind: str, records: _Latents | _States, size: int) -> None:
+    missing = [each for each in shards(folder, kind, len(records), size) if not each.path.exists()]
+    there = len(records) - sum(stop - start for _, start, stop in missing)
+    title = f"{folder.name} {kind}"
+    with progress(title, total=len(records), unit="records", done=there) as advance:
+        for path, start, stop in missing:
+            part = path.with_name(f"{path.name}.part")
+            writer = ArrayRecordWriter(str(part), _OPTIONS)
+            for some in records(start, stop):
+                for record in some:
+                    writer.write(record)
+                there += len(some)
+                advance(there, "")
+            writer.close()
+            part.replace(path)
+
+
+def _write_about(out: epath.Path, encoding: Encoding) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ABOUT
+    if path.exists():
+        found = read_about(out)
+        for field in dataclasses.fields(Encoding):
+            old, new = getattr(found, field.name), getattr(encoding, field.name)
+            if old != new:
+                raise UserError(
+                    f"{out} holds an encoding whose {field.name} is {old}, not {new}: give another "
+                    "--out, or remove that folder"
+                )
+    _write_whole(path, json.dumps(dataclasses.asdict(encoding), indent=2).encode())
+
+
+def _write_whole(path: epath.Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _fingerprint(params: Any) -> str:
+    """The first 8 hex digits of the weights' SHA-256, in the tree's order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:8]

