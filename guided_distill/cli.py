@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from guided_distill.errors import UserError
+from guided_distill.prepare.verbs import add_prepare_and_encode
 
 Value = TypeVar("Value", int, float, str)
 
@@ -220,8 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "the last one)",
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
-    _add_prepare(verbs)
-    _add_encode(verbs)
+    add_prepare_and_encode(verbs, _command)
     return parser
 
 

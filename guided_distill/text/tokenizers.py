@@ -17,6 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from guided_distill.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # What CLIP calls a word: its own marks, English endings, letters, one digit, or other signs.
 _CLIP_WORD = (
@@ -49,7 +51,7 @@ class Tokenizer:
         encoded = self.vocabulary.encode_batch(list(prompts), add_special_tokens=False)
         for row, (prompt, words) in enumerate(zip(prompts, encoded, strict=True)):
             if len(words.ids) > room:
-                logging.warning(
+                log.warning(
                     "a prompt has %d tokens and the text encoder takes %d, so this is cut from it: %r",
                     len(words.ids),
                     room,

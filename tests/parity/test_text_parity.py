@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from random_arrays import random_tensors, spots
-from text_cases import BERT, LENGTH, PROMPTS, write_clip_tokenizer, write_words
+from random_arrays import random_pixels, random_tensors, spots
+from text_cases import BERT, CLIP, LENGTH, PROMPTS, write_clip_tokenizer, write_words
 
+from guided_distill.evaluation import clip
 from guided_distill.text.minilm import Bert, bert_params
 from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
 
@@ -39,6 +40,23 @@ def test_bert_at_every_token_and_in_the_padding():
     with jax.default_matmul_precision("highest"):
         states = network.apply({"params": params}, tokens, tokens != 0)
     np.testing.assert_allclose(spots(states, 64), expected, atol=2e-5)
+
+
+def test_clip_vectors_of_images_and_texts():
+    golden = GOLDENS["clip"]
+    text = {key: each for key, each in CLIP["text_config"].items() if key != "eos_token_id"}
+    network = clip.CLIP(text, CLIP["vision_config"], CLIP["projection_dim"])
+    shapes = {name: tuple(shape) for name, shape in golden["shapes"].items()}
+    params = clip.clip_params(network, random_tensors(shapes), source=epath.Path("random"))
+    tokens = np.array(GOLDENS["tokens"]["sd1"], np.int32)
+    pixels = (random_pixels(len(tokens), 16, 16, 3) / 127.5 - 1).astype(np.float32)
+    end = CLIP["text_config"]["eos_token_id"]
+    with jax.default_matmul_precision("highest"):
+        images, texts = jax.jit(network.apply)({"params": params}, pixels, tokens, end)
+    for found, name in ((images, "images"), (texts, "texts")):
+        expected = np.array(golden[name])
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(spots(found, 48), expected, atol=2e-6, err_msg=name)
 
 
 def bert_shapes():

