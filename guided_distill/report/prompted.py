@@ -1,0 +1,192 @@
+"""Images of texts as files: a PNG each, which says how it was made, and a sheet of all."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from guided_distill.applications.text_to_image import (
+    TextToImage,
+    edit,
+    generate,
+    inpaint,
+    load_text_to_image,
+)
+from guided_distill.data.folder import read_images
+from guided_distill.data.pixels import to_uint8
+from guided_distill.errors import UserError
+from guided_distill.report.figures import image_grid
+from guided_distill.report.samples import last_finished
+from guided_distill.training.checkpoints import storage_error
+
+METADATA = "guided_distill"
+"""The text chunk of a PNG that holds its settings, in JSON."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Texts, one for each image, and how to sample."""
+
+    prompts: Sequence[str]
+    w: float
+    num_steps: int | None
+    sampler: str | None
+    seed: int
+    allow_untrained: bool
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """All but the texts."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "prompts"
+        }
+
+
+def read_prompts(
+    given: Sequence[str] | None, file: epath.Path | None, *, num: int
+) -> tuple[str, ...]:
+    """The texts that are given and those of a file, one a line, each `num` times.
+
+    Raises UserError if there are none.
+    """
+    if num < 1:
+        raise UserError(f"--num is {num}; ask for at least 1 image")
+    prompts = list(given or ())
+    if file is not None:
+        try:
+            prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file} can't be read as text: {error}") from error
+    if not prompts:
+        raise UserError("there is no text: give --prompt, or --prompts and a file of them")
+    return tuple(prompt for prompt in prompts for _ in range(num))
+
+
+def generate_to_files(
+    *, workdir: epath.Path, stage: str | None, request: Request, out: epath.Path
+) -> list[epath.Path]:
+    """Draw an image for each text; answers the files. Raises UserError as `generate` does."""
+    model = _load(workdir, stage)
+    images = generate(model, request.prompts, **request.sampling)
+    return _write(out, "generate", model, request, images, {})
+
+
+def edit_to_files(
+    *,
+    workdir: epath.Path,
+    stage: str | None,
+    request: Request,
+    out: epath.Path,
+    image: epath.Path,
+    strength: float,
+) -> list[epath.Path]:
+    """Change an image after each text; answers the files. Raises UserError as `edit` does."""
+    model = _load(workdir, stage)
+    images = _repeated(_read(image, model), request)
+    edited = edit(model, images, request.prompts, strength=strength, **request.sampling)
+    settings = {"image": image.name, "strength": strength, "steps_run": edited.steps_run}
+    return _write(out, "edit", model, request, edited.images, settings)
+
+
+def inpaint_to_files(
+    *,
+    workdir: epath.Path,
+    stage: str | None,
+    request: Request,
+    out: epath.Path,
+    image: epath.Path,
+    mask: epath.Path,
+) -> list[epath.Path]:
+    """Paint where the mask is white, after each text; answers the files.
+
+    Raises UserError as `inpaint` does, and if the mask is of another size than the image.
+    """
+    model = _load(workdir, stage)
+    sizes = [_size(path) for path in (image, mask)]
+    if sizes[0] != sizes[1]:
+        width, height = sizes[0]
+        raise UserError(
+            f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels, and the image {width} x {height}: "
+            f"give a mask of its size"
+        )
+    white = read_images(mask, shape=(*model.image_shape[:2], 1), limit=1)[0, ..., 0] > 0
+    painted = inpaint(
+        model,
+        _repeated(_read(image, model), request),
+        _repeated(white, request),
+        request.prompts,
+        **request.sampling,
+    )
+    settings = {"image": image.name, "mask": mask.name}
+    return _write(out, "inpaint", model, request, painted, settings)
+
+
+def _load(workdir: epath.Path, stage: str | None) -> TextToImage:
+    return load_text_to_image(workdir / (stage or last_finished(workdir)))
+
+
+def _read(path: epath.Path, model: TextToImage) -> np.ndarray:
+    return read_images(path, shape=model.image_shape, limit=1)[0]
+
+
+def _repeated(array: np.ndarray, request: Request) -> np.ndarray:
+    return np.repeat(array[None], len(request.prompts), axis=0)
+
+
+def _size(path: epath.Path) -> tuple[int, int]:
+    """Width and height. Raises UserError if it is no image."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _write(
+    out: epath.Path,
+    verb: str,
+    model: TextToImage,
+    request: Request,
+    images: np.ndarray,
+    more: Mapping[str, Any],
+) -> list[epath.Path]:
+    about = model.trained.description
+    stage = epath.Path(model.trained.path).name
+    settings = {
+        "verb": verb,
+        "stage": stage,
+        **request.sampling,
+        "num_steps": request.num_steps or about.num_steps,
+        "package_version": about.package_version,
+        **more,
+    }
+    stem = f"{verb}_{stage}_w{request.w:g}_seed{request.seed}"
+    paths = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for index, (prompt, pixels) in enumerate(zip(request.prompts, images, strict=True)):
+            information = PngInfo()
+            information.add_itxt(
+                METADATA, json.dumps({**settings, "prompt": prompt, "index": index})
+            )
+            words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
+            paths.append(out / f"{stem}_{index:04d}_{words}.png")
+            with paths[-1].open("wb") as file:
+                Image.fromarray(to_uint8(pixels)).save(file, "PNG", pnginfo=information)
+        if len(images) > 1:
+            paths.append(out / f"{stem}_sheet.png")
+            with paths[-1].open("wb") as file:
+                columns = int(np.ceil(np.sqrt(len(images))))
+                image_grid(images, columns=columns, scale=1).save(file, "PNG")
+    except OSError as error:
+        raise storage_error(out, error) from error
+    return paths

@@ -1,0 +1,189 @@
+"""The verbs that make images: sample, transfer, generate, edit, inpaint."""
+
+import argparse
+from typing import Any
+
+from etils import epath
+
+from guided_distill.verbs.shared import add_sampling_arguments, command_of_run, parse_list
+
+
+def add_verbs(verbs: Any) -> None:
+    """Adds them to the parser's verbs."""
+    sample = command_of_run(
+        verbs,
+        "sample",
+        _sample,
+        "draw samples: a PNG grid and an npz file",
+        "guided-distill sample --workdir runs/digits --stage halving_ddim_4 --w 1 --num 40",
+    )
+    sample.add_argument("--num", type=int, default=64, help="how many (default: %(default)s)")
+    sample.add_argument(
+        "--labels", help="class numbers, separated by commas, gone through in turn (default: all)"
+    )
+    add_sampling_arguments(sample)
+
+    transfer = command_of_run(
+        verbs,
+        "transfer",
+        _transfer,
+        "carry images from one class or run to another by way of noise: a PNG figure and an npz file",
+        "guided-distill transfer --workdir runs/digits --images data --from_label 7 --to_label 5",
+    )
+    transfer.add_argument(
+        "--to", type=epath.Path, help="run to decode by (default: WORKDIR, which encodes)"
+    )
+    transfer.add_argument(
+        "--images",
+        required=True,
+        help="an image file, a folder of them, or data: test images of --from_label",
+    )
+    transfer.add_argument(
+        "--from_label", required=True, help="class of the images, by name or number"
+    )
+    transfer.add_argument("--to_label", required=True, help="class to make of them")
+    transfer.add_argument(
+        "--encoder", help="folder of the encoder (default: the round nearest to 8 steps)"
+    )
+    transfer.add_argument(
+        "--decoder",
+        help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
+    )
+    transfer.add_argument(
+        "--w_encode", type=float, default=0.0, help="weight to encode at (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--w", type=float, default=1.0, help="weight to decode at (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--num", type=int, default=8, help="images at most (default: %(default)s)"
+    )
+    transfer.add_argument(
+        "--seed", type=int, default=0, help="chooses the images of data (default: %(default)s)"
+    )
+    transfer.add_argument("--out", help="folder to write to (default: WORKDIR/transfers)")
+
+    generate = command_of_run(
+        verbs,
+        "generate",
+        _generate,
+        "draw images of texts: a PNG file each, and a sheet of all",
+        "guided-distill generate --workdir runs/emoji --prompt 'red apple, 3D Fluent style' --num 4",
+    )
+    edit = command_of_run(
+        verbs,
+        "edit",
+        _edit,
+        "change images after a text: noise them part of the way, and sample from there",
+        "guided-distill edit --workdir runs/emoji --image apple.png --prompt 'green apple' "
+        "--strength 0.5",
+    )
+    edit.add_argument("--image", required=True, type=epath.Path, help="an image file")
+    edit.add_argument(
+        "--strength",
+        type=float,
+        default=0.5,
+        help="how far to noise it, above 0 and at most 1, rounded down to whole steps "
+        "(default: %(default)s)",
+    )
+    inpaint = command_of_run(
+        verbs,
+        "inpaint",
+        _inpaint,
+        "paint a part of an image after a text, and keep the rest exactly",
+        "guided-distill inpaint --workdir runs/emoji --image apple.png --mask mask.png "
+        "--prompt 'green apple'",
+    )
+    inpaint.add_argument("--image", required=True, type=epath.Path, help="an image file")
+    inpaint.add_argument(
+        "--mask", required=True, type=epath.Path, help="an image of its size, white where to paint"
+    )
+    for verb in (generate, edit, inpaint):
+        verb.add_argument("--prompt", action="append", help="a text; may be given more than once")
+        verb.add_argument("--prompts", type=epath.Path, help="a file of texts, one a line")
+        verb.add_argument(
+            "--num", type=int, default=1, help="images of each text (default: %(default)s)"
+        )
+        add_sampling_arguments(verb)
+
+
+# As everywhere here, each verb imports what it needs when it runs.
+
+
+def _sample(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.samples import sample_to_files
+
+    paths = sample_to_files(
+        options.workdir,
+        stage=options.stage,
+        count=options.num,
+        labels=parse_list("--labels", options.labels, int),
+        w=options.w,
+        num_steps=options.num_steps,
+        sampler=options.sampler,
+        seed=options.seed,
+        out=options.out or options.workdir / "samples",
+        allow_untrained=options.allow_untrained,
+    )
+    for path in paths:
+        print(path)
+
+
+def _transfer(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.transfers import transfer_to_files
+
+    paths = transfer_to_files(
+        options.workdir,
+        to=options.to or options.workdir,
+        images=options.images,
+        from_label=options.from_label,
+        to_label=options.to_label,
+        encoder=options.encoder,
+        decoder=options.decoder,
+        w_encode=options.w_encode,
+        w=options.w,
+        count=options.num,
+        seed=options.seed,
+        out=epath.Path(options.out or options.workdir / "transfers"),
+    )
+    for path in paths:
+        print(path)
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.prompted import generate_to_files
+
+    _print_all(generate_to_files(**_prompted(options)))
+
+
+def _edit(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.prompted import edit_to_files
+
+    _print_all(edit_to_files(**_prompted(options), image=options.image, strength=options.strength))
+
+
+def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.prompted import inpaint_to_files
+
+    _print_all(inpaint_to_files(**_prompted(options), image=options.image, mask=options.mask))
+
+
+def _prompted(options: argparse.Namespace) -> dict[str, Any]:
+    """What generate, edit and inpaint share."""
+    from guided_distill.report.prompted import Request, read_prompts
+
+    request = Request(
+        prompts=read_prompts(options.prompt, options.prompts, num=options.num),
+        w=options.w,
+        num_steps=options.num_steps,
+        sampler=options.sampler,
+        seed=options.seed,
+        allow_untrained=options.allow_untrained,
+    )
+    out = options.out or options.workdir / "samples"
+    return {"workdir": options.workdir, "stage": options.stage, "request": request, "out": out}
+
+
+def _print_all(paths: list[epath.Path]) -> None:
+    for path in paths:
+        print(path)

@@ -1,0 +1,155 @@
+"""The verbs of a run: train, evaluate, report."""
+
+import argparse
+import contextlib
+import runpy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from guided_distill.errors import UserError
+from guided_distill.verbs.shared import command, command_of_run, parse_list
+
+
+def add_verbs(verbs: Any) -> None:
+    """Adds them to the parser's verbs."""
+    train = command(
+        verbs,
+        "train",
+        _train,
+        "train the teacher and distill it, stage by stage; run again to resume",
+        "guided-distill train --config configs/digits.py --workdir runs/digits "
+        "--config.teacher.steps=100",
+    )
+    train.add_argument(
+        "--config",
+        required=True,
+        help="a config file, with :variant if it has any; --config.KEY=VALUE overrides a key",
+    )
+
+    train.add_argument(
+        "--workdir",
+        type=epath.Path,
+        help="the run's folder (default: runs/ and the config's name)",
+    )
+
+    evaluate = command_of_run(
+        verbs,
+        "evaluate",
+        _evaluate,
+        "measure every stage: results.csv; run again to resume",
+        "guided-distill evaluate --workdir runs/digits --extractor lite0 --num_samples 10000",
+    )
+    evaluate.add_argument(
+        "--extractor",
+        help="classifier (trained on the run's data), lite0, lite0:PATH or inception:PATH "
+        "(default, here and below: the run's config)",
+    )
+    evaluate.add_argument("--num_samples", type=int, help="samples of each row")
+    evaluate.add_argument("--w", help="guidance weights, separated by commas")
+    evaluate.add_argument(
+        "--stages", help="folders of stages in the workdir, separated by commas (default: all)"
+    )
+    evaluate.add_argument("--num_steps", help="sampling steps of the teacher, separated by commas")
+    evaluate.add_argument(
+        "--reference",
+        type=epath.Path,
+        help="an .npz file of statistics to measure against (default: those of the training data)",
+    )
+
+    command_of_run(
+        verbs,
+        "report",
+        _report,
+        "write report.html, one page that shows the run",
+        "guided-distill report --workdir runs/digits",
+    )
+
+
+# Each verb imports what it needs when it runs, so that --help and bad arguments answer at once.
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from guided_distill import config, pipeline
+
+    experiment = config.parse(_read_config(options.config, overrides))
+    pipeline.run(experiment, options.workdir or _default_workdir(options.config))
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.evaluation.evaluate import evaluate
+    from guided_distill.evaluation.tasks import Request
+
+    request = Request(
+        extractor=options.extractor,
+        num_samples=options.num_samples,
+        weights=parse_list("--w", options.w, float),
+        stages=parse_list("--stages", options.stages, str),
+        num_steps=parse_list("--num_steps", options.num_steps, int),
+        reference=options.reference,
+    )
+    evaluate(options.workdir, request)
+    print(options.workdir / "results.csv")
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.page import write_report
+
+    print(write_report(options.workdir))
+
+
+def _default_workdir(config: str) -> epath.Path:
+    """runs/NAME for NAME.py, runs/NAME_VARIANT for NAME.py:VARIANT."""
+    file, _, variant = config.partition(":")
+    return epath.Path("runs") / "_".join([epath.Path(file).stem, *filter(None, variant.split(","))])
+
+
+def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does."""
+    file, _, variant = path.partition(":")
+    if not epath.Path(file).is_file():
+        raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
+    try:
+        config = runpy.run_path(file)["get_config"](variant)
+    except Exception as error:  # Whatever the user's own code raises.
+        raise UserError(
+            f"--config {path} can't be read: {type(error).__name__}: {error}"
+        ) from error
+    for override in overrides:
+        _check_key(config, override.removeprefix("--config.").partition("=")[0], file)
+    values = flags.FlagValues()
+    arguments = ["guided-distill", *overrides]
+    with _command_line(arguments):
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values)
+            values(arguments)
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(f"an override doesn't fit {file}: {error}") from error
+    return config
+
+
+def _check_key(config: ml_collections.ConfigDict, key: str, file: str) -> None:
+    section: Any = config
+    for name in key.split("."):
+        keys = list(section) if isinstance(section, ml_collections.ConfigDict) else []
+        if name not in keys:
+            raise UserError(
+                f"config.{key} is not a key of {file}; in place of {name} there could be: "
+                f"{', '.join(keys) or 'nothing'}"
+            )
+        section = section[name]
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    # config_flags looks for overrides in sys.argv itself.
+    saved, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = saved

@@ -1,0 +1,60 @@
+"""What the verbs of the command line have in common."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from etils import epath
+
+from guided_distill.errors import UserError
+
+Value = TypeVar("Value", int, float, str)
+
+
+def command(
+    verbs: Any, name: str, run: Callable[..., None], words: str, example: str
+) -> argparse.ArgumentParser:
+    """Adds a verb whose arguments are still to come; `run` gets the options and config overrides."""
+    verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def command_of_run(
+    verbs: Any, name: str, run: Callable[..., None], words: str, example: str
+) -> argparse.ArgumentParser:
+    """As `command`, for a verb that works on a run's folder."""
+    verb = command(verbs, name, run, words, example)
+    verb.add_argument("--workdir", required=True, type=epath.Path, help="the run's folder")
+    return verb
+
+
+def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
+    """Those of every verb that samples."""
+    verb.add_argument(
+        "--stage",
+        help="folder of the stage in the workdir (default: the last one that is finished)",
+    )
+    verb.add_argument("--w", type=float, default=1.0, help="guidance weight (default: %(default)s)")
+    verb.add_argument("--num_steps", type=int, help="sampling steps (default: as trained)")
+    verb.add_argument("--sampler", help="sampler (default: as trained)")
+    verb.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    verb.add_argument(
+        "--out", type=epath.Path, help="folder to write to (default: WORKDIR/samples)"
+    )
+    verb.add_argument(
+        "--allow_untrained",
+        action="store_true",
+        help="allow a w, num_steps or sampler that the student wasn't trained for",
+    )
+
+
+def parse_list(flag: str, text: str | None, kind: type[Value]) -> tuple[Value, ...] | None:
+    """The values of a flag that are separated by commas. Raises UserError, naming the flag."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        example = "0.5,1,2" if kind is float else "0,3,7"
+        raise UserError(f"{flag} is {text!r}; give numbers like {example}") from None
