@@ -48,13 +48,8 @@ def autoencoder_folder(workdir: epath.Path) -> epath.Path:
     return workdir / COMPANIONS / "vae"
 
 
-def training_source(experiment: Experiment, workdir: epath.Path) -> Source:
-    """What the run's denoisers are trained on: its data, or their latents by an autoencoder of its own.
-
-    The autoencoder is trained first where it isn't finished, and the data are encoded, texts too.
-    Raises UserError if the data aren't what the config says, or if the autoencoder is unfinished and
-    config.stage asks for another stage.
-    """
+def open_data(experiment: Experiment) -> Source:
+    """The data that the config names. Raises UserError if they aren't what it says."""
     data = experiment.data
     source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
     if data.channels not in (None, source.shape[-1]):
@@ -62,19 +57,26 @@ def training_source(experiment: Experiment, workdir: epath.Path) -> Source:
             f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
             f"give it images of that kind, or set config.data.channels to what it has"
         )
-    if not experiment.autoencoder.steps:
-        if data.text_encoder:
-            raise UserError(
-                "config.data.text_encoder is for a run with an autoencoder: set "
-                "config.autoencoder.steps, or let `guided-distill encode` embed the texts and name its "
-                "folder in config.data.name"
-            )
-        if source.latent and data.flip:
-            raise UserError(
-                "config.data.flip would mirror latents, which are no latents of mirrored images: set it "
-                "to False, and let `guided-distill encode --flip` encode both"
-            )
-        return source
+    if source.latent and data.flip:
+        raise UserError(
+            "config.data.flip would mirror latents, which are no latents of mirrored images: set it to "
+            "False, and let `guided-distill encode --flip` encode both"
+        )
+    if data.text_encoder and not experiment.autoencoder.steps:
+        raise UserError(
+            "config.data.text_encoder is for a run with an autoencoder: set config.autoencoder.steps, or "
+            "let `guided-distill encode` embed the texts and name its folder in config.data.name"
+        )
+    return source
+
+
+def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> Source:
+    """What the run's denoisers are trained on: latents by an autoencoder of the run's own.
+
+    The autoencoder is trained first where it isn't finished, and the data are encoded, texts too.
+    Raises UserError if it is unfinished and config.stage asks for another stage.
+    """
+    data = experiment.data
     if not (workdir / COMPANIONS / MODEL_INDEX).exists():
         if experiment.stage not in ("all", AUTOENCODER):
             raise UserError(
@@ -103,7 +105,7 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
     UserError as training does, and for data that aren't images of its size.
     """
     settings = experiment.autoencoder
-    module = _module(settings, source)
+    module = check_autoencoder(settings, source)
     seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
     init_key, loop_key = jax.random.split(jax.random.key(seed))
     params = jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
@@ -176,7 +178,8 @@ def _write_companions(
     write_json(folder / MODEL_INDEX, index)
 
 
-def _module(settings: Autoencoder, source: Source) -> AutoencoderKL:
+def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
+    """The autoencoder of a config. Raises UserError if its options or the images don't fit."""
     fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
     check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
     module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])

@@ -12,7 +12,7 @@ from guided_distill.config import STAGES, Experiment, changed_keys, parse
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import bring_companions
-from guided_distill.latent_space import training_source
+from guided_distill.latent_space import check_autoencoder, latents_of, open_data
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, write_text
@@ -35,11 +35,16 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
     Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, or if the
     disk is full.
     """
+    source = open_data(experiment)
+    if experiment.autoencoder.steps:
+        check_autoencoder(experiment.autoencoder, source)
+        claim(workdir, experiment)
+        source = latents_of(source, experiment, workdir)
+    pipeline = Pipeline(experiment, workdir, source)
     claim(workdir, experiment)
     for origin in (experiment.start_from, experiment.teacher.initial):
         if origin:
             bring_companions(epath.Path(origin).parent, workdir)
-    pipeline = Pipeline(experiment, workdir, training_source(experiment, workdir))
     for chain in chains(experiment):
         pipeline.train_chain(chain)
 

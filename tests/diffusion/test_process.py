@@ -258,6 +258,50 @@ def test_the_last_step_answers_the_predicted_x(sampler):
     np.testing.assert_allclose(found, jnp.tanh(z), atol=1e-6)
 
 
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_sampling_from_half_way_is_the_rest_of_the_whole(sampler):
+    """But for noise and the solver's memory, which begin anew: so on data without spread."""
+    schedule = SCHEDULES["cosine"]
+    target = draw(1)
+
+    def predict(z, t):
+        return process.prediction_from(target, source="x", z=z, log_snr=schedule(t))
+
+    calls = []
+
+    def counted(z, t):
+        jax.debug.callback(lambda time: calls.append(float(time[0])), t)
+        return predict(z, t)
+
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(len(target)))
+    run = jax.jit(samplers.SAMPLERS[sampler], static_argnums=(0, 1))
+    found = run(counted, schedule, draw(0), keys, 8, 3)
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, target, atol=1e-5)
+    np.testing.assert_allclose(sorted(calls), np.arange(1, 4) / 8, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "stochastic"])
+def test_what_is_known_is_kept_and_seen_as_its_own_noising(sampler):
+    schedule = SCHEDULES["cosine"]
+    known, noise = draw(1), draw(2)
+    free = jnp.arange(known.shape[1]) == 0
+
+    def predict(z, t):
+        # What is painted copies what is seen of its neighbour.
+        return process.prediction_from(jnp.roll(z, 1, axis=1), source="x", z=z, log_snr=schedule(t))
+
+    keeping = samplers.keeping(predict, samplers.Known(known, noise, free[None]))
+    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(len(known)))
+    x = samplers.SAMPLERS[sampler](keeping, schedule, noise, keys, 4)
+    np.testing.assert_array_equal(x[:, 1:], known[:, 1:])
+    seen = process.add_noise(known, noise, log_snr=schedule(jnp.full(len(known), 0.25)))
+    if sampler == "ddim":
+        np.testing.assert_allclose(x[:, 0], seen[:, -1], atol=1e-5)
+    else:
+        assert np.abs(x[:, 0] - seen[:, -1]).max() > 1e-3
+
+
 def toy_denoiser():
     def predict(z, t, condition, w):
         x = z * 0.1 + condition["label"][:, None].astype(jnp.float32)
