@@ -149,11 +149,12 @@ class Pipeline:
         order = all_stages(experiment)
         about = self._describe(stage, teacher)
         network = about.network()
-        params = jax.jit(network.init)(init_key)
-        if teacher is not None:
-            params = student_params(params, teacher.params)
-        elif experiment.teacher.initial:
-            params = student_params(params, self._initial_weights(experiment.teacher.initial))
+        given = self._given_weights(teacher)
+        if teacher is not None and teacher.description.network() == network:
+            params = given
+        else:
+            params = jax.jit(network.init)(init_key)
+            params = student_params(params, given) if given else params
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
@@ -188,8 +189,13 @@ class Pipeline:
         )
         return Trained(str(directory), stage.total_steps, state.result, about)
 
-    def _initial_weights(self, path: str) -> Params:
-        """Of another run's teacher with the same network, whatever it predicts."""
+    def _given_weights(self, teacher: Trained | None) -> Params:
+        """What a stage starts from: its teacher's, or those that config.teacher.initial names, or none."""
+        path = self._experiment.teacher.initial
+        if teacher is not None:
+            return teacher.params
+        if path is None:
+            return {}
         start = load_finished(epath.Path(path))
         theirs, ours = start.description.network().options, self._network.options
         for name in ours:

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from text_models import write_minilm
 
 from guided_distill import cli
-from guided_distill.applications.text_to_image import load_text_to_image
+from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
+from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import finished_stages
 
@@ -60,3 +62,97 @@ def test_every_stage_is_trained_on_latents_of_texts(workdir, arguments):
     space = load_latent_space(workdir)
     train = np.load(arguments[1].partition("npz:")[2])["image"] / 127.5 - 1
     assert 0.5 < space.to_latents(train.astype(np.float32)).std() < 2
+
+
+def test_a_finished_run_is_left_as_it_is(workdir, arguments, capsys):
+    before = sorted((str(path), path.stat().mtime) for path in workdir.glob("**/*.safetensors"))
+    assert cli.main(["train", "--workdir", str(workdir), *arguments]) == 0
+    assert capsys.readouterr().out.count("is done") == 4
+    after = sorted((str(path), path.stat().mtime) for path in workdir.glob("**/*.safetensors"))
+    assert after == before
+
+
+def test_images_depend_on_their_own_text_and_seed_alone(model):
+    one, two = (generate(model, [*PROMPTS, PROMPTS[0]][:n], w=1.0, seed=3) for n in (3, 1))
+    assert one.shape == (3, SIDE, SIDE, 3)
+    np.testing.assert_allclose(one[:1], two, atol=1e-4)
+    other = generate(model, [PROMPTS[1]], w=1.0, seed=3)
+    assert np.abs(other - two).max() > 1e-4
+    assert np.abs(one[0] - one[2]).max() > 1e-3
+
+
+def test_editing_runs_the_steps_that_its_strength_leaves(model):
+    whole = edit(model, images(), PROMPTS, strength=1.0, w=1.0)
+    half = edit(model, images(), PROMPTS, strength=0.7, w=1.0)
+    assert (whole.steps_run, half.steps_run) == (2, 1)
+    other = edit(model, images()[::-1], PROMPTS, strength=0.7, w=1.0)
+    assert np.abs(other.images - half.images).max() > 1e-3
+    with pytest.raises(UserError, match=r"give 0\.5 to 1"):
+        edit(model, images(), PROMPTS, strength=0.4, w=1.0)
+
+
+def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
+    masks = np.zeros((2, SIDE, SIDE), bool)
+    masks[:, 4:12, 6:] = True
+    painted = inpaint(model, images(), masks, PROMPTS, w=1.0)
+    np.testing.assert_array_equal(painted[~masks], images()[~masks])
+    others = images()
+    others[~masks] *= -1.0
+    assert (
+        np.abs(painted[masks] - inpaint(model, others, masks, PROMPTS, w=1.0)[masks]).max() > 1e-3
+    )
+    others = images()
+    others[masks] = 0.5
+    np.testing.assert_allclose(
+        painted[masks], inpaint(model, others, masks, PROMPTS, w=1.0)[masks], atol=1e-5
+    )
+
+
+def run(verb, workdir, out, *more):
+    return cli.main([verb, "--workdir", str(workdir), "--out", str(out), *more])
+
+
+def test_files_say_how_they_were_made(workdir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("red apple\n\ntwo apples\n")
+    asked = ["--prompts", str(tmp_path / "prompts.txt"), "--num", "2", "--w", "2", "--seed", "5"]
+    assert run("generate", workdir, tmp_path / "out", *asked) == 0
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 5
+    with Image.open(paths[2]) as image:
+        assert image.size == (SIDE, SIDE)
+        said = json.loads(image.info["guided_distill"])
+    wanted = {"verb": "generate", "stage": "halving_ddim_1", "w": 2.0, "seed": 5, "index": 2}
+    assert wanted.items() <= said.items()
+    assert said["prompt"] == "two apples"
+
+
+def test_evaluation_looks_at_images_of_held_out_captions(workdir):
+    assert cli.main(["evaluate", "--workdir", str(workdir), "--extractor", "classifier"]) == 0
+    rows = (workdir / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1 + 2 * (1 + 1 + 2)
+    with np.load(workdir / "samples" / "halving_ddim_1_w1.npz") as samples:
+        assert samples["image"].shape[1:] == (SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "said"),
+    [
+        ("generate", [], "there is no text"),
+        ("generate", ["--prompts", "nothing.txt"], "nothing.txt can't be read"),
+        ("generate", ["--prompt", "a", "--w", "9"], "outside the range"),
+        ("edit", ["--prompt", "a", "--image", "none.png"], "no images at none.png"),
+        ("edit", ["--prompt", "a", "--image", "{image}", "--strength", "0"], "--strength is 0"),
+        ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{mask}"], "is 8 x 9 pixels"),
+        ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{text}"], "as an image"),
+    ],
+)
+def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, verb, more, said):
+    places = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask", "text")}
+    Image.new("RGB", (SIDE, SIDE)).save(places["image"])
+    Image.new("L", (8, 9)).save(places["mask"])
+    (tmp_path / "text.png").write_text("no picture")
+    assert run(verb, workdir, tmp_path / "out", *(each.format(**places) for each in more)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("guided-distill: ")
+    assert said in line
+    assert not (tmp_path / "out").exists()
