@@ -190,7 +190,7 @@ class Pipeline:
         return Trained(str(directory), stage.total_steps, state.result, about)
 
     def _given_weights(self, teacher: Trained | None) -> Params:
-        """What a stage starts from: its teacher's, or those that config.teacher.initial names, or none."""
+        """What a stage starts from: its teacher's weights, those of config.teacher.initial, or none."""
         path = self._experiment.teacher.initial
         if teacher is not None:
             return teacher.params
