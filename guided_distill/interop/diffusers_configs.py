@@ -136,11 +136,11 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
             f"supported are {', '.join(_SAMPLERS)}"
         )
     for key, only in _SCHEDULER_MUST.items():
-        _must(config.get(key, only), only, key, where)
+        must(config.get(key, only), only, key, where)
     prediction = config.get("prediction_type", "epsilon")
-    _one_of(prediction, PARAMETERIZATIONS, "prediction_type", where)
+    one_of(prediction, PARAMETERIZATIONS, "prediction_type", where)
     schedule = config.get("beta_schedule", "linear")
-    _one_of(schedule, ("linear", "scaled_linear"), "beta_schedule", where)
+    one_of(schedule, ("linear", "scaled_linear"), "beta_schedule", where)
     betas = {
         key: _number(config.get(key, default), key, where)
         for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))
@@ -183,7 +183,7 @@ def read_denoiser(config: Mapping[str, Any], where: object) -> Denoiser:
         "Transformer2DModel": _read_dit,
     }
     name = str(config.get("_class_name"))
-    _one_of(name, readers, "_class_name", where)
+    one_of(name, readers, "_class_name", where)
     return readers[name](config, where)
 
 
@@ -194,7 +194,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
             f"model that it was distilled from"
         )
     read = _read_keys(config, _UNET_MUST, _UNET_DEFAULTS, _UNET_IGNORED, where)
-    widths = _whole_numbers(read["block_out_channels"], "block_out_channels", where)
+    widths = whole_numbers(read["block_out_channels"], "block_out_channels", where)
     levels = len(widths)
     attends = _attending(read["down_block_types"], "down_block_types", "Down", where)
     ascending = _attending(read["up_block_types"], "up_block_types", "Up", where)
@@ -204,14 +204,14 @@ def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
             f"block_out_channels"
         )
     heads = read["attention_head_dim"]
-    heads = _whole_numbers(
+    heads = whole_numbers(
         heads if isinstance(heads, list | tuple) else [heads] * levels, "attention_head_dim", where
     )
     numbers = {
-        key: _whole_number(read[key], key, where)
+        key: whole_number(read[key], key, where)
         for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups")
     }
-    channels = _whole_number(read["out_channels"], "out_channels", where)
+    channels = whole_number(read["out_channels"], "out_channels", where)
     if read["in_channels"] not in (channels, 2 * channels + 1):
         raise UserError(
             f"{where}: in_channels is {read['in_channels']}, and can be {channels}, or for in-painting "
@@ -268,7 +268,7 @@ def unet_config(denoiser: Denoiser, *, w_embedding_width: int | None) -> dict[st
 
 def _sample_size(config: Mapping[str, Any], where: object) -> int:
     """Side of the latents. Pipelines take 64 for a smaller one in a config older than version 0.9."""
-    size = _whole_number(config.get("sample_size"), "sample_size", where)
+    size = whole_number(config.get("sample_size"), "sample_size", where)
     version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
     old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
     return max(size, 64) if old else size
@@ -279,18 +279,18 @@ def _attending(types: Any, key: str, way: str, where: object) -> list[bool]:
     if not isinstance(types, list | tuple) or not types:
         raise UserError(f"{where}: {key} must be a list of block types")
     for each in types:
-        _one_of(each, kinds, key, where)
+        one_of(each, kinds, key, where)
     return [kinds[each] for each in types]
 
 
 def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
     read = _read_keys(config, _DIT_MUST, _DIT_DEFAULTS, _DIT_IGNORED, where)
-    channels = _whole_number(read["in_channels"], "in_channels", where)
+    channels = whole_number(read["in_channels"], "in_channels", where)
     numbers = {
-        key: _whole_number(read[key], key, where)
+        key: whole_number(read[key], key, where)
         for key in ("attention_head_dim", "num_attention_heads", "num_layers", "patch_size")
     }
-    size = _whole_number(read["sample_size"], "sample_size", where)
+    size = whole_number(read["sample_size"], "sample_size", where)
     if read["out_channels"] not in (None, channels, 2 * channels):
         raise UserError(
             f"{where}: out_channels is {read['out_channels']}, and can be in_channels or twice as many"
@@ -299,7 +299,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
         name="dit",
         options={**numbers, "learned_sigma": read["out_channels"] == 2 * channels},
         data_shape=(size, size, channels),
-        num_classes=_whole_number(read["num_embeds_ada_norm"], "num_embeds_ada_norm", where),
+        num_classes=whole_number(read["num_embeds_ada_norm"], "num_embeds_ada_norm", where),
         inpaint=False,
     )
 
@@ -316,18 +316,18 @@ def _read_keys(
         if key.startswith("_") or key in defaults or key in ignored:
             continue
         if key in must:
-            _must(value, must[key], key, where)
+            must(value, must[key], key, where)
         elif value is not None and value is not False:
             raise UserError(f"{where}: {key} is {value!r}, which isn't supported: it must be off")
     return {key: config.get(key, default) for key, default in defaults.items()}
 
 
-def _must(value: Any, only: Any, key: str, where: object) -> None:
+def must(value: Any, only: Any, key: str, where: object) -> None:
     if value != only:
         raise UserError(f"{where}: {key} is {value!r}, and only {only!r} is supported")
 
 
-def _one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
+def one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
     if value not in choices:
         raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
 
@@ -338,13 +338,13 @@ def _number(value: Any, key: str, where: object) -> float:
     return float(value)
 
 
-def _whole_number(value: Any, key: str, where: object) -> int:
+def whole_number(value: Any, key: str, where: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
     return value
 
 
-def _whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
+def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
     if not isinstance(values, list | tuple) or not values:
         raise UserError(f"{where}: {key} is {values!r}, and must be a list of whole numbers")
-    return tuple(_whole_number(value, key, where) for value in values)
+    return tuple(whole_number(value, key, where) for value in values)

@@ -1,4 +1,4 @@
-"""Components of a diffusers folder, as they lie on disk: a config.json and safetensors, nothing pickled."""
+"""Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,6 +17,10 @@ DIFFUSERS_VERSION = "0.42.1"
 """What written configs call themselves: pipelines mend the configs of much older versions."""
 
 MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+CLASS_EMBEDDER = "class_embedder"
+"""Folder of a class-conditional U-Net's table of labels, which no pipeline of diffusers has."""
+
 WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
 """What weights files are called: of diffusers' models, and of transformers' text encoders."""
@@ -79,11 +83,9 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
     for variant in _VARIANTS:
         if (path := folder / f"{stem}{variant}.safetensors").is_file():
             return read_tensors(path)
-        # diffusers puts the variant at the end, transformers has done both.
-        for name in {
-            f"{stem}.safetensors.index{variant}.json",
-            f"{stem}{variant}.safetensors.index.json",
-        }:
+        # diffusers puts the variant at the end; its older versions, and transformers, do not.
+        for end in (f".safetensors.index{variant}.json", f"{variant}.safetensors.index.json"):
+            name = f"{stem}{end}"
             if (path := folder / name).is_file():
                 return _read_shards(path)
     pickles = sorted(path for path in folder.glob("*") if path.suffix in _PICKLES)

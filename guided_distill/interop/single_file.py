@@ -14,7 +14,18 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.interop.compvis_names import open_clip_name, unet_name, vae_name
-from guided_distill.interop.diffusers_folder import DIFFUSERS_VERSION, read_tensors
+from guided_distill.interop.diffusers_folder import (
+    CLASS_EMBEDDER,
+    DIFFUSERS_VERSION,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    copy_folder,
+    read_tensors,
+    write_component,
+    write_json,
+)
 from guided_distill.interop.torch_layout import Tensors
 
 _UNET = "model.diffusion_model."
@@ -100,6 +111,41 @@ def read_single_file(path: epath.Path, *, prediction_type: str | None) -> Checkp
         class_embedder=None if text else _class_embedder(parts[_CLASSES]),
         scheduler=scheduler,
     )
+
+
+def write_folder(checkpoint: Checkpoint, folder: epath.Path, tokenizer: epath.Path | None) -> None:
+    """Write a checkpoint as a diffusers folder. tokenizer: a folder to copy; None for a model of classes.
+
+    A class embedder, which no pipeline knows, gets a folder of its own.
+    """
+    write_component(folder / "unet", checkpoint.unet.config, checkpoint.unet.tensors, WEIGHTS)
+    write_component(folder / "vae", checkpoint.vae.config, checkpoint.vae.tensors, WEIGHTS)
+    write_json(folder / "scheduler" / SCHEDULER_CONFIG, checkpoint.scheduler)
+    if embedder := checkpoint.class_embedder:
+        write_component(folder / CLASS_EMBEDDER, embedder.config, embedder.tensors, WEIGHTS)
+    if encoder := checkpoint.text_encoder:
+        write_component(folder / "text_encoder", encoder.config, encoder.tensors, TEXT_WEIGHTS)
+    if tokenizer is not None:
+        copy_folder(tokenizer, folder / "tokenizer")
+    write_json(folder / MODEL_INDEX, _model_index(checkpoint))
+
+
+def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    unet = checkpoint.unet.config
+    inpaint = unet["in_channels"] != unet["out_channels"]
+    nothing = [None, None]
+    return {
+        "_class_name": f"StableDiffusion{'Inpaint' if inpaint else ''}Pipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": nothing,
+        "requires_safety_checker": False,
+        "safety_checker": nothing,
+        "scheduler": ["diffusers", checkpoint.scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"] if checkpoint.text_encoder else nothing,
+        "tokenizer": ["transformers", "CLIPTokenizer"] if checkpoint.text_encoder else nothing,
+        "unet": ["diffusers", unet["_class_name"]],
+        "vae": ["diffusers", checkpoint.vae.config["_class_name"]],
+    }
 
 
 def _scheduler(conditioner: str, prediction_type: str) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""A denoiser's companions, a diffusers folder without it: the autoencoder and the text encoder, read."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.interop.diffusers_configs import must, one_of, whole_number, whole_numbers
+from guided_distill.interop.diffusers_folder import (
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    read_json,
+    read_weights,
+)
+from guided_distill.interop.torch_layout import canonical, to_tree
+from guided_distill.models.registry import Params
+from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
+from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder
+
+COMPANIONS = "companions"
+"""Their folder in a workdir."""
+
+_VAE_MUST = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "lookup_from_codebook": False,
+    "mid_block_add_attention": True,
+    "norm_type": "group",
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+
+# transformers' defaults for keys that a config leaves out.
+_CLIP_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+}
+
+
+def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Params]:
+    """The autoencoder in a folder, most often `vae`, and its weights.
+
+    Raises UserError, naming the key or the tensors, if it isn't one that is supported.
+    """
+    config, where = read_json(folder / "config.json"), folder / "config.json"
+    kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    one_of(config.get("_class_name"), kinds, "_class_name", where)
+    for key, only in _VAE_MUST.items():
+        must(config.get(key, only), only, key, where)
+    latent_channels = whole_number(config.get("latent_channels", 4), "latent_channels", where)
+    fields: dict[str, Any] = {
+        "block_out_channels": whole_numbers(
+            config.get("block_out_channels"), "block_out_channels", where
+        ),
+        "latent_channels": latent_channels,
+        "layers_per_block": whole_number(
+            config.get("layers_per_block", 1), "layers_per_block", where
+        ),
+        "norm_num_groups": whole_number(
+            config.get("norm_num_groups", 32), "norm_num_groups", where
+        ),
+        "image_channels": whole_number(config.get("in_channels", 3), "in_channels", where),
+        "attention_levels": _attention_levels(config, where),
+        "scaling_factor": float(config.get("scaling_factor", 0.18215)),
+    }
+    if config["_class_name"] == "VQModel":
+        must(config.get("vq_embed_dim") or latent_channels, latent_channels, "vq_embed_dim", where)
+        fields["num_vq_embeddings"] = config.get("num_vq_embeddings", 256)
+    module = kinds[config["_class_name"]](**fields)
+    image = (1, *(2 ** len(fields["block_out_channels"]),) * 2, fields["image_channels"])
+    return module, _weights(module, jax.ShapeDtypeStruct(image, jnp.float32), folder, WEIGHTS)
+
+
+def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
+    """The CLIP text encoder in a folder, most often `text_encoder`, and its weights.
+
+    Raises UserError, naming the key or the tensors, if it isn't one that is supported.
+    """
+    config, where = read_json(folder / "config.json"), folder / "config.json"
+    one_of(config.get("model_type"), ("clip_text_model",), "model_type", where)
+    must(config.get("layer_norm_eps", 1e-5), 1e-5, "layer_norm_eps", where)
+    activation = config.get("hidden_act", "quick_gelu")
+    one_of(activation, ACTIVATIONS, "hidden_act", where)
+    numbers = {
+        key: whole_number(config.get(key, default), key, where)
+        for key, default in _CLIP_DEFAULTS.items()
+    }
+    module = CLIPTextEncoder(hidden_act=activation, **numbers)
+    tokens = jax.ShapeDtypeStruct((1, numbers["max_position_embeddings"]), jnp.int32)
+    return module, _weights(module, tokens, folder, TEXT_WEIGHTS)
+
+
+def _attention_levels(config: Mapping[str, Any], where: epath.Path) -> tuple[int, ...]:
+    levels = []
+    for key, kind, ways in (
+        ("down_block_types", "DownEncoderBlock2D", 1),
+        ("up_block_types", "UpDecoderBlock2D", -1),
+    ):
+        types = config.get(key, [kind])[::ways]
+        for each in types:
+            one_of(each, (kind, f"Attn{kind}"), key, where)
+        levels.append(tuple(i for i, each in enumerate(types) if each.startswith("Attn")))
+    if levels[0] != levels[1]:
+        raise UserError(f"{where}: up_block_types must have attention where down_block_types have")
+    return levels[0]
+
+
+def _weights(
+    module: nn.Module, example: jax.ShapeDtypeStruct, folder: epath.Path, stem: str
+) -> Params:
+    init = functools.partial(module.init, jax.random.key(0))
+    template = jax.eval_shape(lambda: init(jnp.zeros(example.shape, example.dtype))["params"])
+    return to_tree(canonical(read_weights(folder, stem)), template, source=folder)
