@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.diffusers_configs import must, one_of, whole_number, whole_numbers
+from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
 from guided_distill.interop.diffusers_folder import (
     TEXT_WEIGHTS,
     WEIGHTS,
@@ -72,11 +72,13 @@ def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Param
         ),
         "image_channels": whole_number(config.get("in_channels", 3), "in_channels", where),
         "attention_levels": _attention_levels(config, where),
-        "scaling_factor": float(config.get("scaling_factor", 0.18215)),
+        "scaling_factor": number(config.get("scaling_factor", 0.18215), "scaling_factor", where),
     }
     if config["_class_name"] == "VQModel":
         must(config.get("vq_embed_dim") or latent_channels, latent_channels, "vq_embed_dim", where)
-        fields["num_vq_embeddings"] = config.get("num_vq_embeddings", 256)
+        fields["num_vq_embeddings"] = whole_number(
+            config.get("num_vq_embeddings", 256), "num_vq_embeddings", where
+        )
     module = kinds[config["_class_name"]](**fields)
     image = (1, *(2 ** len(fields["block_out_channels"]),) * 2, fields["image_channels"])
     return module, _weights(module, jax.ShapeDtypeStruct(image, jnp.float32), folder, WEIGHTS)

@@ -4,11 +4,12 @@ What our networks and samplers can't honour is an error that names the key: a co
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from guided_distill.errors import UserError
+from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
 from guided_distill.interop.diffusers_folder import DIFFUSERS_VERSION
 
 PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
@@ -142,7 +143,7 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
     schedule = config.get("beta_schedule", "linear")
     one_of(schedule, ("linear", "scaled_linear"), "beta_schedule", where)
     betas = {
-        key: _number(config.get(key, default), key, where)
+        key: number(config.get(key, default), key, where)
         for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))
     }
     if not 0 < betas["beta_start"] <= betas["beta_end"] < 1:
@@ -150,28 +151,41 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
     return Chain(PARAMETERIZATIONS[prediction], schedule, betas)
 
 
-def scheduler_config(chain: Chain) -> dict[str, Any]:
-    """The DDIM sampler that visits exactly a student's steps, where their number divides 1000.
+def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
+    """The stock sampler that visits exactly the steps of a deterministic student, at num_steps.
 
-    Trailing spacing from index 999 down, and a last step to clean data, alpha = 1.
+    Trailing spacing from index 999 down, and a last step to clean data, alpha = 1. diffusers' DDIM goes
+    by 1000 // num_steps, so it is the one where that is exact; elsewhere DPM-Solver++ of first order,
+    the same step in other words, visits the rounded indices. num_steps: None for any, of DDIM.
     """
     (prediction,) = (
         key for key, ours in PARAMETERIZATIONS.items() if ours == chain.parameterization
     )
-    return {
-        "_class_name": "DDIMScheduler",
+    shared = {
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": NUM_TIMESTEPS,
         **chain.schedule_options,
         "beta_schedule": chain.schedule,
         "trained_betas": None,
-        "clip_sample": False,
         "thresholding": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
         "prediction_type": prediction,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,
         "rescale_betas_zero_snr": False,
+    }
+    if num_steps is not None and NUM_TIMESTEPS % num_steps:
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **shared,
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 1,
+            "final_sigmas_type": "zero",
+        }
+    return {
+        "_class_name": "DDIMScheduler",
+        **shared,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
     }
 
 
@@ -306,7 +320,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
 
 def _read_keys(
     config: Mapping[str, Any],
-    must: Mapping[str, Any],
+    only: Mapping[str, Any],
     defaults: Mapping[str, Any],
     ignored: tuple[str, ...],
     where: object,
@@ -315,36 +329,8 @@ def _read_keys(
     for key, value in config.items():
         if key.startswith("_") or key in defaults or key in ignored:
             continue
-        if key in must:
-            must(value, must[key], key, where)
+        if key in only:
+            must(value, only[key], key, where)
         elif value is not None and value is not False:
             raise UserError(f"{where}: {key} is {value!r}, which isn't supported: it must be off")
     return {key: config.get(key, default) for key, default in defaults.items()}
-
-
-def must(value: Any, only: Any, key: str, where: object) -> None:
-    if value != only:
-        raise UserError(f"{where}: {key} is {value!r}, and only {only!r} is supported")
-
-
-def one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
-    if value not in choices:
-        raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
-
-
-def _number(value: Any, key: str, where: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{where}: {key} is {value!r}, and must be a number")
-    return float(value)
-
-
-def whole_number(value: Any, key: str, where: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
-    return value
-
-
-def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or not values:
-        raise UserError(f"{where}: {key} is {values!r}, and must be a list of whole numbers")
-    return tuple(whole_number(value, key, where) for value in values)

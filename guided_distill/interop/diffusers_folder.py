@@ -1,7 +1,7 @@
 """Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def write_component(
         raise storage_error(path, error) from error
 
 
-def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: tuple[str, ...] = ()) -> None:
+def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: Collection[str] = ()) -> None:
     """Copy every file below `source`, byte for byte, but for top entries named in `leave_out`.
 
     Raises UserError if that fails.

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from guided_distill.interop.diffusers_folder import (
     read_json,
     read_model_index,
     read_weights,
-    write_json,
 )
 from guided_distill.interop.single_file import read_single_file, write_folder
 from guided_distill.interop.torch_layout import Tensors, canonical, to_tree
@@ -190,22 +189,27 @@ def _describe(model: _Model, *, name: str) -> Description:
 
 
 def _check_companions(folder: epath.Path, index: Mapping[str, Any]) -> None:
-    """Raises UserError unless our own networks can be given their weights."""
+    """Raises UserError unless all are there, and our own networks can be given their weights."""
+    for name in index:
+        if _in_use(index, name) and not (folder / name).is_dir():
+            raise UserError(
+                f"{folder / MODEL_INDEX} names {name}, which is not there: get the whole folder"
+            )
     read_autoencoder(folder / "vae")
-    if _is_there(index, "text_encoder"):
+    if _in_use(index, "text_encoder"):
         read_text_encoder(folder / "text_encoder")
 
 
 def _copy_companions(folder: epath.Path, index: Mapping[str, Any], target: epath.Path) -> None:
-    for name in index:
-        if name not in DENOISERS and _is_there(index, name):
-            copy_folder(folder / name, target / name)
-    if "scheduler" not in index:
-        copy_folder(folder / "scheduler", target / "scheduler")
-    write_json(target / MODEL_INDEX, index)
+    others = [
+        path.name
+        for path in folder.iterdir()
+        if path.name != MODEL_INDEX and (path.name in DENOISERS or not _in_use(index, path.name))
+    ]
+    copy_folder(folder, target, leave_out=others)
 
 
-def _is_there(index: Mapping[str, Any], name: str) -> bool:
-    """Whether an entry of model_index.json is a component that is in use."""
+def _in_use(index: Mapping[str, Any], name: str) -> bool:
+    """Whether model_index.json has a component of that name; it writes [null, null] for none."""
     entry = index.get(name)
-    return isinstance(entry, list) and all(isinstance(each, str) for each in entry) and bool(entry)
+    return isinstance(entry, list) and len(entry) == 2 and None not in entry

@@ -42,7 +42,7 @@ class GuidedDistillStochasticScheduler(DDIMScheduler):
     ):
         """The sample at the next index. eta and use_clipped_model_output are not used."""
         place = self._indices.index(int(timestep))
-        following, after = (self._indices + [CLEAN])[place + 1 : place + 3]
+        following, after = [*self._indices, CLEAN][place + 1 : place + 3]
         x, eps = self._prediction(model_output.float(), sample.float(), self._signal(timestep))
         jumped = self._signal(after)
         z = jumped.sqrt() * x + (1 - jumped).sqrt() * eps

@@ -1,0 +1,39 @@
+"""Checks of a config.json's values. Each raises UserError, naming the file `where` and the key."""
+
+from collections.abc import Collection
+from typing import Any
+
+from guided_distill.errors import UserError
+
+
+def must(value: Any, only: Any, key: str, where: object) -> None:
+    """The value has to be the only one that is supported."""
+    if value != only:
+        raise UserError(f"{where}: {key} is {value!r}, and only {only!r} is supported")
+
+
+def one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
+    """The value has to be one of a few."""
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
+
+
+def number(value: Any, key: str, where: object) -> float:
+    """The value as a float, if it is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: {key} is {value!r}, and must be a number")
+    return float(value)
+
+
+def whole_number(value: Any, key: str, where: object) -> int:
+    """The value, if it is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
+    return value
+
+
+def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
+    """The values, if they are a list of whole numbers above 0."""
+    if not isinstance(values, list | tuple) or not values:
+        raise UserError(f"{where}: {key} is {values!r}, and must be a list of whole numbers")
+    return tuple(whole_number(value, key, where) for value in values)

@@ -1,0 +1,195 @@
+"""Components on disk: every way in which weights lie, and what is never read."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.interop.companions import read_autoencoder, read_text_encoder
+from guided_distill.interop.diffusers_folder import (
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    copy_folder,
+    read_json,
+    read_model_index,
+    read_tensors,
+    read_weights,
+    write_component,
+)
+from guided_distill.interop.torch_layout import to_tensors
+
+TENSORS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a.bias": np.arange(2, dtype=np.float32),
+    "b.weight": np.ones(3, np.float32),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def save(path, tensors):
+    safetensors.numpy.save_file(tensors, path)
+
+
+def assert_whole(tensors):
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        np.testing.assert_array_equal(tensors[name], tensor)
+
+
+def write_shards(folder, index, shards):
+    where = {}
+    for number, names in enumerate(shards):
+        file = f"{WEIGHTS}-0000{number}-of-0000{len(shards)}.safetensors"
+        save(folder / file, {name: TENSORS[name] for name in names})
+        where |= dict.fromkeys(names, file)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_one_file(folder):
+    write_component(folder, {"x": 1}, TENSORS, WEIGHTS)
+    assert_whole(read_weights(folder, WEIGHTS))
+    assert read_json(folder / "config.json") == {"x": 1}
+    assert {path.name for path in folder.iterdir()} == {"config.json", f"{WEIGHTS}.safetensors"}
+    with safetensors.safe_open(folder / f"{WEIGHTS}.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("end", [".safetensors.index.json", ".safetensors.index.fp16.json"])
+def test_shards(folder, end):
+    write_shards(folder, f"{WEIGHTS}{end}", [["a.weight"], ["a.bias", "b.weight"]])
+    assert_whole(read_weights(folder, WEIGHTS))
+
+
+def test_a_variant_is_read_where_there_is_nothing_else(folder):
+    save(folder / f"{WEIGHTS}.fp16.safetensors", {"a": np.zeros(1)})
+    assert read_weights(folder, WEIGHTS).keys() == {"a"}
+    save(folder / f"{WEIGHTS}.safetensors", TENSORS)
+    assert_whole(read_weights(folder, WEIGHTS))
+
+
+def test_a_shard_that_is_missing_or_elsewhere_or_holds_a_tensor_twice(folder):
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    write_shards(folder, index.name, [["a.weight", "b.weight"], ["a.weight", "a.bias"]])
+    with pytest.raises(UserError, match=r"holds a\.weight, which another shard holds too"):
+        read_weights(folder, WEIGHTS)
+    save(folder / "other.safetensors", TENSORS)
+    (folder / "deeper").mkdir()
+    for name in ("missing.safetensors", "../other.safetensors"):
+        where = folder / "deeper" / index.name
+        where.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match="not there"):
+            read_weights(where.parent, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "weights.pt"])
+def test_pickles_are_never_read(folder, name):
+    (folder / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    with pytest.raises(UserError, match="safe_serialization=True"):
+        read_weights(folder, WEIGHTS)
+    with pytest.raises(UserError, match="never read"):
+        read_tensors(folder / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"not a file of tensors" * 9])
+def test_damaged_weights(folder, content):
+    (folder / f"{WEIGHTS}.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is the file whole"):
+        read_weights(folder, WEIGHTS)
+
+
+def test_cut_weights(folder):
+    write_component(folder, {}, TENSORS, WEIGHTS)
+    path = folder / f"{WEIGHTS}.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="is the file whole"):
+        read_weights(folder, WEIGHTS)
+
+
+def test_no_weights(folder):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        read_weights(folder, TEXT_WEIGHTS)
+
+
+def test_folders_that_are_no_pipelines(folder):
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        read_model_index(folder)
+    with pytest.raises(UserError, match="neither a folder nor a file"):
+        read_model_index(folder / "nothing")
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_model_index(folder)
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
+        read_model_index(folder)
+
+
+def test_a_copy_is_byte_for_byte(folder):
+    source = folder / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "file").write_bytes(bytes(range(256)))
+    (source / "kept").write_bytes(b"1")
+    (source / "left").write_bytes(b"2")
+    copy_folder(source, folder / "target", leave_out=("left",))
+    assert (folder / "target" / "deep" / "file").read_bytes() == bytes(range(256))
+    assert {path.name for path in (folder / "target").iterdir()} == {"deep", "kept"}
+
+
+def test_an_autoencoder_is_read(folder, assert_same_weights):
+    tree = tiny.vae()
+    write_component(folder, tiny.VAE, to_tensors(tree), WEIGHTS)
+    module, params = read_autoencoder(folder)
+    assert_same_weights(tree, params)
+    assert (module.block_out_channels, module.scaling_factor) == ((32, 32, 64), 0.18215)
+
+
+def test_a_vq_autoencoder_is_read(folder, assert_same_weights):
+    tree = tiny.vq()
+    vq = {"_class_name": "VQModel", "num_vq_embeddings": 9, "scaling_factor": 1.0}
+    write_component(folder, {**tiny.VAE, **vq}, to_tensors(tree), WEIGHTS)
+    module, params = read_autoencoder(folder)
+    assert_same_weights(tree, params)
+    assert (module.num_vq_embeddings, module.scaling_factor) == (9, 1.0)
+
+
+def test_a_text_encoder_is_read(folder, assert_same_weights):
+    tree = tiny.text_encoder()
+    write_component(folder, tiny.TEXT, to_tensors(tree), TEXT_WEIGHTS)
+    module, params = read_text_encoder(folder)
+    assert_same_weights(tree, params)
+    assert module.hidden_act == "quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("read", "base", "change", "said"),
+    [
+        (read_autoencoder, tiny.VAE, {"_class_name": "AutoencoderTiny"}, "_class_name"),
+        (read_autoencoder, tiny.VAE, {"act_fn": "relu"}, "act_fn"),
+        (read_autoencoder, tiny.VAE, {"shift_factor": 0.1}, "shift_factor"),
+        (read_autoencoder, tiny.VAE, {"use_quant_conv": False}, "use_quant_conv"),
+        (read_autoencoder, tiny.VAE, {"latent_channels": "4"}, "latent_channels"),
+        (read_autoencoder, tiny.VAE, {"scaling_factor": None}, "scaling_factor"),
+        (read_autoencoder, tiny.VAE, {"down_block_types": ["Strange"] * 3}, "down_block_types"),
+        (
+            read_autoencoder,
+            tiny.VAE,
+            {"up_block_types": ["AttnUpDecoderBlock2D"] * 3},
+            "up_block_types",
+        ),
+        (read_text_encoder, tiny.TEXT, {"model_type": "bert"}, "model_type"),
+        (read_text_encoder, tiny.TEXT, {"hidden_act": "relu"}, "hidden_act"),
+        (read_text_encoder, tiny.TEXT, {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+        (read_text_encoder, tiny.TEXT, {"hidden_size": 0}, "hidden_size"),
+    ],
+)
+def test_other_companions_are_refused_by_their_key(folder, read, base, change, said):
+    (folder / "config.json").write_text(json.dumps({**base, **change}))
+    with pytest.raises(UserError, match=rf"config\.json: {said}"):
+        read(folder)
