@@ -1,4 +1,4 @@
-"""The command line: guided-distill train | sample | transfer | evaluate | report | export."""
+"""The command line: guided-distill train | sample | transfer | evaluate | report | import | export."""
 
 import argparse
 import contextlib
@@ -172,15 +172,46 @@ def _parser() -> argparse.ArgumentParser:
         "guided-distill report --workdir runs/digits",
     )
 
+    imported = _verb(
+        verbs,
+        "import",
+        _import,
+        "make a teacher of a published model: a diffusers folder or a single .safetensors file",
+        "guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15",
+    )
+    imported.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="a diffusers folder, a .safetensors file of Stable Diffusion, or hub:ID to fetch a folder",
+    )
+    imported.add_argument(
+        "--prediction_type",
+        help="epsilon or v_prediction, where a single file doesn't tell (Stable Diffusion 2)",
+    )
+    imported.add_argument(
+        "--tokenizer",
+        type=epath.Path,
+        help="a tokenizer's folder, which a single file doesn't hold",
+    )
+
     export = _verb(
         verbs,
         "export",
         _export,
-        "copy a run's results to a folder of their own, to keep or to give away",
+        "write a run's results to a folder of their own, to keep or to give away",
         "guided-distill export --workdir runs/digits --stages teacher,halving_ddim_4 --out digits",
     )
     export.add_argument(
-        "--stages", help="folders of stages, separated by commas (default: all that are finished)"
+        "--format",
+        default="checkpoint",
+        help="checkpoint, to sample and train on with this program, or diffusers, one stage as a folder "
+        "that its pipelines load (default: %(default)s)",
+    )
+    export.add_argument(
+        "--stages",
+        help="folders of stages, separated by commas (default: all that are finished; for diffusers "
+        "the last one)",
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
     return parser
@@ -270,11 +301,28 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
     print(write_report(options.workdir))
 
 
+def _import(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.interop.import_model import import_model
+
+    paths = import_model(
+        options.source,
+        options.workdir,
+        prediction_type=options.prediction_type,
+        tokenizer=options.tokenizer,
+    )
+    for path in paths:
+        print(path)
+
+
 def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.interop.diffusers_export import export_diffusers
     from guided_distill.interop.weights import export_weights
 
+    formats = {"checkpoint": export_weights, "diffusers": export_diffusers}
+    if options.format not in formats:
+        raise UserError(f"--format is {options.format!r}; choose one of {', '.join(formats)}")
     stages = _parse_list("--stages", options.stages, str)
-    for path in export_weights(options.workdir, options.out, stages=stages):
+    for path in formats[options.format](options.workdir, options.out, stages=stages):
         print(path)
 
 

@@ -99,6 +99,7 @@ _DIT_DEFAULTS = {
     "patch_size": 2,
     "sample_size": 32,
 }
+_DIT_NUMBERS = ("attention_head_dim", "num_attention_heads", "num_layers", "patch_size")
 _DIT_IGNORED = ("norm_num_groups", "upcast_attention")
 
 
@@ -300,10 +301,7 @@ def _attending(types: Any, key: str, way: str, where: object) -> list[bool]:
 def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
     read = _read_keys(config, _DIT_MUST, _DIT_DEFAULTS, _DIT_IGNORED, where)
     channels = whole_number(read["in_channels"], "in_channels", where)
-    numbers = {
-        key: whole_number(read[key], key, where)
-        for key in ("attention_head_dim", "num_attention_heads", "num_layers", "patch_size")
-    }
+    numbers = {key: whole_number(read[key], key, where) for key in _DIT_NUMBERS}
     size = whole_number(read["sample_size"], "sample_size", where)
     if read["out_channels"] not in (None, channels, 2 * channels):
         raise UserError(
@@ -316,6 +314,22 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
         num_classes=whole_number(read["num_embeds_ada_norm"], "num_embeds_ada_norm", where),
         inpaint=False,
     )
+
+
+def dit_config(denoiser: Denoiser) -> dict[str, Any]:
+    """The config.json of a DiT without w; `read_denoiser` is its inverse."""
+    size, _, channels = denoiser.data_shape
+    options = denoiser.options
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        **{key: value for key, value in _DIT_MUST.items() if key != "attention_type"},
+        **{key: options[key] for key in _DIT_NUMBERS},
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": 2 * channels if options["learned_sigma"] else channels,
+        "num_embeds_ada_norm": denoiser.num_classes,
+    }
 
 
 def _read_keys(

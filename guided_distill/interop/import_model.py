@@ -91,11 +91,19 @@ def _as_folder(
     source: str, prediction_type: str | None, tokenizer: epath.Path | None
 ) -> Iterator[epath.Path]:
     """The diffusers folder that a source is, or is turned into for the time being."""
+    is_file = not source.startswith(HUB) and epath.Path(source).is_file()
+    for flag, value in (("--prediction_type", prediction_type), ("--tokenizer", tokenizer)):
+        if value is not None and not is_file:
+            raise UserError(f"{flag} is for a single file, and {source} is a folder: leave it out")
     if source.startswith(HUB):
         yield _fetched(source.removeprefix(HUB))
-    elif not epath.Path(source).is_file():
+    elif not is_file:
         yield epath.Path(source)
     else:
+        if prediction_type not in (None, "epsilon", "v_prediction"):
+            raise UserError(
+                f"--prediction_type is {prediction_type!r}; choose epsilon or v_prediction"
+            )
         checkpoint = read_single_file(epath.Path(source), prediction_type=prediction_type)
         if checkpoint.text_encoder and (tokenizer is None or not tokenizer.is_dir()):
             raise UserError(

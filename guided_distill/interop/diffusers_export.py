@@ -1,0 +1,197 @@
+"""One stage of a run as a diffusers folder: `guided-distill export --format diffusers`."""
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jinja2
+from etils import epath
+
+from guided_distill.diffusion.guidance import guidance_scale
+from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.errors import UserError
+from guided_distill.interop.companions import COMPANIONS
+from guided_distill.interop.diffusers_configs import (
+    NUM_TIMESTEPS,
+    PARAMETERIZATIONS,
+    Chain,
+    Denoiser,
+    dit_config,
+    read_scheduler,
+    scheduler_config,
+    unet_config,
+)
+from guided_distill.interop.diffusers_folder import (
+    CLASS_EMBEDDER,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    WEIGHTS,
+    copy_folder,
+    read_json,
+    write_component,
+    write_json,
+)
+from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.pipeline import finished_stages, read_config
+from guided_distill.training.checkpoints import write_bytes, write_text
+from guided_distill.training.trained import Description, Trained, load_finished
+
+STOCHASTIC_SCHEDULER = "scheduling_guided_distill.py"
+_LABELS = "class_embedder."
+
+
+def export_diffusers(
+    workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
+) -> list[epath.Path]:
+    """Write one finished stage to `out`, a new folder, with the run's companions and a model card.
+
+    stages: the one stage; None for the last finished one. Answers `out`. Raises UserError for what no
+    pipeline of diffusers could load.
+    """
+    names = list(stages or finished_stages(workdir)[-1:])
+    if len(names) != 1:
+        raise UserError(
+            f"--format diffusers writes one finished stage, and there are {len(names)}: name one with "
+            f"--stages"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: choose another folder")
+    companions = _companions(workdir)
+    trained = load_finished(workdir / names[0])
+    about = trained.description
+    _check(about, names[0])
+    copy_folder(companions, out, leave_out=(MODEL_INDEX,))
+    index = read_json(companions / MODEL_INDEX)
+    _write_denoiser(trained, out, index)
+    if about.stage != "teacher" or _scheduler_chain(companions) != _chain(about):
+        config = scheduler_config(_chain(about), num_steps=about.num_steps)
+        write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
+        index["scheduler"] = ["diffusers", config["_class_name"]]
+    if about.w_min is not None:
+        inpaint = "inpaint" in about.condition_shapes
+        index["_class_name"] = f"StableDiffusion{'Inpaint' if inpaint else ''}Pipeline"
+    write_json(out / MODEL_INDEX, index)
+    if about.sampler == "stochastic":
+        script = importlib.resources.files("guided_distill.interop") / STOCHASTIC_SCHEDULER
+        write_bytes(out / STOCHASTIC_SCHEDULER, script.read_bytes())
+    write_text(out / "README.md", model_card(about, index=index, vae=_vae_config(out)))
+    return [out]
+
+
+def _check(about: Description, stage: str) -> None:
+    """Raises UserError for a stage that has no place in diffusers."""
+    model = about.model
+    if model.name not in ("sd_unet", "dit"):
+        raise UserError(
+            f"config.model.name is {model.name}, which diffusers doesn't have; it has sd_unet and dit: "
+            f"use --format checkpoint"
+        )
+    if model.name == "dit" and about.w_min is not None:
+        raise UserError(
+            f"{stage} is a DiT that takes the guidance weight, which no class of diffusers does: use "
+            f"--format checkpoint"
+        )
+    if about.sampler == ENCODE:
+        raise UserError(
+            f"{stage} encodes images to noise, which no pipeline of diffusers does: choose a stage of "
+            f"another sampler"
+        )
+    if model.parameterization not in PARAMETERIZATIONS.values():
+        raise UserError(
+            f"config.model.parameterization is {model.parameterization}, which no scheduler of diffusers "
+            f"reads: it has {', '.join(PARAMETERIZATIONS.values())}"
+        )
+    if model.schedule not in ("linear", "scaled_linear"):
+        raise UserError(
+            f"config.model.schedule is {model.schedule}, which is no chain of betas: diffusers has "
+            f"linear and scaled_linear"
+        )
+
+
+def _companions(workdir: epath.Path) -> epath.Path:
+    """The companions of a run, or of the run that it started from."""
+    start = read_config(workdir).start_from
+    runs = [workdir, *([epath.Path(start).parent] if start else [])]
+    for run in runs:
+        if (run / COMPANIONS / MODEL_INDEX).is_file():
+            return run / COMPANIONS
+    raise UserError(
+        f"{workdir / COMPANIONS} is missing, which holds the autoencoder and the text encoder: put a "
+        f"diffusers folder of the teacher there, without its unet"
+    )
+
+
+def _scheduler_chain(companions: epath.Path) -> Chain:
+    path = companions / "scheduler" / SCHEDULER_CONFIG
+    return read_scheduler(read_json(path), path)
+
+
+def _chain(about: Description) -> Chain:
+    model = about.model
+    return Chain(model.parameterization, model.schedule, model.schedule_options)
+
+
+def _denoiser(about: Description) -> Denoiser:
+    """The stage's network, with every option at its value, given or default."""
+    height, width, channels = about.data_shape
+    module = about.network().module
+    options = {name: getattr(module, name) for name in module.__dataclass_fields__}
+    return Denoiser(
+        name=about.model.name,
+        options=options,
+        data_shape=(height, width, channels),
+        num_classes=len(about.class_names),
+        inpaint="inpaint" in about.condition_shapes,
+    )
+
+
+def _write_denoiser(trained: Trained, out: epath.Path, index: dict[str, Any]) -> None:
+    denoiser = _denoiser(trained.description)
+    tensors = to_tensors(jax.device_get(trained.params))
+    if denoiser.name == "dit":
+        index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
+        write_component(out / "transformer", dit_config(denoiser), tensors, WEIGHTS)
+        return
+    labels = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_LABELS)}
+    if labels:
+        table = {f"embedding.{name.removeprefix(_LABELS)}": each for name, each in labels.items()}
+        write_component(out / CLASS_EMBEDDER, {"_class_name": "ClassEmbedder"}, table, WEIGHTS)
+    takes_w = trained.description.w_min is not None
+    config = unet_config(
+        denoiser, w_embedding_width=denoiser.options["w_embedding_width"] if takes_w else None
+    )
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    write_component(out / "unet", config, tensors, WEIGHTS)
+
+
+def _vae_config(folder: epath.Path) -> dict[str, Any]:
+    return read_json(folder / "vae" / "config.json")
+
+
+def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    """README.md of an exported folder. index, vae: its model_index.json and its vae/config.json."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("guided_distill.interop", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    scales = None
+    if about.w_min is not None and about.w_max is not None:
+        scales = (guidance_scale(about.w_min), guidance_scale(about.w_max))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return environment.get_template("model_card.md.jinja").render(
+        about=about,
+        pipeline=index["_class_name"],
+        scheduler=index["scheduler"][1],
+        scaling_factor=vae.get("scaling_factor", 0.18215),
+        scales=scales,
+        inpaint="inpaint" in about.condition_shapes,
+        of_text="text" in about.condition_shapes,
+        size=[factor * side for side in about.data_shape[:2]],
+        shown_steps=about.num_steps or 8,
+        num_timesteps=NUM_TIMESTEPS,
+        stochastic_file=STOCHASTIC_SCHEDULER,
+    )

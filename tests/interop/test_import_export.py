@@ -1,0 +1,285 @@
+"""The verbs import and export: a folder in, the same folder out, and all that a student's folder says."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from etils import epath
+
+from guided_distill import cli
+from guided_distill.interop.diffusers_folder import WEIGHTS
+from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.trained import Description, load_finished
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "tiny-diffusion")
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("run") / "run")
+    assert cli.main(["import", "--from", str(source), "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def files(folder):
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def said(capsys):
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("guided-distill: ")
+    return line
+
+
+def add_student(workdir, *, parameterization="eps", **changes):
+    """A student in the teacher's run, its weights random: as export needs it, without training."""
+    teacher = load_finished(workdir / "teacher").description
+    values = teacher.to_json() | {"w_min": 1.0, "w_max": 13.0, "stage": "halving"} | changes
+    values["experiment"]["model"]["parameterization"] = parameterization
+    about = Description.from_json(values)
+    shapes = jax.eval_shape(about.network().init, jax.random.key(0))
+    rng = np.random.default_rng(7)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32) + 0.05, shapes
+    )
+    name = f"halving_{about.sampler}_{about.num_steps}_{parameterization}"
+    with StageCheckpoints(workdir / name) as checkpoints:
+        checkpoints.save_result(about.total_steps, params, about=about.to_json())
+        checkpoints.wait()
+    return name
+
+
+def export(workdir, stage, out):
+    arguments = ["--workdir", str(workdir), "--stages", stage, "--out", str(out)]
+    return cli.main(["export", "--format", "diffusers", *arguments])
+
+
+def test_an_import_is_a_finished_teacher(run, assert_same_weights):
+    teacher = load_finished(run / "teacher")
+    assert_same_weights(teacher.params, tiny.unet())
+    about = teacher.description
+    assert about.latent
+    assert about.data_shape == (tiny.SIZE, tiny.SIZE, tiny.LATENTS)
+    assert about.condition_shapes == {"text": (tiny.LENGTH, tiny.WIDTH)}
+    assert about.model.parameterization == "eps"
+    assert about.model.schedule_options == {"beta_start": 0.00085, "beta_end": 0.012}
+
+
+def test_companions_are_all_but_the_denoiser_byte_for_byte(source, run):
+    companions = files(run / "companions")
+    whole = files(source)
+    assert companions == {
+        name: each for name, each in whole.items() if not name.startswith("unet/")
+    }
+
+
+def test_a_teacher_goes_out_as_it_came_in(source, run, tmp_path):
+    assert export(run, "teacher", tmp_path / "out") == 0
+    before, after = files(source), files(tmp_path / "out")
+    assert "time_cond_proj_dim" in read_json(tmp_path / "out" / "unet" / "config.json")
+    assert after.keys() == before.keys() | {"README.md"}
+    config = "unet/config.json"
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {config, "model_index.json"}
+    index = [json.loads(each["model_index.json"]) for each in (before, after)]
+    assert index[0] == index[1]
+
+
+def test_a_students_folder(run, tmp_path):
+    stage = add_student(run, parameterization="v", num_steps=4, sampler="ddim")
+    assert export(run, stage, tmp_path) == 0
+    config = read_json(tmp_path / "unet" / "config.json")
+    assert config["time_cond_proj_dim"] == 256
+    assert tuple(map(int, config["_diffusers_version"].split(".")[:2])) >= (0, 9)
+    tensors = safetensors.numpy.load_file(tmp_path / "unet" / f"{WEIGHTS}.safetensors")
+    assert tensors["time_embedding.cond_proj.weight"].shape == (32, 256)
+    scheduler = read_json(tmp_path / "scheduler" / "scheduler_config.json")
+    expected = {
+        "_class_name": "DDIMScheduler",
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "steps_offset": 1,
+        "prediction_type": "v_prediction",
+        "beta_start": 0.00085,
+    }
+    assert {key: scheduler[key] for key in expected} == expected
+    index = read_json(tmp_path / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    card = (tmp_path / "README.md").read_text()
+    assert "| guidance_scale | 2 to 14:" in card
+    assert "num_inference_steps=4" in card
+    assert not re.search(r"\{[%{]|\n\n\n", card)
+
+
+def test_a_stochastic_students_folder_has_its_scheduler(run, tmp_path):
+    stage = add_student(run, num_steps=4, sampler="stochastic")
+    assert export(run, stage, tmp_path) == 0
+    compile((tmp_path / "scheduling_guided_distill.py").read_text(), "file", "exec")
+    assert "scheduling_guided_distill.py" in (tmp_path / "README.md").read_text()
+
+
+def test_steps_that_ddim_would_miss_get_another_scheduler(run, tmp_path):
+    assert export(run, add_student(run, num_steps=16, sampler="ddim"), tmp_path) == 0
+    scheduler = read_json(tmp_path / "scheduler" / "scheduler_config.json")
+    assert scheduler["_class_name"] == "DPMSolverMultistepScheduler"
+    assert scheduler["solver_order"] == 1
+
+
+def test_in_painting_goes_in_and_out(tmp_path):
+    source = tiny.write_pipeline(tmp_path / "inpaint", inpaint=True)
+    run = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
+    shapes = load_finished(run / "teacher").description.condition_shapes
+    assert shapes["inpaint"] == (tiny.SIZE, tiny.SIZE, 1 + tiny.LATENTS)
+    stage = add_student(run, num_steps=2, sampler="ddim")
+    assert export(run, stage, tmp_path / "out") == 0
+    assert read_json(tmp_path / "out" / "unet" / "config.json")["in_channels"] == 9
+    index = read_json(tmp_path / "out" / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionInpaintPipeline"
+    weights = f"unet/{WEIGHTS}.safetensors"
+    assert export(run, "teacher", tmp_path / "again") == 0
+    assert files(tmp_path / "again")[weights] == files(source)[weights]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampler": "encode", "num_steps": 4}, "encodes images"),
+        ({"parameterization": "x_and_eps", "sampler": "ddim", "num_steps": 1}, "parameterization"),
+    ],
+)
+def test_stages_without_a_place_are_refused(run, tmp_path, capsys, changes, words):
+    assert export(run, add_student(run, **changes), tmp_path / "out") == 2
+    assert words in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_wants_one_stage_a_format_and_an_empty_folder(run, tmp_path, capsys):
+    assert export(run, "teacher,teacher", tmp_path / "out") == 2
+    assert "--stages" in said(capsys)
+    arguments = ["export", "--workdir", str(run), "--out", str(tmp_path), "--format", "onnx"]
+    assert cli.main(arguments) == 2
+    assert "--format" in said(capsys)
+    (tmp_path / "file").write_text("")
+    assert export(run, "teacher", tmp_path) == 2
+    assert "not empty" in said(capsys)
+
+
+def test_a_run_without_companions_is_told_so(run, tmp_path, capsys):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "alone")
+    assert export(tmp_path / "alone", "teacher", tmp_path / "out") == 2
+    assert "companions is missing" in said(capsys)
+
+
+def pickled(folder):
+    weights = folder / "unet" / f"{WEIGHTS}.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def foreign_scheduler(folder):
+    tiny.write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    )
+
+
+def sdxl(folder):
+    config = {**tiny.UNET, "addition_embed_type": "text_time"}
+    tiny.write_json(folder / "unet" / "config.json", config)
+
+
+def edit(change):
+    def spoil(folder):
+        path = folder / "unet" / f"{WEIGHTS}.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, path)
+
+    return spoil
+
+
+def without(*parts):
+    return lambda folder: folder.joinpath(*parts).rename(folder / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without("model_index.json"), "not a diffusers model"),
+        (without("unet", "config.json"), "config.json is missing"),
+        (without("scheduler", "scheduler_config.json"), "scheduler_config.json is missing"),
+        (without("tokenizer"), "tokenizer"),
+        (without("vae", f"{WEIGHTS}.safetensors"), "has no weights"),
+        (pickled, "is a pickle"),
+        (foreign_scheduler, "_class_name"),
+        (sdxl, "addition_embed_type"),
+        (edit(lambda tensors: tensors.pop("conv_in.weight")), "lacks conv_in.weight"),
+        (edit(lambda tensors: tensors.update(more=np.ones(1))), "no place for: more"),
+        (
+            edit(lambda tensors: tensors.update({"conv_in.bias": np.ones(3, np.float32)})),
+            "conv_in.bias (3, not 32)",
+        ),
+    ],
+)
+def test_bad_folders_are_one_sentence_and_no_run(source, tmp_path, capsys, spoil, words):
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    spoil(folder)
+    arguments = ["--from", str(folder), "--workdir", str(tmp_path / "run")]
+    assert cli.main(["import", *arguments]) == 2
+    assert words in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from", "/nothing"], "/nothing"),
+        (["--from", "hub:some/model"], "huggingface_hub"),
+        (["--from", "/nothing", "--prediction_type", "epsilon"], "--prediction_type"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert cli.main(["import", "--workdir", str(tmp_path / "run"), *arguments]) == 2
+    assert words in said(capsys)
+
+
+def test_a_run_is_not_written_over(source, run, capsys):
+    assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 2
+    assert "another --workdir" in said(capsys)
+
+
+def test_the_hub_is_asked_for_safetensors_and_text_alone(source, tmp_path, monkeypatch):
+    asked = {}
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, **patterns):
+            asked.update(patterns, name=name)
+            return str(source)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    workdir = str(tmp_path / "run")
+    assert cli.main(["import", "--from", "hub:some/model", "--workdir", workdir]) == 0
+    assert asked["name"] == "some/model"
+    ends = {pattern.rpartition(".")[2] for pattern in asked["allow_patterns"]}
+    assert ends == {"json", "txt", "safetensors"}
