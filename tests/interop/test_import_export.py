@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,8 +14,7 @@ from etils import epath
 
 from guided_distill import cli
 from guided_distill.interop.diffusers_folder import WEIGHTS
-from guided_distill.training.checkpoints import StageCheckpoints
-from guided_distill.training.trained import Description, load_finished
+from guided_distill.training.trained import load_finished
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +42,6 @@ def said(capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("guided-distill: ")
     return line
-
-
-def add_student(workdir, *, parameterization="eps", **changes):
-    """A student in the teacher's run, its weights random: as export needs it, without training."""
-    teacher = load_finished(workdir / "teacher").description
-    values = teacher.to_json() | {"w_min": 1.0, "w_max": 13.0, "stage": "halving"} | changes
-    values["experiment"]["model"]["parameterization"] = parameterization
-    about = Description.from_json(values)
-    shapes = jax.eval_shape(about.network().init, jax.random.key(0))
-    rng = np.random.default_rng(7)
-    params = jax.tree.map(
-        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32) + 0.05, shapes
-    )
-    name = f"halving_{about.sampler}_{about.num_steps}_{parameterization}"
-    with StageCheckpoints(workdir / name) as checkpoints:
-        checkpoints.save_result(about.total_steps, params, about=about.to_json())
-        checkpoints.wait()
-    return name
 
 
 def export(workdir, stage, out):
@@ -101,7 +81,7 @@ def test_a_teacher_goes_out_as_it_came_in(source, run, tmp_path):
 
 
 def test_a_students_folder(run, tmp_path):
-    stage = add_student(run, parameterization="v", num_steps=4, sampler="ddim")
+    stage = tiny.add_student(run, parameterization="v", num_steps=4, sampler="ddim")
     assert export(run, stage, tmp_path) == 0
     config = read_json(tmp_path / "unet" / "config.json")
     assert config["time_cond_proj_dim"] == 256
@@ -129,14 +109,14 @@ def test_a_students_folder(run, tmp_path):
 
 
 def test_a_stochastic_students_folder_has_its_scheduler(run, tmp_path):
-    stage = add_student(run, num_steps=4, sampler="stochastic")
+    stage = tiny.add_student(run, num_steps=4, sampler="stochastic")
     assert export(run, stage, tmp_path) == 0
     compile((tmp_path / "scheduling_guided_distill.py").read_text(), "file", "exec")
     assert "scheduling_guided_distill.py" in (tmp_path / "README.md").read_text()
 
 
 def test_steps_that_ddim_would_miss_get_another_scheduler(run, tmp_path):
-    assert export(run, add_student(run, num_steps=16, sampler="ddim"), tmp_path) == 0
+    assert export(run, tiny.add_student(run, num_steps=16, sampler="ddim"), tmp_path) == 0
     scheduler = read_json(tmp_path / "scheduler" / "scheduler_config.json")
     assert scheduler["_class_name"] == "DPMSolverMultistepScheduler"
     assert scheduler["solver_order"] == 1
@@ -148,7 +128,7 @@ def test_in_painting_goes_in_and_out(tmp_path):
     assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
     shapes = load_finished(run / "teacher").description.condition_shapes
     assert shapes["inpaint"] == (tiny.SIZE, tiny.SIZE, 1 + tiny.LATENTS)
-    stage = add_student(run, num_steps=2, sampler="ddim")
+    stage = tiny.add_student(run, num_steps=2, sampler="ddim")
     assert export(run, stage, tmp_path / "out") == 0
     assert read_json(tmp_path / "out" / "unet" / "config.json")["in_channels"] == 9
     index = read_json(tmp_path / "out" / "model_index.json")
@@ -156,6 +136,38 @@ def test_in_painting_goes_in_and_out(tmp_path):
     weights = f"unet/{WEIGHTS}.safetensors"
     assert export(run, "teacher", tmp_path / "again") == 0
     assert files(tmp_path / "again")[weights] == files(source)[weights]
+
+
+def test_a_model_of_classes_goes_in_and_out(tmp_path):
+    source = tiny.write_pipeline(tmp_path / "classes", num_classes=3)
+    run = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
+    about = load_finished(run / "teacher").description
+    assert about.class_names == ("0", "1", "2")
+    assert about.condition_shapes == {"label": ()}
+    stage = tiny.add_student(run, num_steps=1, sampler="ddim")
+    assert export(run, stage, tmp_path / "out") == 0
+    assert "prompt_embeds=table[label]" in (tmp_path / "out" / "README.md").read_text()
+    assert export(run, "teacher", tmp_path / "again") == 0
+    before, after = files(source), files(tmp_path / "again")
+    for part in ("unet", "class_embedder"):
+        assert after[f"{part}/{WEIGHTS}.safetensors"] == before[f"{part}/{WEIGHTS}.safetensors"]
+
+
+def test_a_dit_goes_in_and_out_but_no_student_of_it(tmp_path, capsys, assert_same_weights):
+    source = tiny.write_dit(tmp_path / "dit")
+    run = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
+    teacher = load_finished(run / "teacher")
+    assert_same_weights(teacher.params, tiny.dit())
+    assert teacher.description.class_names == ("cat", "1", "2")
+    assert export(run, "teacher", tmp_path / "out") == 0
+    before, after = files(source), files(tmp_path / "out")
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed <= {"README.md", "transformer/config.json", "model_index.json"}
+    stage = tiny.add_student(run, num_steps=1, sampler="ddim")
+    assert export(run, stage, tmp_path / "student") == 2
+    assert "no class of diffusers" in said(capsys)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +178,7 @@ def test_in_painting_goes_in_and_out(tmp_path):
     ],
 )
 def test_stages_without_a_place_are_refused(run, tmp_path, capsys, changes, words):
-    assert export(run, add_student(run, **changes), tmp_path / "out") == 2
+    assert export(run, tiny.add_student(run, **changes), tmp_path / "out") == 2
     assert words in said(capsys)
     assert not (tmp_path / "out").exists()
 
