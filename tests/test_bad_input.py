@@ -93,7 +93,9 @@ def test_a_folder_of_gray_images_is_colour(tmp_path, capsys, channels, status):
     assert ("config.data.channels is 1" in capsys.readouterr().err) == (channels == 1)
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "transfer", "evaluate", "report", "export"])
+@pytest.mark.parametrize(
+    "verb", ["train", "sample", "transfer", "evaluate", "report", "import", "export"]
+)
 def test_help_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([verb, "--help"])

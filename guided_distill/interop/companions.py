@@ -94,7 +94,7 @@ def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
     must(config.get("layer_norm_eps", 1e-5), 1e-5, "layer_norm_eps", where)
     activation = config.get("hidden_act", "quick_gelu")
     one_of(activation, ACTIVATIONS, "hidden_act", where)
-    numbers = {
+    numbers: dict[str, Any] = {
         key: whole_number(config.get(key, default), key, where)
         for key, default in _CLIP_DEFAULTS.items()
     }

@@ -160,7 +160,7 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
         return _Model(denoiser, chain, tensors, class_names, {"label": ()})
     config = folder / "text_encoder" / "config.json"
     length = read_json(config).get("max_position_embeddings", 77)
-    shapes = {"text": (length, denoiser.options["cross_attention_dim"])}
+    shapes: dict[str, tuple[int, ...]] = {"text": (length, denoiser.options["cross_attention_dim"])}
     if denoiser.inpaint:
         height, width, channels = denoiser.data_shape
         shapes["inpaint"] = (height, width, 1 + channels)

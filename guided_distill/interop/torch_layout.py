@@ -65,24 +65,27 @@ def to_tensors(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def torch_shapes(template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape in torch of every weight of a tree, whose leaves need only a shape."""
+    return {
+        torch_name(path): _torch_shape(path, leaf.shape)
+        for path, leaf in flatten_dict(template).items()
+    }
+
+
 def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) -> dict[str, Any]:
     """`tensors` as the tree `template`, whose leaves need only a shape; the inverse of `to_tensors`.
 
     Half precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
     unless every tensor has a place of its shape and every place its tensor.
     """
-    places = {torch_name(path): (path, leaf) for path, leaf in flatten_dict(template).items()}
-    _check(
-        tensors,
-        {name: _torch_shape(path, leaf.shape) for name, (path, leaf) in places.items()},
-        source,
-    )
+    _check(tensors, torch_shapes(template), source)
     return unflatten_dict(
         {
             path: np.ascontiguousarray(
-                _turned(path, np.asarray(tensors[name], np.float32), _FROM_TORCH)
+                _turned(path, np.asarray(tensors[torch_name(path)], np.float32), _FROM_TORCH)
             )
-            for name, (path, _) in places.items()
+            for path in flatten_dict(template)
         }
     )
 

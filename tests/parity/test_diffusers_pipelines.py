@@ -3,6 +3,8 @@
 Needs the extra `parity`, and is skipped without it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +17,19 @@ transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from etils import epath  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from guided_distill import sampling  # noqa: E402
+from guided_distill.config import Model  # noqa: E402
 from guided_distill.diffusion import samplers  # noqa: E402
 from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
-from guided_distill.diffusion.process import ddim_step  # noqa: E402
-from guided_distill.diffusion.schedules import SCHEDULES  # noqa: E402
+from guided_distill.diffusion.process import ddim_step, prediction_from  # noqa: E402
+from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
+from guided_distill.interop.diffusers_configs import read_denoiser  # noqa: E402
 from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
 from guided_distill.interop.import_model import import_model  # noqa: E402
-from guided_distill.training.trained import load_finished  # noqa: E402
+from guided_distill.interop.torch_layout import torch_shapes  # noqa: E402
+from guided_distill.training.trained import load_finished, network_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -40,7 +46,9 @@ def made_by_diffusers(folder, *, inpaint=False):
     """A folder that diffusers and transformers wrote, of random weights of their own."""
     torch.manual_seed(0)
     tiny.write_tokenizer(epath.Path(folder) / "words")
-    kind = diffusers.StableDiffusionInpaintPipeline if inpaint else diffusers.StableDiffusionPipeline
+    kind = (
+        diffusers.StableDiffusionInpaintPipeline if inpaint else diffusers.StableDiffusionPipeline
+    )
     unet = {**tiny.UNET, "in_channels": 2 * tiny.LATENTS + 1} if inpaint else tiny.UNET
     pipe = kind(
         unet=diffusers.UNet2DConditionModel.from_config(unet),
@@ -66,8 +74,8 @@ def exported(run, stage, out):
     return out
 
 
-def load(kind, folder):
-    pipe = kind.from_pretrained(folder, safety_checker=None)
+def load(kind, folder, **parts):
+    pipe = kind.from_pretrained(folder, safety_checker=None, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -103,6 +111,56 @@ def text_of(pipe):
 def assert_near(theirs, ours):
     assert ours.std() > 0.1
     assert np.abs(channels_last(theirs) - ours).max() < 1e-3
+
+
+WIDE = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "sample_size": 64}
+SD1 = {
+    **tiny.UNET,
+    **WIDE,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768,
+}
+SD2 = {
+    **SD1,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+DIT_XL = {**tiny.DIT, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "condition"),
+    [
+        ("UNet2DConditionModel", SD1, {"text": (77, 768)}),
+        ("UNet2DConditionModel", SD2, {"text": (77, 1024)}),
+        (
+            "UNet2DConditionModel",
+            {**SD1, "in_channels": 9},
+            {"text": (77, 768), "inpaint": (64, 64, 5)},
+        ),
+        ("DiTTransformer2DModel", DIT_XL | {"num_embeds_ada_norm": 1000}, {"label": ()}),
+    ],
+    ids=["SD 1", "SD 2", "in-painting", "DiT-XL/2"],
+)
+@pytest.mark.parametrize("takes_w", [False, True])
+def test_published_sizes_have_diffusers_names_and_shapes(kind, config, condition, takes_w):
+    denoiser = read_denoiser(config, "F")
+    if takes_w and denoiser.name == "dit":
+        pytest.skip("diffusers has no DiT that takes w")
+    network = network_of(
+        Model(name=denoiser.name, options=dict(denoiser.options)),
+        denoiser.data_shape,
+        num_classes=denoiser.num_classes,
+        condition_shapes=condition,
+    )
+    network = network.told_w() if takes_w else network
+    ours = torch_shapes(jax.eval_shape(network.init, jax.random.key(0)))
+    config = {**config, "time_cond_proj_dim": 256} if takes_w else config
+    with torch.device("meta"):
+        theirs = getattr(diffusers, kind).from_config(config).state_dict()
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -178,28 +236,48 @@ def test_steps_that_do_not_divide_1000(run, tmp_path):
     assert_near(theirs, sampling.sample(trained, condition={"text": text}, w=W, noise=noise()))
 
 
-def steps_from(trained, z, condition, *, first, num_steps):
+def half_mask():
+    """White, where to paint, on the right."""
+    mask = np.zeros((4 * tiny.SIZE,) * 2, np.uint8)
+    mask[:, 2 * tiny.SIZE :] = 255
+    return Image.fromarray(mask)
+
+
+@functools.cache
+def predict_of(network):
+    return jax.jit(lambda params, *inputs: network.denoiser(params).predict(*inputs))
+
+
+def steps_from(trained, z, condition, *, first, num_steps, after=lambda z, t: z):
     """Our own steps first, first - 1 ... 1 of num_steps, which pipelines run from a noised image."""
     network = trained.description.network()
-    denoiser = network.denoiser(trained.params)
-    predict = jax.jit(denoiser.predict)
     for i in range(first, 0, -1):
         t, s = (jnp.full((len(z),), k / num_steps, jnp.float32) for k in (i, i - 1))
-        prediction = predict(z, t, condition, jnp.full((len(z),), W))
+        w = jnp.full((len(z),), W)
+        prediction = predict_of(network)(trained.params, z, t, condition, w)
         z = prediction.x if i == 1 else ddim_step(prediction, network.schedule(s))
-    return np.asarray(z)
+        z = after(np.asarray(z), (i - 1) / num_steps)
+    return z
 
 
 def noised(trained, x, eps, t):
-    alpha_bar = 1 / (1 + np.exp(-np.asarray(trained.description.network().schedule(jnp.float32(t)))))
+    alpha_bar = 1 / (
+        1 + np.exp(-np.asarray(trained.description.network().schedule(jnp.float32(t))))
+    )
     return np.sqrt(alpha_bar) * x + np.sqrt(1 - alpha_bar) * eps
 
 
+@pytest.fixture(scope="module")
+def eps_student(run, tmp_path_factory):
+    stage = tiny.add_student(run, stage="guidance")
+    out = exported(run, stage, tmp_path_factory.mktemp("eps_student") / "out")
+    return load_finished(run / stage), out
+
+
 @pytest.mark.parametrize(("num_steps", "strength"), [(4, 0.5), (8, 0.75), (2, 1.0)])
-def test_image_to_image_equals_our_steps(run, tmp_path, num_steps, strength):
-    stage = tiny.add_student(run, num_steps=num_steps, sampler="ddim")
-    trained = load_finished(run / stage)
-    pipe = load(diffusers.StableDiffusionImg2ImgPipeline, exported(run, stage, tmp_path))
+def test_image_to_image_equals_our_steps(eps_student, num_steps, strength):
+    trained, folder = eps_student
+    pipe = load(diffusers.StableDiffusionImg2ImgPipeline, folder)
     calls, text = Calls(pipe), text_of(pipe)
     theirs = pipe(
         prompt_embeds=torch.from_numpy(text),
@@ -219,33 +297,17 @@ def test_image_to_image_equals_our_steps(run, tmp_path, num_steps, strength):
     assert_near(theirs, ours)
 
 
-def picture_and_mask():
-    size = 4 * tiny.SIZE
-    picture = torch.from_numpy(
-        np.random.default_rng(2).uniform(-1, 1, (COUNT, 3, size, size)).astype(np.float32)
-    )
-    mask = np.zeros((size, size), np.uint8)
-    mask[:, size // 2 :] = 255
-    return picture, Image.fromarray(mask)
-
-
-def small_mask():
-    mask = np.zeros((COUNT, tiny.SIZE, tiny.SIZE, 1), np.float32)
-    mask[:, :, tiny.SIZE // 2 :] = 1
-    return mask
-
-
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
-def test_in_painting_equals_our_sampler(inpaint_run, tmp_path, num_steps):
-    stage = tiny.add_student(inpaint_run, num_steps=num_steps, sampler="ddim")
-    pipe = load(diffusers.StableDiffusionInpaintPipeline, exported(inpaint_run, stage, tmp_path))
+def test_in_painting_by_a_plain_student_equals_our_steps(eps_student, num_steps):
+    """The pipeline puts the known half back after every step, at the next step's noise."""
+    trained, folder = eps_student
+    pipe = load(diffusers.StableDiffusionInpaintPipeline, folder)
     calls, text = Calls(pipe), text_of(pipe)
-    picture, mask = picture_and_mask()
     theirs = pipe(
         prompt_embeds=torch.from_numpy(text),
-        image=picture,
-        mask_image=mask,
-        masked_image_latents=channels_first(noise(5)),
+        image=channels_first(noise(1)),
+        mask_image=half_mask(),
+        masked_image_latents=channels_first(noise(1)),
         latents=channels_first(noise()),
         strength=1.0,
         height=4 * tiny.SIZE,
@@ -255,14 +317,85 @@ def test_in_painting_equals_our_sampler(inpaint_run, tmp_path, num_steps):
         output_type="latent",
     ).images
     assert calls.batches == [COUNT] * num_steps
-    beside = np.concatenate([small_mask(), noise(5)], axis=-1)
-    ours = sampling.sample(
-        load_finished(inpaint_run / stage),
-        condition={"text": text, "inpaint": beside},
-        w=W,
-        noise=noise(),
+
+    def known_put_back(z, t):
+        known = noised(trained, noise(1), noise(), t) if t else noise(1)
+        return (1 - small_mask()) * known + small_mask() * z
+
+    ours = steps_from(
+        trained,
+        noise(),
+        {"text": text},
+        first=num_steps,
+        num_steps=num_steps,
+        after=known_put_back,
     )
     assert_near(theirs, ours)
+
+
+def small_mask():
+    mask = np.zeros((COUNT, tiny.SIZE, tiny.SIZE, 1), np.float32)
+    mask[:, :, tiny.SIZE // 2 :] = 1
+    return mask
+
+
+def test_in_painting_equals_our_sampler(inpaint_run, tmp_path):
+    stage = tiny.add_student(inpaint_run, stage="guidance")
+    trained = load_finished(inpaint_run / stage)
+    pipe = load(diffusers.StableDiffusionInpaintPipeline, exported(inpaint_run, stage, tmp_path))
+    text = text_of(pipe)
+    beside = np.concatenate([small_mask(), noise(5)], axis=-1)
+    for num_steps in (1, 2, 4, 8):
+        calls = Calls(pipe)
+        theirs = pipe(
+            prompt_embeds=torch.from_numpy(text),
+            image=torch.zeros((COUNT, 3, 4 * tiny.SIZE, 4 * tiny.SIZE)),
+            mask_image=half_mask(),
+            masked_image_latents=channels_first(noise(5)),
+            latents=channels_first(noise()),
+            strength=1.0,
+            height=4 * tiny.SIZE,
+            width=4 * tiny.SIZE,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale(W),
+            output_type="latent",
+        ).images
+        assert calls.batches == [COUNT] * num_steps
+        ours = sampling.sample(
+            trained,
+            condition={"text": text, "inpaint": beside},
+            w=W,
+            noise=noise(),
+            num_steps=num_steps,
+        )
+        assert_near(theirs, ours)
+
+
+def test_labels_go_into_the_stock_pipeline_as_prompt_embeddings(tmp_path):
+    run = imported(tiny.write_pipeline(tmp_path / "labels", num_classes=3), tmp_path / "run")
+    stage = tiny.add_student(run, num_steps=2, sampler="ddim")
+    folder = exported(run, stage, tmp_path / "out")
+    without_text = {"text_encoder": None, "tokenizer": None}
+    pipe = load(diffusers.StableDiffusionPipeline, folder, **without_text)
+    (weights,) = (folder / "class_embedder").glob("*.safetensors")
+    table = load_file(weights)["embedding.weight"]
+    labels = [2, 0]
+    theirs = pipe(
+        prompt_embeds=table[labels][:, None],
+        latents=channels_first(noise()),
+        num_inference_steps=2,
+        guidance_scale=guidance_scale(W),
+        output_type="latent",
+    ).images
+    condition = sampling.of_labels(labels)
+    trained = load_finished(run / stage)
+    assert_near(theirs, sampling.sample(trained, condition=condition, w=W, noise=noise()))
+
+
+def test_a_dit_teacher_goes_into_its_pipeline(tmp_path):
+    run = imported(tiny.write_dit(tmp_path / "dit"), tmp_path / "run")
+    pipe = load(diffusers.DiTPipeline, exported(run, "teacher", tmp_path / "out"))
+    assert pipe([0], num_inference_steps=2, guidance_scale=1.0, output_type="np").images.std() > 0
 
 
 def test_the_stochastic_scheduler_takes_our_sampler_steps(run, tmp_path, monkeypatch):
@@ -278,27 +411,23 @@ def test_the_stochastic_scheduler_takes_our_sampler_steps(run, tmp_path, monkeyp
     pipe(PROMPT, num_inference_steps=4, guidance_scale=guidance_scale(W), output_type="latent")
     assert calls.batches == [1] * 4
 
-    schedule = SCHEDULES["scaled_linear"](beta_start=0.00085, beta_end=0.012)
+    schedule = scaled_linear(beta_start=0.00085, beta_end=0.012)
 
     def eps_of(z, index):
         return 0.6 * z + 0.001 * index
 
     def predict(z, t):
-        from guided_distill.diffusion.process import prediction_from
-        from guided_distill.diffusion.schedules import timestep_index
-
         eps = eps_of(z, timestep_index(t)[:, None, None, None])
         return prediction_from(eps, source="eps", z=z, log_snr=schedule(t))
 
+    monkeypatch.setattr(samplers, "_step_noise", lambda keys, i, z: jnp.cos(noise(9) + i))
     keys = samplers.sample_keys(jax.random.key(0), jnp.arange(COUNT))
     for num_steps in (1, 2, 4, 8):
-        drawn = []
-        monkeypatch.setattr(samplers, "_step_noise", lambda keys, i, z: jnp.cos(7 * z + i))
         ours = samplers.stochastic(predict, schedule, noise(), keys, jnp.int32(num_steps))
         scheduler.set_timesteps(num_steps)
         z = torch.from_numpy(noise())
         for step, index in enumerate(scheduler.timesteps):
             i = num_steps - step
-            drawn = torch.cos(7 * z + i)
+            drawn = torch.cos(torch.from_numpy(noise(9)) + i)
             z = scheduler.step(eps_of(z, int(index)), index, z, variance_noise=drawn).prev_sample
-        np.testing.assert_allclose(z.numpy(), ours, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(z.numpy(), ours, rtol=1e-3, atol=1e-3)
