@@ -60,7 +60,7 @@ def export_diffusers(
     companions = _companions(workdir)
     trained = load_finished(workdir / names[0])
     about = trained.description
-    _check(about, names[0])
+    check_exportable(about, names[0])
     copy_folder(companions, out, leave_out=(MODEL_INDEX,))
     index = read_json(companions / MODEL_INDEX)
     _write_denoiser(trained, out, index)
@@ -79,8 +79,8 @@ def export_diffusers(
     return [out]
 
 
-def _check(about: Description, stage: str) -> None:
-    """Raises UserError for a stage that has no place in diffusers."""
+def check_exportable(about: Description, stage: str) -> None:
+    """Raises UserError for a stage, `stage` being its folder's name, that has no place in diffusers."""
     model = about.model
     if model.name not in ("sd_unet", "dit"):
         raise UserError(

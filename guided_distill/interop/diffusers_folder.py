@@ -1,6 +1,7 @@
 """Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -119,6 +120,8 @@ def write_component(
     part = folder / f"{path.name}.part"
     try:
         safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
+        # It would be the writer's alone, and a model is there to be given away.
+        os.chmod(part, 0o644)
         part.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise storage_error(path, error) from error

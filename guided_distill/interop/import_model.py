@@ -74,7 +74,7 @@ def import_model(
     with _as_folder(source, prediction_type, tokenizer) as folder:
         index = read_model_index(folder)
         model = _read_model(folder, index)
-        about = _describe(model, name=epath.Path(source).name)
+        about = _describe(model, name=epath.Path(source).name or source)
         template = jax.eval_shape(about.network().init, jax.random.key(0))
         params = to_tree(model.tensors, template, source=folder)
         _check_companions(folder, index)

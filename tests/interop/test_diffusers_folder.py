@@ -1,6 +1,7 @@
 """Components on disk: every way in which weights lie, and what is never read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def test_one_file(folder):
     assert {path.name for path in folder.iterdir()} == {"config.json", f"{WEIGHTS}.safetensors"}
     with safetensors.safe_open(folder / f"{WEIGHTS}.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
+    assert Path(folder / f"{WEIGHTS}.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("end", [".safetensors.index.json", ".safetensors.index.fp16.json"])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import tiny
 from etils import epath
 
 from guided_distill import cli
+from guided_distill.errors import UserError
+from guided_distill.interop.diffusers_export import check_exportable
 from guided_distill.interop.diffusers_folder import WEIGHTS
 from guided_distill.training.trained import load_finished
 
@@ -154,7 +157,7 @@ def test_a_model_of_classes_goes_in_and_out(tmp_path):
         assert after[f"{part}/{WEIGHTS}.safetensors"] == before[f"{part}/{WEIGHTS}.safetensors"]
 
 
-def test_a_dit_goes_in_and_out_but_no_student_of_it(tmp_path, capsys, assert_same_weights):
+def test_a_dit_goes_in_and_out(tmp_path, assert_same_weights):
     source = tiny.write_dit(tmp_path / "dit")
     run = epath.Path(tmp_path / "run")
     assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
@@ -165,22 +168,24 @@ def test_a_dit_goes_in_and_out_but_no_student_of_it(tmp_path, capsys, assert_sam
     before, after = files(source), files(tmp_path / "out")
     changed = {name for name in after if before.get(name) != after[name]}
     assert changed <= {"README.md", "transformer/config.json", "model_index.json"}
-    stage = tiny.add_student(run, num_steps=1, sampler="ddim")
-    assert export(run, stage, tmp_path / "student") == 2
-    assert "no class of diffusers" in said(capsys)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "model", "words"),
     [
-        ({"sampler": "encode", "num_steps": 4}, "encodes images"),
-        ({"parameterization": "x_and_eps", "sampler": "ddim", "num_steps": 1}, "parameterization"),
+        ({"sampler": "encode"}, {}, "encodes images"),
+        ({}, {"parameterization": "x_and_eps"}, r"config\.model\.parameterization"),
+        ({}, {"schedule": "cosine"}, r"config\.model\.schedule"),
+        ({}, {"name": "unet"}, r"config\.model\.name"),
+        ({"w_min": 0.0}, {"name": "dit"}, "no class of diffusers"),
     ],
 )
-def test_stages_without_a_place_are_refused(run, tmp_path, capsys, changes, words):
-    assert export(run, tiny.add_student(run, **changes), tmp_path / "out") == 2
-    assert words in said(capsys)
-    assert not (tmp_path / "out").exists()
+def test_stages_without_a_place_are_refused(run, changes, model, words):
+    about = load_finished(run / "teacher").description
+    check_exportable(about, "S")
+    experiment = replace(about.experiment, model=replace(about.model, **model))
+    with pytest.raises(UserError, match=words):
+        check_exportable(replace(about, experiment=experiment, **changes), "S")
 
 
 def test_export_wants_one_stage_a_format_and_an_empty_folder(run, tmp_path, capsys):

@@ -9,11 +9,13 @@ import safetensors.numpy
 import tiny
 from etils import epath
 
+from guided_distill import cli
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import read_autoencoder, read_text_encoder
 from guided_distill.interop.diffusers_configs import read_denoiser
 from guided_distill.interop.single_file import read_single_file, write_folder
 from guided_distill.interop.torch_layout import canonical, to_tensors, to_tree
+from guided_distill.training.trained import load_finished
 
 NAMES = json.loads((Path(__file__).parents[1] / "parity" / "compvis_names.json").read_text())
 
@@ -153,6 +155,32 @@ def test_a_file_becomes_a_folder(tmp_path, assert_same_weights):
     assert (folder / "tokenizer" / "vocab.json").read_bytes() == b"{}"
     unet = safetensors.numpy.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same_weights(to_tree(unet, tiny.unet(), source="F"), tiny.unet())
+
+
+def test_a_file_is_imported_with_the_tokenizer_that_it_lacks(tmp_path, capsys, assert_same_weights):
+    path, run = tmp_path / "model.safetensors", epath.Path(tmp_path) / "run"
+    safetensors.numpy.save_file(SD1, path)
+    arguments = ["import", "--from", str(path), "--workdir", str(run)]
+    assert cli.main(arguments) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert cli.main([*arguments, "--tokenizer", str(tmp_path), "--prediction_type", "x"]) == 2
+    assert "--prediction_type" in capsys.readouterr().err
+    tiny.write_tokenizer(epath.Path(tmp_path) / "words")
+    assert cli.main([*arguments, "--tokenizer", str(tmp_path / "words")]) == 0
+    teacher = load_finished(run / "teacher")
+    assert_same_weights(teacher.params, tiny.unet())
+    assert teacher.description.data_shape == (64, 64, 4)
+    companions = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "vae"}
+    assert {each.name for each in (run / "companions").iterdir()} == companions
+
+
+def test_a_ckpt_is_never_read(tmp_path, capsys):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    arguments = ["--from", str(path), "--workdir", str(tmp_path / "run")]
+    assert cli.main(["import", *arguments]) == 2
+    assert "is a pickle" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
