@@ -66,7 +66,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation.teacher_num_steps = (4, 8, 32, 256)
     if variant == "runlocal":
         config.autoencoder.update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
-        config.model.options.update({"block_out_channels": (16, 16), "norm_num_groups": 8})
+        config.autoencoder.options.update({"block_out_channels": (8, 8), "norm_num_groups": 4})
+        config.model.options.update(
+            {"block_out_channels": (16,), "cross_attention_levels": (), "num_attention_heads": (2,)}
+        )
         for name in STAGES:
             config[name].update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
         config.halving.first_num_steps = 2

@@ -78,6 +78,15 @@ def compiled_noise(data_shape: tuple[int, ...], mesh: Mesh) -> CompiledNoise:
     return jax.jit(draw, in_shardings=(replicated(mesh), split), out_shardings=(split, split))
 
 
+def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
+    """The z at t = 1 [count, *data_shape] that `sample` starts from with this seed."""
+    mesh = data_mesh()
+    indices = np.arange(-(-count // mesh.size) * mesh.size)
+    return np.asarray(compiled_noise(about.data_shape, mesh)(jax.random.key(seed), indices)[0])[
+        :count
+    ]
+
+
 def sample(trained: Trained, **request: Any) -> np.ndarray:
     """All that `sample_batches` yields for the same arguments, in one array [n, *data_shape]."""
     return np.concatenate(list(sample_batches(trained, **request)))

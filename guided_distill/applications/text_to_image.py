@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -19,10 +18,9 @@ from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import COMPANIONS
 from guided_distill.latent_space import LatentSpace, load_latent_space
-from guided_distill.sampling import check_request, compiled_noise, sample
+from guided_distill.sampling import check_request, initial_noise, sample
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
-from guided_distill.training.mesh import data_mesh
 from guided_distill.training.trained import Trained, load_finished
 
 INPAINT = "inpaint"
@@ -109,7 +107,8 @@ def edit(
         )
     schedule = model.trained.description.network().schedule
     level = schedule(jnp.full(len(images), first / num_steps))
-    clean, noise = model.space.to_latents(images), _noise(model, len(images), seed)
+    clean = model.space.to_latents(images)
+    noise = initial_noise(model.trained.description, len(images), seed=seed)
     z = np.asarray(add_noise(jnp.asarray(clean), jnp.asarray(noise), log_snr=level))
     latents = _sample(model, condition, w=w, seed=seed, noise=z, first=first, **request)
     return Edited(model.space.to_images(latents), first)
@@ -131,7 +130,7 @@ def inpaint(
     are known are put into its every prediction. Raises UserError as `generate` does.
     """
     condition: Condition = {"text": model.text_encoder.encode(prompts)}
-    noise = _noise(model, len(images), seed)
+    noise = initial_noise(model.trained.description, len(images), seed=seed)
     # The nearest pixel of the mask, as diffusers takes it.
     size = images.shape[1] // noise.shape[1]
     free = masks[:, ::size, ::size, None]
@@ -143,14 +142,6 @@ def inpaint(
         known = Known(model.space.to_latents(images), noise, free)
     latents = _sample(model, condition, w=w, seed=seed, noise=noise, known=known, **request)
     return np.where(masks[..., None], model.space.to_images(latents), images)
-
-
-def _noise(model: TextToImage, count: int, seed: int) -> np.ndarray:
-    """Unit noise [count, h, w, c]: what `sample` draws from this seed."""
-    draw = compiled_noise(model.trained.description.data_shape, data_mesh())
-    return np.concatenate(
-        [draw(jax.random.key(seed), np.arange(i, i + 1))[0] for i in range(count)]
-    )
 
 
 def _num_steps(model: TextToImage, condition: Condition, *, w: float, **request: Any) -> int:

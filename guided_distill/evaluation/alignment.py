@@ -9,18 +9,26 @@ there are no CLIP weights, and isn't comparable with one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from guided_distill.data.source import Source
 from guided_distill.errors import UserError
+from guided_distill.evaluation.conditions import captions_of
+from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import check_same_width, feature_matrix
+from guided_distill.text.encoder import SentenceEncoder
 
 RIDGE = 300.0
 """The penalty on the squared weights, chosen for Lite0's features."""
 
 TOP = 10
+
+MAX_EXAMPLES = 10_000
+_READ = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +109,29 @@ class Alignment:
 def _unit(vectors: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
+
+
+Align = Callable[..., Alignment]
+"""f(features [n, D] of samples, their captions [n])."""
+
+
+def fit_alignment(train: Source, extractor: Extractor, encoder: SentenceEncoder) -> Align:
+    """The measure for samples of captions, fitted on up to MAX_EXAMPLES training images.
+
+    Raises UserError if the data have no captions.
+    """
+    chosen = np.sort(np.random.default_rng(0).permutation(train.size)[:MAX_EXAMPLES])
+    features = np.concatenate(
+        [
+            extractor(train.read(chosen[start : start + _READ])["image"])[0]
+            for start in range(0, len(chosen), _READ)
+        ]
+    )
+    texts, text_of = np.unique(captions_of(train)[chosen], return_inverse=True)
+    guess = CaptionGuess.fit(features, encoder.embed(texts.tolist())[text_of])
+
+    def align(features: np.ndarray, captions: np.ndarray) -> Alignment:
+        texts, text_of = np.unique(captions, return_inverse=True)
+        return guess.align(features, encoder.embed(texts.tolist()), text_of)
+
+    return align

@@ -8,38 +8,47 @@ from etils import epath
 
 from guided_distill.data.source import Source
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.interop.companions import COMPANIONS
+from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.sampling import cycling_labels, of_labels
-from guided_distill.text.registry import load_text_encoder
+from guided_distill.text.encoder import TextEncoder
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """Of n samples: the condition [n, ...], what stands for none, and the classes [n] to find in them."""
+    """Of n samples: the condition [n, ...], what stands for none, and the classes [n] to find in them.
+
+    captions: the texts [n] that they are of, where they are of texts.
+    """
 
     condition: Condition
     null: Condition | None
     labels: np.ndarray
+    captions: np.ndarray | None
 
 
-def subjects(
-    test: Source, count: int, *, text_encoder: str | None, workdir: epath.Path
-) -> Subjects:
+def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
     """`count` of them. With a text encoder, the captions of the test split are gone through in turn."""
-    if text_encoder is None:
+    if encoder is None:
         labels = cycling_labels(count, test.num_classes)
-        return Subjects(of_labels(labels), None, labels)
-    assert test.captions is not None
+        return Subjects(of_labels(labels), None, labels, None)
     chosen = np.arange(count) % test.size
-    texts, text_of = np.unique(np.asarray(test.captions)[chosen], return_inverse=True)
-    encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
-    states = encoder.encode(["", *map(str, texts)])
+    captions = captions_of(test)[chosen]
+    texts, text_of = np.unique(captions, return_inverse=True)
+    states = encoder.encode(["", *texts.tolist()])
     return Subjects(
         condition={"text": states[1:][text_of]},
         null={"text": states[0]},
         labels=test.read(chosen)["label"],
+        captions=captions,
     )
+
+
+def captions_of(source: Source) -> np.ndarray:
+    """A text for each example. Raises UserError if the source has none."""
+    if source.captions is None:
+        raise UserError(f"{source.name} has no captions: a run of texts needs data that have them")
+    return np.asarray(source.captions)
 
 
 def pixels_of(*, latent: bool, workdir: epath.Path) -> Callable[[np.ndarray], np.ndarray]:

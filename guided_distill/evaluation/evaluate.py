@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.config import Evaluation
 from guided_distill.data import sources
 from guided_distill.data.source import Source
+from guided_distill.evaluation.alignment import Align, fit_alignment
 from guided_distill.evaluation.conditions import Subjects, pixels_of, subjects
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
@@ -21,11 +22,20 @@ from guided_distill.evaluation.reference import (
     training_reference,
 )
 from guided_distill.evaluation.registry import load_extractor
-from guided_distill.evaluation.results import Result, metric_name, read_results, write_results
+from guided_distill.evaluation.results import (
+    Result,
+    family,
+    metric_name,
+    read_results,
+    write_results,
+)
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
+from guided_distill.interop.companions import COMPANIONS
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import sample_batches
+from guided_distill.text.encoder import SentenceEncoder
+from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
@@ -53,11 +63,17 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     for line in caveats(settings.num_samples, extractor.width):
         console.print(line, highlight=False, markup=False)
 
-    table = _Table(workdir / "results.csv", extractor, reference, settings.seed)
+    encoder = align = None
+    if data.text_encoder:
+        encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
+        if isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
+            align = fit_alignment(train, extractor, encoder)
+    table = _Table(workdir / "results.csv", extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
     if not table.holds(real, count):
-        table.add(real, _real_outputs(test, extractor), count)
-    wanted = subjects(test, settings.num_samples, text_encoder=data.text_encoder, workdir=workdir)
+        captions = test.captions if count == test.size else None
+        table.add(real, _real_outputs(test, extractor), count, captions)
+    wanted = subjects(test, settings.num_samples, encoder)
     labels = wanted.labels
     loaded: Trained | None = None
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
@@ -75,7 +91,13 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     parts=workdir / "evaluation" / extractor.name / folder,
                     pictures=workdir / "samples" / f"{task.file_stem}.npz",
                 )
-                result = table.add(task.row, outputs, len(labels), network_calls=task.network_calls)
+                result = table.add(
+                    task.row,
+                    outputs,
+                    len(labels),
+                    wanted.captions,
+                    network_calls=task.network_calls,
+                )
                 outputs.remove_parts()
                 words = (
                     f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}: "
@@ -91,13 +113,19 @@ class _Table:
     """`results.csv`, while rows of one extractor, reference and seed are added."""
 
     def __init__(
-        self, path: epath.Path, extractor: Extractor, reference: Reference, seed: int
+        self,
+        path: epath.Path,
+        extractor: Extractor,
+        reference: Reference,
+        seed: int,
+        align: Align | None,
     ) -> None:
         self.results = read_results(path)
         self._path = path
         self._extractor = extractor
         self._reference = reference
         self._seed = seed
+        self._align = align
         self._name = f"{extractor.name}@{reference.of}" if reference.of else extractor.name
 
     def holds(self, row: Row, count: int) -> bool:
@@ -106,11 +134,23 @@ class _Table:
         return any(result.key == key for result in self.results)
 
     def add(
-        self, row: Row, outputs: Iterable[Outputs], count: int, network_calls: int | None = None
+        self,
+        row: Row,
+        outputs: Iterable[Outputs],
+        count: int,
+        captions: np.ndarray | None,
+        network_calls: int | None = None,
     ) -> Result:
-        """Measure a row and write it."""
+        """Measure a row and write it. captions: what the samples show, where they are of texts."""
+        align = None
+        if self._align is not None and captions is not None:
+            align = functools.partial(self._align, captions=captions)
         measures = measure(
-            outputs, count=count, extractor=self._extractor, reference=self._reference
+            outputs,
+            count=count,
+            extractor=self._extractor,
+            reference=self._reference,
+            align=align,
         )
         result = Result(
             **row._asdict(),
@@ -144,7 +184,6 @@ def _drawing(
         batch_size=settings.batch_size,
         allow_untrained=True,
     )
-
     pixels = pixels_of(latent=trained.description.latent, workdir=workdir)
 
     def draw_from(start: int) -> Iterator[np.ndarray]:

@@ -1,10 +1,11 @@
 """All measures of one set of samples against a reference, taken from a stream of samples."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from guided_distill.evaluation.alignment import Alignment
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
 from guided_distill.evaluation.inception_score import SPLITS, InceptionScore
@@ -28,16 +29,24 @@ class Measures:
     accuracy: float | None
     n: int
     inception_score: float
+    alignment: float | None
+    caption_recall: float | None
 
 
 def measure(
-    outputs: Iterable[Outputs], *, count: int, extractor: Extractor, reference: Reference
+    outputs: Iterable[Outputs],
+    *,
+    count: int,
+    extractor: Extractor,
+    reference: Reference,
+    align: Callable[[np.ndarray], Alignment] | None = None,
 ) -> Measures:
     """Measures of `count` samples, from what the extractor says of them, some at a time.
 
     KID, precision and recall need features of the reference and are None where it has only a mean and
     a covariance; the last two look at the first 10,000 samples. accuracy is the share of samples that
-    are given their class, None unless the extractor's classes are the data's own.
+    are given their class, None unless the extractor's classes are the data's own. align: measures
+    features against the samples' captions, where they have some.
     """
     statistics = FeatureStatistics.empty(extractor.width)
     score: InceptionScore | None = None
@@ -55,6 +64,7 @@ def measure(
         nearness = precision_recall(
             reference.manifold, Manifold.from_features(features[:MAX_FEATURES])
         )
+    alignment = align(features) if align else None
     return Measures(
         fd=frechet_distance(reference.statistics, statistics),
         kid=kid,
@@ -63,6 +73,8 @@ def measure(
         accuracy=correct / count if extractor.own_classes else None,
         n=count,
         inception_score=score.score(),
+        alignment=alignment.cosine if alignment else None,
+        caption_recall=alignment.recall_at_10 if alignment else None,
     )
 
 

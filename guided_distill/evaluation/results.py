@@ -27,7 +27,8 @@ class Result:
     fd: Fréchet distance of features to the training data; kid: kernel distance (unbiased, may be below
     0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: sampling
     time, compilation apart; network_calls: calls for one sample; extractor: the feature space, with
-    @FILE where statistics of other data took the training data's place.
+    @FILE where statistics of other data took the training data's place; alignment, caption_recall: how
+    well samples show their captions, cosine and recall at 10 of `alignment.py`.
     """
 
     stage: str
@@ -45,6 +46,8 @@ class Result:
     network_calls: int | None
     extractor: str
     inception_score: float | None = None
+    alignment: float | None = None
+    caption_recall: float | None = None
 
     @property
     def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:
