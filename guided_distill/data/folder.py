@@ -1,5 +1,6 @@
 """Image files in folders, one a class, decoded when they are asked for."""
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,16 +15,21 @@ from guided_distill.errors import UserError
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HEADER_THREADS = 16
 
+CAPTIONS = "metadata.jsonl"
+
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:
     """RGB images; a class is a sub-folder, by sorted name, or all images directly in `path`.
 
     With image_size, images are centre-cropped to squares and resized; without, all must be of one
-    size. Transparent pixels are laid over white. A tenth of each class is the test split.
+    size. Transparent pixels are laid over white. A tenth of each class is the test split. Captions come
+    from a file CAPTIONS in `path`, as Hugging Face's image folders have it: a JSON object a line, with
+    "file_name", a path below the folder, and "text".
 
     Raises:
-      UserError: no images, a damaged file, or sizes that differ. Headers are checked here; damage
-        behind the header surfaces when the image is read.
+      UserError: no images, a damaged file, sizes that differ, or an image without a caption where
+        others have one. Headers are checked here; damage behind the header surfaces when the image is
+        read.
     """
     root = epath.Path(path)
     class_names, files, labels = _list_images(root)
@@ -36,6 +42,7 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
     indices = split_indices(labels, split=split, test_fraction=0.1)
     if not len(indices):
         raise UserError(f"{path} has too few images for a {split} split: two a class are needed")
+    captions = _captions(root, files)[indices] if (root / CAPTIONS).exists() else None
     files, labels = [files[i] for i in indices], labels[indices]
 
     def read(indices: np.ndarray) -> Examples:
@@ -49,6 +56,7 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
         size=len(files),
         class_names=tuple(class_names),
         read=read,
+        captions=captions,
     )
 
 
@@ -68,6 +76,22 @@ def read_images(path: epath.Path, *, shape: tuple[int, ...], limit: int) -> np.n
         gray = shape[-1] == 1
         pixels.append(np.asarray(image.convert("L") if gray else image).reshape(shape))
     return from_uint8(np.stack(pixels))
+
+
+def _captions(root: epath.Path, files: Sequence[epath.Path]) -> np.ndarray:
+    path = root / CAPTIONS
+    texts = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            texts[root / row["file_name"]] = str(row["text"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number}, is no JSON object with file_name and text: mend it"
+            ) from error
+    if missing := [file for file in files if file not in texts]:
+        raise UserError(f"{path} has no text for {missing[0]}: add a line for it")
+    return np.array([texts[file] for file in files])
 
 
 def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndarray]:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -126,3 +128,44 @@ def test_a_class_of_one_image_has_no_test_split(tmp_path):
     assert len(load(tmp_path)) == 1
     with pytest.raises(UserError, match="too few images for a test split"):
         load(tmp_path, split="test")
+
+
+def write_captions(folder, rows):
+    (folder / "metadata.jsonl").write_text("".join(f"{row}\n" for row in rows))
+
+
+def rows_of(folder):
+    return [
+        json.dumps(
+            {"file_name": str(path.relative_to(folder)), "text": f"{path.parent.name} {path.stem}"}
+        )
+        for path in folder.glob("*/*.*")
+    ]
+
+
+def test_captions_belong_to_their_images_in_both_splits(colour_folder):
+    write_captions(colour_folder, rows_of(colour_folder)[::-1])
+    seen = []
+    for split in sources.SPLITS:
+        source = load(colour_folder, split=split)
+        labels = source.arrays()["label"]
+        assert [text.split()[0] for text in source.captions] == [
+            source.class_names[label] for label in labels
+        ]
+        seen += list(source.captions)
+    assert len(set(seen)) == len(seen) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[1:], "has no text for"),
+        (lambda rows: ["{", *rows], "line 1, is no JSON object"),
+        (lambda rows: [*rows, '{"file_name": "a.png"}'], "line 42, is no JSON object"),
+    ],
+)
+def test_captions_that_are_missing_or_damaged_are_named(colour_folder, change, said):
+    write_captions(colour_folder, change(rows_of(colour_folder)))
+    with pytest.raises(UserError, match=said):
+        for split in sources.SPLITS:
+            load(colour_folder, split=split)
