@@ -1,8 +1,11 @@
 """A small text-to-image run of its own latent space, and what is made with its students."""
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -49,7 +52,13 @@ def workdir(arguments, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    return load_text_to_image(workdir / "halving_ddim_2")
+    """With random weights, of which none is zero: so little training changes hardly anything."""
+    loaded = load_text_to_image(workdir / "halving_ddim_2")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), loaded.trained.params
+    )
+    return replace(loaded, trained=replace(loaded.trained, params=params))
 
 
 def images():
@@ -72,7 +81,7 @@ def test_a_finished_run_is_left_as_it_is(workdir, arguments, capsys):
 
     before = files()
     assert cli.main(["train", "--workdir", str(workdir), *arguments]) == 0
-    assert capsys.readouterr().out.count("is done") == 4
+    assert capsys.readouterr().err.count("is done") == 4
     assert [each for each in files() if "config.json" not in each[0]] == [
         each for each in before if "config.json" not in each[0]
     ]
@@ -83,7 +92,7 @@ def test_images_depend_on_their_own_text_and_seed_alone(model):
     assert one.shape == (3, SIDE, SIDE, 3)
     np.testing.assert_allclose(one[:1], two, atol=1e-4)
     other = generate(model, [PROMPTS[1]], w=1.0, seed=3)
-    assert np.abs(other - two).max() > 1e-4
+    assert np.abs(other - two).max() > 1e-2
     assert np.abs(one[0] - one[2]).max() > 1e-3
 
 
@@ -102,16 +111,11 @@ def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
     masks[:, 4:12, 6:] = True
     painted = inpaint(model, images(), masks, PROMPTS, w=1.0)
     np.testing.assert_array_equal(painted[~masks], images()[~masks])
-    others = images()
-    others[~masks] *= -1.0
-    assert (
-        np.abs(painted[masks] - inpaint(model, others, masks, PROMPTS, w=1.0)[masks]).max() > 1e-3
-    )
-    others = images()
-    others[masks] = 0.5
-    np.testing.assert_allclose(
-        painted[masks], inpaint(model, others, masks, PROMPTS, w=1.0)[masks], atol=1e-5
-    )
+    for changed in ({"prompts": PROMPTS[::-1]}, {"seed": 1}, {"w": 3.0}):
+        asked = {"prompts": PROMPTS, "w": 1.0, "seed": 0} | changed
+        other = inpaint(model, images(), masks, **asked)
+        np.testing.assert_array_equal(other[~masks], images()[~masks])
+        assert np.abs(other - painted)[masks].max() > 1e-3
 
 
 def run(verb, workdir, out, *more):
@@ -133,9 +137,11 @@ def test_files_say_how_they_were_made(workdir, tmp_path, capsys):
 
 
 def test_evaluation_looks_at_images_of_held_out_captions(workdir):
-    assert cli.main(["evaluate", "--workdir", str(workdir), "--extractor", "classifier"]) == 0
+    assert cli.main(["evaluate", "--workdir", str(workdir), "--extractor", "lite0"]) == 0
     rows = (workdir / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 1 + 2 * (1 + 1 + 2)
+    alignments = [row["alignment"] for row in csv.DictReader(rows)]
+    assert all(-1 <= float(each) <= 1 for each in alignments)
     with np.load(workdir / "samples" / "halving_ddim_1_w1.npz") as samples:
         assert samples["image"].shape[1:] == (SIDE, SIDE, 3)
 
