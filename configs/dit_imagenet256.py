@@ -11,11 +11,11 @@ known of what to expect.
 
 from ml_collections import ConfigDict
 
-from guided_distill.recipes import latent_paper_config
+from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", there is no other."""
+    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_dit"
     config.model.name = "dit"
@@ -25,4 +25,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.guidance.w_min, config.guidance.w_max = 0.0, 4.0
     config.evaluation.num_samples = 50_000
     config.evaluation.weights = (0.0, 0.5, 1.5, 4.0)
-    return config
+    return as_variant(config, variant, single_w=0.5)

@@ -12,11 +12,11 @@ to 4 steps, as reviews of the paper say.
 
 from ml_collections import ConfigDict
 
-from guided_distill.recipes import latent_paper_config
+from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", there is no other."""
+    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_cin256"
     config.model.name = "sd_unet"
@@ -32,4 +32,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.guidance.w_min, config.guidance.w_max = 0.0, 14.0
     config.evaluation.num_samples = 50_000
     config.evaluation.weights = (0.0, 1.0, 2.0, 4.0)
-    return config
+    return as_variant(config, variant, single_w=1.0)

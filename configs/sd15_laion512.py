@@ -13,15 +13,15 @@ Diffusion Distillation, table 2).
 
 from ml_collections import ConfigDict
 
-from guided_distill.recipes import latent_paper_config
+from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", there is no other."""
+    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/laion512_sd15"
     config.model.name = "sd_unet"
     config.model.options = {"remat": True}
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
     config.teacher.initial = "runs/sd15/teacher"
-    return config
+    return as_variant(config, variant, single_w=6.5)

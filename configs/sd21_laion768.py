@@ -12,13 +12,13 @@ from runs/sd21_base and learns from data/laion512_sd21.
 
 from ml_collections import ConfigDict
 
-from guided_distill.recipes import latent_paper_config
+from guided_distill.recipes import as_variant, latent_paper_config
 
 SIZES = {"block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (5, 10, 20, 20)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "" for 768 pixels, "base" for 512."""
+    """variant: "" for 768 pixels, "base" for 512; "runlocal" or a baseline may follow, after a comma."""
     config = latent_paper_config()
     config.model.name = "sd_unet"
     config.model.options = {
@@ -28,10 +28,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "remat": True,
     }
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
-    if variant == "base":
+    size, _, rest = variant.partition(",")
+    if size == "base":
         config.data.name = "encoded:data/laion512_sd21"
         config.teacher.initial = "runs/sd21_base/teacher"
     else:
         config.data.name = "encoded:data/laion768_sd21"
         config.start_from = "runs/sd21/teacher"
-    return config
+        rest = variant
+    return as_variant(config, rest, single_w=6.5)

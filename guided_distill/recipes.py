@@ -7,6 +7,18 @@ from guided_distill.errors import UserError
 
 BASELINES = ("single_w", *(method for method in METHODS if method != "guided"))
 
+# Of networks whose defaults are those of published models.
+_TINY_NETWORKS = {
+    "sd_unet": {
+        "block_out_channels": (16,),
+        "cross_attention_levels": (),
+        "num_attention_heads": (2,),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 16,
+    },
+    "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+}
 _TINY_OPTIONS = {
     "width": 16,
     "depth": 1,
@@ -124,10 +136,13 @@ def as_variant(
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment in seconds on a laptop: every stage, the last two rounds, a tiny network.
 
-    Data that have to be fetched first are replaced by the built-in photo10.
+    Data that have to be fetched or encoded first are replaced by the pixels of the built-in photo10, and
+    a published teacher by one that is trained.
     """
     if ":" in config.data.name:
         config.data.update({"name": "photo10", "image_size": None})
+    config.start_from = config.teacher.initial = None
+    config.model.options.update(_TINY_NETWORKS.get(config.model.name, {}))
     for option in config.model.options:
         if option in _TINY_OPTIONS:
             config.model.options[option] = _TINY_OPTIONS[option]

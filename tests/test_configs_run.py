@@ -13,23 +13,28 @@ from etils import epath
 from guided_distill import cli, pipeline
 from guided_distill.evaluation import evaluate, reference, registry
 from guided_distill.evaluation.results import read_results
-from guided_distill.sampling import cycling_labels, sample
+from guided_distill.sampling import cycling_labels, of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.trained import load_finished
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = ("mixture2d.py:runlocal", "photo10.py:runlocal")
 # U-Nets take longest to compile: these stop after the first stage. test_paper_configs.py traces all.
-UNETS = (
-    "cifar10_small.py:runlocal",
-    "cifar10.py:runlocal",
-    "imagenet64.py:runlocal",
-)
+UNETS = {
+    "cifar10_small.py:runlocal": {"model.options.channel_multipliers": (1,)},
+    "cifar10.py:runlocal": {"model.options.channel_multipliers": (1,)},
+    "imagenet64.py:runlocal": {"model.options.channel_multipliers": (1,)},
+    "sd15_laion512.py:runlocal": {},
+    "sd21_laion768.py:runlocal": {},
+    "ldm_imagenet256.py:runlocal": {},
+    "dit_imagenet256.py:runlocal": {},
+}
 
 
 def test_no_config_file_is_left_out():
     files = {name.split(":")[0] for name in (*RUNS, *UNETS)} | {"digits.py"}
-    assert files == {file.name for file in FOLDER.glob("*.py")}
+    # test_text_to_image.py runs the emoji.
+    assert files | {"emoji.py"} == {file.name for file in FOLDER.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -62,16 +67,19 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_config_trains_and_samples_its_teacher(name, tmp_path):
-    changes = {
-        "stage": "teacher",
-        "teacher.batch_size": 4,
-        "model.options.channel_multipliers": (1,),
-    }
+    changes = {"stage": "teacher", "teacher.batch_size": 4, **UNETS[name]}
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     where = ["--workdir", str(tmp_path)]
     assert cli.main(["train", "--config", f"{FOLDER / name}", *where, *overrides]) == 0
     trained = load_finished(epath.Path(tmp_path) / "teacher")
     labels = cycling_labels(4, len(trained.description.class_names))
-    images = sample(trained, labels=labels, w=1.0, num_steps=2, sampler="ddim", batch_size=4)
+    images = sample(
+        trained,
+        condition=of_labels(labels),
+        w=1.0,
+        num_steps=2,
+        sampler="ddim",
+        batch_size=4,
+    )
     assert images.shape == (4, 32, 32, 3)
     assert np.isfinite(images).all()

@@ -49,6 +49,34 @@ def test_teachers_have_the_papers_size(name, expected):
     assert count(teacher.told_w()) == expected + w_embedding
 
 
+LATENT = {
+    # (data_shape, condition, num_classes) of the config and the parameters of its teacher.
+    "sd15_laion512": ((64, 64, 4), {"text": (77, 768)}, 0, 859_520_964),
+    "sd21_laion768": ((96, 96, 4), {"text": (77, 1024)}, 0, 865_910_724),
+    "ldm_imagenet256": ((64, 64, 3), {"label": ()}, 1000, 400_920_579 + 1001 * 512),
+    "dit_imagenet256": ((32, 32, 4), {"label": ()}, 1000, 749_826_464),
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_teachers_of_latents_have_the_published_size(name):
+    shape, condition, num_classes, expected = LATENT[name]
+    teacher = network_of(
+        read(name).model, shape, num_classes=num_classes, condition_shapes=condition, latent=True
+    )
+    assert count(teacher) == expected
+    assert count(teacher.told_w()) > expected
+    assert not teacher.of_images
+
+
+def test_rounds_in_latent_space_add_up_to_what_they_were_priced_at():
+    experiment = read("sd15_laion512")
+    rounds = experiment.rounds()
+    assert (rounds[0], rounds[-1]) == (256, 1)
+    assert sum(map(experiment.round_steps, rounds)) == 85_000
+    assert (experiment.guidance.w_min, experiment.guidance.w_max) == (2.0, 14.0)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("cifar10", "teacher"), ("imagenet64", "guidance"), ("imagenet64", "halving")],
