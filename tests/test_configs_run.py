@@ -26,6 +26,7 @@ UNETS = {
     "imagenet64.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "sd15_laion512.py:runlocal": {},
     "sd21_laion768.py:runlocal": {},
+    "sd_inpaint.py:runlocal": {},
     "ldm_imagenet256.py:runlocal": {},
     "dit_imagenet256.py:runlocal": {},
 }

@@ -53,6 +53,12 @@ LATENT = {
     # (data_shape, condition, num_classes) of the config and the parameters of its teacher.
     "sd15_laion512": ((64, 64, 4), {"text": (77, 768)}, 0, 859_520_964),
     "sd21_laion768": ((96, 96, 4), {"text": (77, 1024)}, 0, 865_910_724),
+    "sd_inpaint": (
+        (64, 64, 4),
+        {"text": (77, 768), "inpaint": (64, 64, 5)},
+        0,
+        859_535_364,
+    ),
     "ldm_imagenet256": ((64, 64, 3), {"label": ()}, 1000, 400_920_579 + 1001 * 512),
     "dit_imagenet256": ((32, 32, 4), {"label": ()}, 1000, 749_826_464),
 }

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from guided_distill.data.encoded import INPAINT
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.samplers import Known
@@ -22,9 +23,6 @@ from guided_distill.sampling import check_request, initial_noise, sample
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.trained import Trained, load_finished
-
-INPAINT = "inpaint"
-"""The condition of in-painting networks, beside the text."""
 
 
 @dataclass(frozen=True)

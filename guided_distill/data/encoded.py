@@ -28,6 +28,7 @@ NUMBERS = np.dtype("<f2")
 FORMAT = 1
 
 ABOUT, NULL, CAPTIONS = "encoding.json", "null.npy", "captions.json"
+INPAINT = "inpaint"
 _AGAIN = "run guided-distill encode again with the arguments it had"
 
 
@@ -38,7 +39,8 @@ class Encoding:
     data: the source's name. image_size: what it was resized to. autoencoder, text_encoder: names and
     fingerprints; text_encoder is None where labels are the condition. shape: of latents [h, w, c].
     text_shape: [L, D], or None. mirrored: whether every training image is there in both orientations.
-    sizes: examples of each split, mirrored ones not counted. shard_size: records a file.
+    sizes: examples of each split, mirrored ones not counted. shard_size: records a file. inpaint:
+    whether every record has a mask and the latents of the image without what it hides.
     """
 
     data: str
@@ -51,6 +53,7 @@ class Encoding:
     mirrored: bool
     sizes: Mapping[str, int]
     shard_size: int
+    inpaint: bool = False
     format: int = FORMAT
 
     def copies(self, split: str) -> int:
@@ -60,14 +63,23 @@ class Encoding:
     @property
     def record(self) -> np.dtype:
         """Of an example."""
-        return np.dtype([("image", NUMBERS, self.shape), ("label", "<i4")])
+        fields: list[Any] = [("image", NUMBERS, self.shape), ("label", "<i4")]
+        if self.inpaint:
+            fields.append((INPAINT, NUMBERS, self.inpaint_shape))
+        return np.dtype(fields)
+
+    @property
+    def inpaint_shape(self) -> tuple[int, ...]:
+        """Of a mask beside the latents that it leaves, [h, w, 1 + c]."""
+        height, width, channels = self.shape
+        return height, width, 1 + channels
 
 
 def load(path: str, *, split: str) -> Source:
     """Opens one split of such a folder.
 
     Its examples are "image", latents [B, h, w, c], and "text" [B, L, D] or "label" [B]; null is the
-    encoded empty prompt.
+    encoded empty prompt. Where it was asked for, "inpaint" [B, h, w, 1 + c] is beside them.
 
     Raises:
       UserError: there is no such folder, or it isn't finished, or is damaged.
@@ -87,16 +99,16 @@ def load(path: str, *, split: str) -> Source:
         "latent": True,
     }
 
-    def examples(indices: np.ndarray) -> np.ndarray:
-        return np.frombuffer(b"".join(images.__getitems__(indices.tolist())), record)
+    numbers_of = ("image", INPAINT) if encoding.inpaint else ("image",)
+    beside = {INPAINT: encoding.inpaint_shape} if encoding.inpaint else {}
+
+    def read_labels(indices: np.ndarray) -> Examples:
+        rows = np.frombuffer(b"".join(images.__getitems__(indices.tolist())), record)
+        numbers = {name: rows[name].astype(np.float32) for name in numbers_of}
+        return {**numbers, "label": rows["label"].astype("i4")}
 
     if encoding.text_shape is None:
-
-        def read_labels(indices: np.ndarray) -> Examples:
-            rows = examples(indices)
-            return {"image": rows["image"].astype(np.float32), "label": rows["label"].astype("i4")}
-
-        return Source(read=read_labels, **common)
+        return Source(read=read_labels, condition_shapes={"label": (), **beside}, **common)
 
     captions = np.repeat(np.array(_read_json(folder / CAPTIONS)), copies)
     distinct, text_of = np.unique(captions, return_inverse=True)
@@ -106,12 +118,13 @@ def load(path: str, *, split: str) -> Source:
     def read_texts(indices: np.ndarray) -> Examples:
         numbers, place = np.unique(text_of[indices], return_inverse=True)
         states = np.frombuffer(b"".join(texts.__getitems__(numbers.tolist())), NUMBERS)
-        text = states.reshape(-1, *shape).astype(np.float32)[place]
-        return {"image": examples(indices)["image"].astype(np.float32), "text": text}
+        examples = read_labels(indices)
+        del examples["label"]
+        return {**examples, "text": states.reshape(-1, *shape).astype(np.float32)[place]}
 
     return Source(
         read=read_texts,
-        condition_shapes={"text": shape},
+        condition_shapes={"text": shape, **beside},
         null={"text": _read_null(root)},
         captions=captions,
         **common,

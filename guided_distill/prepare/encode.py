@@ -15,10 +15,20 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from guided_distill.data import sources
-from guided_distill.data.encoded import ABOUT, CAPTIONS, NULL, NUMBERS, Encoding, read_about, shards
-from guided_distill.data.source import Source
+from guided_distill.data.encoded import (
+    ABOUT,
+    CAPTIONS,
+    INPAINT,
+    NULL,
+    NUMBERS,
+    Encoding,
+    read_about,
+    shards,
+)
+from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import read_autoencoder
+from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.progress import progress
 
@@ -42,6 +52,7 @@ def encode(
     mirrored: bool,
     batch_size: int,
     shard_size: int,
+    inpaint: bool = False,
 ) -> None:
     """Encodes both splits of `data` into the folder `out`; run again to resume.
 
@@ -52,6 +63,7 @@ def encode(
       mirrored: encode every training image in both orientations.
       batch_size: images encoded at once.
       shard_size: examples in a file.
+      inpaint: encode every image without what a random mask hides, too.
 
     Raises:
       UserError: bad sizes, or what the parts raise.
@@ -94,6 +106,7 @@ def encode(
         mirrored=mirrored,
         sizes={split: len(source) for split, source in splits.items()},
         shard_size=shard_size,
+        inpaint=inpaint,
     )
     write(
         out,
@@ -163,16 +176,29 @@ class _Latents:
             examples = self.source.read(numbers // copies)
             images, mirrored = examples["image"], numbers % copies == 1
             images[mirrored] = images[mirrored, :, ::-1]
-            padding = [(0, self.batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
-            latents = self.to_latents(np.pad(images, padding))[: len(images)]
-            if not np.all(np.abs(latents) <= np.finfo(NUMBERS).max):
-                raise UserError(
-                    f"{self.encoding.autoencoder} makes latents of {self.source.name} that are not "
-                    "finite in half precision: it is damaged, or its scaling_factor is wrong"
-                )
             records = np.empty(len(images), self.encoding.record)
-            records["image"], records["label"] = latents, examples["label"]
+            records["image"], records["label"] = self._latents(images), examples["label"]
+            if self.encoding.inpaint:
+                masks = np.stack([self._mask(int(number)) for number in numbers])[..., None]
+                # The nearest pixel of the mask, as diffusers takes it.
+                size = images.shape[1] // self.encoding.shape[0]
+                around = self._latents(np.where(masks, 0.0, images).astype(np.float32))
+                records[INPAINT] = np.concatenate([masks[:, ::size, ::size], around], axis=-1)
             yield [record.tobytes() for record in records]
+
+    def _latents(self, images: np.ndarray) -> np.ndarray:
+        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
+        latents = self.to_latents(np.pad(images, padding))[: len(images)]
+        if not np.all(np.abs(latents) <= np.finfo(NUMBERS).max):
+            raise UserError(
+                f"{self.encoding.autoencoder} makes latents of {self.source.name} that are not "
+                "finite in half precision: it is damaged, or its scaling_factor is wrong"
+            )
+        return latents
+
+    def _mask(self, number: int) -> np.ndarray:
+        rng = np.random.default_rng([SPLITS.index(self.split), number])
+        return random_mask(rng, *self.source.shape[:2])
 
 
 @dataclass(frozen=True)

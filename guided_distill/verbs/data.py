@@ -71,6 +71,11 @@ def _add_encode(verbs: Any) -> None:
         "--flip", action="store_true", help="encode every training image mirrored, too"
     )
     encode.add_argument(
+        "--inpaint",
+        action="store_true",
+        help="encode every image without what a random mask hides, too, for in-painting models",
+    )
+    encode.add_argument(
         "--batch_size", type=int, default=32, help="images at once (default: %(default)s)"
     )
     encode.add_argument(
@@ -115,5 +120,6 @@ def _encode(options: argparse.Namespace, _: list[str]) -> None:
         mirrored=options.flip,
         batch_size=options.batch_size,
         shard_size=options.shard_size,
+        inpaint=options.inpaint,
     )
     print(options.out)

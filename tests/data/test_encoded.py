@@ -16,6 +16,7 @@ from guided_distill.errors import UserError
 from guided_distill.interop.torch_layout import to_tensors
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.prepare.encode import write
+from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder
 
 COUNTS = {"train": 7, "test": 3}
@@ -266,3 +267,31 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     command += ["--data", f"npz:{tmp_path}/plain.npz", "--text_encoder", f"clip:{tmp_path}"]
     assert cli.main(command) == 2
     assert "has no captions to encode: leave --text_encoder out" in capsys.readouterr().err
+
+
+def test_masks_hide_the_same_of_mask_and_latents_and_differ_by_record(tmp_path):
+    for name in ("one", "other"):
+        encode(tmp_path / name, inpaint=True, mirrored=True)
+    one, other = (
+        sources.load(f"encoded:{tmp_path / name}").arrays()["inpaint"] for name in ("one", "other")
+    )
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (14, 2, 2, 2)
+    source = sources.load(f"encoded:{tmp_path / 'one'}")
+    assert source.condition_shapes == {"label": (), "inpaint": (2, 2, 2)}
+    mask, around = one[..., 0], one[..., 1]
+    assert set(np.unique(mask)) == {0, 1}
+    # Quarters' latents are pixels: none where the mask hides them, and the image's elsewhere.
+    np.testing.assert_array_equal(around[mask == 1], 0)
+    kept = mask == 0
+    np.testing.assert_array_equal(around[kept], source.arrays()["image"][..., 0][kept])
+    assert len({each.tobytes() for each in mask}) > 1
+
+
+def test_random_masks_are_boxes_or_everything():
+    masks = [random_mask(np.random.default_rng(seed), 20, 30) for seed in range(400)]
+    whole = np.mean([mask.all() for mask in masks])
+    assert 0.15 < whole < 0.35
+    assert all(mask.any() for mask in masks)
+    corners = np.mean([mask[[0, 0, -1, -1], [0, -1, 0, -1]].any() for mask in masks])
+    assert whole < corners < 0.95
