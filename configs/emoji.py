@@ -36,7 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "num_attention_heads": (2, 4),
         "layers_per_block": 1,
         "cross_attention_dim": 384,
-        "norm_num_groups": 16,
+        # Few groups: normalization takes out what time and w add to all channels of a group.
+        "norm_num_groups": 8,
     }
     # More than one update in a call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
@@ -68,7 +69,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.autoencoder.update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
         config.autoencoder.options.update({"block_out_channels": (8, 8), "norm_num_groups": 4})
         config.model.options.update(
-            {"block_out_channels": (16,), "cross_attention_levels": (), "num_attention_heads": (2,)}
+            {
+                "block_out_channels": (16,),
+                "cross_attention_levels": (),
+                "num_attention_heads": (2,),
+                "norm_num_groups": 4,
+            }
         )
         for name in STAGES:
             config[name].update({"steps": 4, "batch_size": 8, "warmup_steps": 0})

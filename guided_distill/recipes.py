@@ -14,7 +14,7 @@ _TINY_NETWORKS = {
         "cross_attention_levels": (),
         "num_attention_heads": (2,),
         "layers_per_block": 1,
-        "norm_num_groups": 8,
+        "norm_num_groups": 4,
         "cross_attention_dim": 16,
     },
     "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},

@@ -76,15 +76,17 @@ def test_every_stage_is_trained_on_latents_of_texts(workdir, arguments):
 
 def test_a_finished_run_is_left_as_it_is(workdir, arguments, capsys):
     def files():
-        paths = Path(workdir).rglob("*.*")
+        """What training and encoding wrote, and when."""
+        paths = [*Path(workdir).rglob("checkpoints/*/_CHECKPOINT_METADATA")]
+        for suffix in ("safetensors", "array_record"):
+            paths += Path(workdir).rglob(f"*.{suffix}")
         return sorted((str(path), path.stat().st_mtime_ns) for path in paths)
 
     before = files()
+    assert len(before) > 8
     assert cli.main(["train", "--workdir", str(workdir), *arguments]) == 0
     assert capsys.readouterr().err.count("is done") == 4
-    assert [each for each in files() if "config.json" not in each[0]] == [
-        each for each in before if "config.json" not in each[0]
-    ]
+    assert files() == before
 
 
 def test_images_depend_on_their_own_text_and_seed_alone(model):
@@ -92,7 +94,7 @@ def test_images_depend_on_their_own_text_and_seed_alone(model):
     assert one.shape == (3, SIDE, SIDE, 3)
     np.testing.assert_allclose(one[:1], two, atol=1e-4)
     other = generate(model, [PROMPTS[1]], w=1.0, seed=3)
-    assert np.abs(other - two).max() > 1e-2
+    assert np.abs(other - two).max() > 2e-3
     assert np.abs(one[0] - one[2]).max() > 1e-3
 
 
