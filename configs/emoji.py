@@ -4,7 +4,7 @@
     guided-distill prepare minilm --out data/minilm
     guided-distill train --config configs/emoji.py --workdir runs/emoji
 
-Three styles of drawing, 5,669 images; a tenth of the names is held out. An autoencoder of 4 x 16 x 16
+Three styles of drawing, 5,664 images; a tenth of the names is held out. An autoencoder of 4 x 16 x 16
 latents comes first, then a teacher told of the captions by all-MiniLM-L6-v2, both in the layout of Stable
 Diffusion, so that the students run in its pipelines. Not in the paper.
 """
@@ -12,10 +12,14 @@ Diffusion, so that the students run in its pipelines. Not in the paper.
 from ml_collections import ConfigDict
 
 from guided_distill.config import STAGES, default_config
+from guided_distill.recipes import as_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", or "runlocal" for seconds in place of hours."""
+    """variant: "", a baseline ("single_w", "two_student", "naive"), or "runlocal" for seconds.
+
+    "runlocal" needs the two files that are prepared; a baseline may stand beside it, after a comma.
+    """
     config = default_config()
     config.data.name = "npz:data/emoji3.npz"
     config.data.image_size = 64
@@ -65,7 +69,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation.num_samples = 1024
     config.evaluation.weights = (0.0, 1.0, 2.0, 4.0)
     config.evaluation.teacher_num_steps = (4, 8, 32, 256)
-    if variant == "runlocal":
+    names = variant.split(",")
+    if "runlocal" in names:
         config.autoencoder.update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
         config.autoencoder.options.update({"block_out_channels": (8, 8), "norm_num_groups": 4})
         config.model.options.update(
@@ -83,4 +88,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.evaluation.update(
             {"num_samples": 16, "teacher_num_steps": (2,), "weights": (0.0, 1.0), "batch_size": 8}
         )
-    return config
+        names.remove("runlocal")
+    return as_variant(config, ",".join(names), single_w=1.0)

@@ -17,7 +17,7 @@ import ml_collections
 
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import SAMPLERS
-from guided_distill.diffusion.schedules import SCHEDULES
+from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, SCHEDULES
 from guided_distill.errors import UserError
 from guided_distill.objectives.halving import JUMPS
 from guided_distill.objectives.weighting import WEIGHTINGS
@@ -367,6 +367,16 @@ def _check(experiment: Experiment) -> None:
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
             f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
         )
+    if model.schedule in CHAINS and 2 * first > NUM_TIMESTEPS:
+        raise UserError(
+            f"config.halving.first_num_steps is {first}, whose teacher takes {2 * first} steps, but "
+            f"config.model.schedule is {model.schedule}, a chain of {NUM_TIMESTEPS}: make it smaller"
+        )
+    if experiment.stage == AUTOENCODER and not experiment.autoencoder.steps:
+        raise UserError(
+            "config.stage is autoencoder, but config.autoencoder.steps is 0: set it, or choose another "
+            "stage"
+        )
     if experiment.halving.round_steps:
         if len(experiment.halving.round_steps) != len(rounds):
             raise UserError(
@@ -381,10 +391,13 @@ def _check(experiment: Experiment) -> None:
         _positive(f"{name}.learning_rate", stage.learning_rate)
         _positive(f"{name}.gradient_clip", stage.gradient_clip)
         _fraction(f"{name}.ema_decay", stage.ema_decay)
-        if stage.warmup_steps >= stage.steps:
+        steps = stage.steps
+        if name == "halving":
+            steps = min(map(experiment.round_steps, rounds))
+        if stage.warmup_steps >= steps:
             raise UserError(
-                f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only "
-                f"config.{name}.steps = {stage.steps}: make the warm-up shorter"
+                f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only {steps} "
+                f"updates by config.{name}: make the warm-up shorter"
             )
     _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
     _fraction("teacher.dropout", experiment.teacher.dropout)

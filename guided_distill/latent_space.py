@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from guided_distill.data import sources
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import COMPANIONS, autoencoder_config, read_autoencoder
-from guided_distill.interop.diffusers_configs import Chain, scheduler_config
+from guided_distill.interop.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
 from guided_distill.interop.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
@@ -29,8 +29,8 @@ from guided_distill.interop.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.objectives.autoencoder import autoencoder_loss
-from guided_distill.prepare.encode import encode
-from guided_distill.text.registry import copy_text_encoder
+from guided_distill.prepare.encode import check_image_shape, encode
+from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
@@ -39,7 +39,9 @@ from guided_distill.training.step import make_train_step
 SCALE_EXAMPLES = 4096
 """Images whose latents' deviation sets the scaling factor."""
 
-_BATCH = 64
+_BATCH = 8
+"""Images in a call of an autoencoder: one of 512 pixels takes a gigabyte."""
+
 _SHARD = 4096
 
 
@@ -67,7 +69,37 @@ def open_data(experiment: Experiment) -> Source:
             "config.data.text_encoder is for a run with an autoencoder: set config.autoencoder.steps, or "
             "let `guided-distill encode` embed the texts and name its folder in config.data.name"
         )
+    if data.text_encoder and source.captions is None:
+        raise UserError(
+            f"config.data.text_encoder is set, but {data.name} has no captions: set it to None, or give "
+            f"data that have them"
+        )
     return source
+
+
+def outline_of_latents(source: Source, experiment: Experiment) -> Source:
+    """What `latents_of` will be like, to check a network by before anything is trained.
+
+    Raises UserError if the autoencoder's options, the images or the text encoder don't fit.
+    """
+    module = check_autoencoder(experiment.autoencoder, source)
+    images = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
+    latents: Any = jax.eval_shape(
+        lambda key, images: module.init_with_output(key, images, method="to_latents")[0],
+        jax.random.key(0),
+        images,
+    )
+    text_encoder = experiment.data.text_encoder
+    condition_shapes: dict[str, tuple[int, ...]] = {"label": ()}
+    if text_encoder:
+        condition_shapes = {"text": load_text_encoder(text_encoder).shape}
+    return replace(
+        source,
+        shape=latents.shape[1:],
+        class_names=() if text_encoder else source.class_names,
+        condition_shapes=condition_shapes,
+        latent=True,
+    )
 
 
 def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> Source:
@@ -168,7 +200,7 @@ def _write_companions(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if model.schedule != "cosine":
+    if model.schedule != "cosine" and model.parameterization in PARAMETERIZATIONS.values():
         chain = Chain(model.parameterization, model.schedule, model.schedule_options)
         scheduler = scheduler_config(chain, num_steps=None)
         write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler)
@@ -183,13 +215,7 @@ def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
     fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
     check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
     module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])
-    factor = 2 ** (len(module.block_out_channels) - 1)
-    if len(source.shape) != 3 or source.shape[0] % factor or source.shape[1] % factor:
-        raise UserError(
-            f"config.autoencoder halves images {len(module.block_out_channels) - 1} times, but those of "
-            f"{source.name} are {' x '.join(map(str, source.shape))}: set config.data.image_size to a "
-            f"multiple of {factor}"
-        )
+    check_image_shape(module, source)
     return module
 
 
@@ -227,7 +253,8 @@ class LatentSpace:
         for start in range(0, len(arrays), _BATCH):
             batch = arrays[start : start + _BATCH]
             # One size, so one compilation.
-            padded = np.pad(batch, [(0, _BATCH - len(batch)), *[(0, 0)] * (arrays.ndim - 1)])
+            size = min(_BATCH, len(arrays))
+            padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (arrays.ndim - 1)])
             found.append(np.asarray(run({"params": self.params}, padded))[: len(batch)])
         return np.concatenate(found)
 

@@ -2,7 +2,9 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from guided_distill.config import STAGES, Experiment, changed_keys, parse
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import bring_companions
-from guided_distill.latent_space import check_autoencoder, latents_of, open_data
+from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, write_text
@@ -36,15 +38,16 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
     disk is full.
     """
     source = open_data(experiment)
-    if experiment.autoencoder.steps:
-        check_autoencoder(experiment.autoencoder, source)
-        claim(workdir, experiment)
-        source = latents_of(source, experiment, workdir)
-    pipeline = Pipeline(experiment, workdir, source)
+    own_latents = experiment.autoencoder.steps > 0
+    outline = outline_of_latents(source, experiment) if own_latents else source
+    Pipeline(experiment, workdir, outline)  # Checks the config before the folder is claimed.
     claim(workdir, experiment)
     for origin in (experiment.start_from, experiment.teacher.initial):
         if origin:
             bring_companions(epath.Path(origin).parent, workdir)
+    if own_latents:
+        source = latents_of(source, experiment, workdir)
+    pipeline = Pipeline(experiment, workdir, source)
     for chain in chains(experiment):
         pipeline.train_chain(chain)
 
@@ -197,14 +200,37 @@ class Pipeline:
         if path is None:
             return {}
         start = load_finished(epath.Path(path))
-        theirs, ours = start.description.network().options, self._network.options
-        for name in ours:
-            if theirs.get(name) != ours[name]:
-                raise UserError(
-                    f"config.teacher.initial={path} has another {name} ({theirs.get(name)}) than this "
-                    f"run needs ({ours[name]}): start from a teacher that fits, or change the config"
-                )
+        if start.description.stage != "teacher":
+            raise UserError(
+                f"config.teacher.initial={path} is a {start.description.stage} stage: give a teacher's"
+            )
+        self._check_same("teacher.initial", path, self._differences(start.description))
         return start.params
+
+    def _differences(self, about: Description) -> dict[str, tuple[Any, Any]]:
+        """What makes a network other than this run's teacher, by name: (there, needed here)."""
+        network, source = about.network(), self._source
+        theirs = {
+            **network.options,
+            "data_shape": about.data_shape,
+            "condition": dict(about.condition_shapes),
+            "number of classes": len(about.class_names),
+        }
+        ours = {
+            **self._network.options,
+            "data_shape": source.shape,
+            "condition": dict(source.condition_shapes),
+            "number of classes": source.num_classes,
+        }
+        return {name: (theirs.get(name), needed) for name, needed in ours.items()}
+
+    def _check_same(self, key: str, path: str, pairs: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, (theirs, needed) in pairs.items():
+            if theirs != needed:
+                raise UserError(
+                    f"config.{key}={path} has another {name} ({theirs}) than this run needs ({needed}): "
+                    f"start from a stage that fits, or change the config"
+                )
 
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
         guidance = self._experiment.guidance
@@ -232,29 +258,15 @@ class Pipeline:
         start = load_finished(epath.Path(path))
         about, ours = start.description, self._experiment
         same = {
-            **{
-                key: (getattr(about.model, key), getattr(ours.model, key))
-                for key in ("parameterization", "schedule", "schedule_options")
-            },
-            **{
-                name: (about.network().options.get(name), value)
-                for name, value in self._network.options.items()
-            },
-            "data_shape": (about.data_shape, self._source.shape),
-            "number of classes": (len(about.class_names), self._source.num_classes),
-            "condition": (dict(about.condition_shapes), dict(self._source.condition_shapes)),
-        }
+            key: (getattr(about.model, key), getattr(ours.model, key))
+            for key in ("parameterization", "schedule", "schedule_options")
+        } | self._differences(about)
         if about.w_min is not None:
             here = (ours.guidance.w_min, ours.guidance.w_max)
             same["w range"] = ((about.w_min, about.w_max), here)
         if about.stage == "halving":
             first = chain[-1].sampler, 2 * ours.halving.first_num_steps
             same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)
-        for name, (theirs, needed) in same.items():
-            if theirs != needed:
-                raise UserError(
-                    f"config.start_from={path} has another {name} ({theirs}) than this run needs "
-                    f"({needed}): start from a stage that fits, or change the config"
-                )
+        self._check_same("start_from", path, same)
         after = STAGES.index(about.stage) + (about.stage != "halving")
         return start, [stage for stage in chain if STAGES.index(stage.kind) >= after]

@@ -1,5 +1,7 @@
 """What config files share: the paper's training in pixel space, its baselines, a run made small."""
 
+from typing import Any
+
 import ml_collections
 
 from guided_distill.config import METHODS, STAGES, default_config
@@ -8,7 +10,7 @@ from guided_distill.errors import UserError
 BASELINES = ("single_w", *(method for method in METHODS if method != "guided"))
 
 # Of networks whose defaults are those of published models.
-_TINY_NETWORKS = {
+_TINY_NETWORKS: dict[str, dict[str, Any]] = {
     "sd_unet": {
         "block_out_channels": (16,),
         "cross_attention_levels": (),
@@ -142,7 +144,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if ":" in config.data.name:
         config.data.update({"name": "photo10", "image_size": None})
     config.start_from = config.teacher.initial = None
-    config.model.options.update(_TINY_NETWORKS.get(config.model.name, {}))
+    tiny = _TINY_NETWORKS.get(config.model.name, {})
+    config.model.options = {**config.model.options.to_dict(), **tiny}
     for option in config.model.options:
         if option in _TINY_OPTIONS:
             config.model.options[option] = _TINY_OPTIONS[option]
@@ -155,7 +158,9 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.halving.round_steps = ()
     config.steps_per_dispatch = 1
     config.log_every = config.checkpoint_every = 2
+    lowest = config.guidance.w_min
+    weights = (lowest, min(lowest + 1.0, config.guidance.w_max))
     config.evaluation.update(
-        {"num_samples": 32, "batch_size": 16, "teacher_num_steps": (2, 4), "weights": (0.0, 1.0)}
+        {"num_samples": 32, "batch_size": 16, "teacher_num_steps": (2, 4), "weights": weights}
     )
     return config

@@ -84,6 +84,8 @@ def load_models(
             f"--decoder is {decoder}, which adds noise of its own: give a ddim student, such as "
             f"halving_ddim_{NEAREST_STEPS}"
         )
+    if models.encoder.description.latent:
+        raise UserError(f"{workdir} is of latents, and only runs of pixels can be transferred")
     shapes = [each.description.data_shape for each in (models.encoder, models.decoder)]
     if shapes[0] != shapes[1]:
         here, there = (" x ".join(map(str, shape)) for shape in shapes)

@@ -24,6 +24,9 @@ from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.trained import Trained, load_finished
 
+_BATCH = 8
+"""Images at once, unless asked for otherwise: large latents take much memory."""
+
 
 @dataclass(frozen=True)
 class TextToImage:
@@ -73,8 +76,7 @@ def generate(
     request: num_steps, sampler, batch_size and allow_untrained, as of `sample`. Raises UserError as
     `sample` does, and for an in-painting network.
     """
-    if INPAINT in model.trained.description.condition_shapes:
-        raise UserError("this network in-paints: use `guided-distill inpaint`")
+    _refuse_inpainting(model)
     condition = {"text": model.text_encoder.encode(prompts)}
     latents = _sample(model, condition, w=w, seed=seed, **request)
     return model.space.to_images(latents)
@@ -95,10 +97,11 @@ def edit(
     strength: how far, in (0, 1]; the time is rounded down to the sampler's grid i/N, as diffusers does,
     and i steps run. Raises UserError if no step would, and as `generate` does.
     """
+    _refuse_inpainting(model)
     condition = {"text": model.text_encoder.encode(prompts)}
-    num_steps = _num_steps(model, condition, w=w, **request)
-    first = int(num_steps * strength)
-    if not 1 <= first <= num_steps:
+    num_steps, _ = resolve(model, condition, w=w, **request)
+    first = int(num_steps * strength) if 0.0 < strength <= 1.0 else 0
+    if first < 1:
         raise UserError(
             f"--strength is {strength}: give {1 / num_steps:g} to 1, for with less none of the "
             f"{num_steps} steps runs"
@@ -142,13 +145,34 @@ def inpaint(
     return np.where(masks[..., None], model.space.to_images(latents), images)
 
 
-def _num_steps(model: TextToImage, condition: Condition, *, w: float, **request: Any) -> int:
-    asked = {name: request.get(name) for name in ("num_steps", "sampler")}
-    allow = request.get("allow_untrained", False)
-    about = model.trained.description
-    return check_request(about, condition=condition, w=w, **asked, allow_untrained=allow)[0]
+def _refuse_inpainting(model: TextToImage) -> None:
+    if INPAINT in model.trained.description.condition_shapes:
+        raise UserError("this network in-paints: use `guided-distill inpaint`")
+
+
+def resolve(
+    model: TextToImage,
+    condition: Condition,
+    *,
+    w: float,
+    num_steps: int | None = None,
+    sampler: str | None = None,
+    allow_untrained: bool = False,
+    **_: Any,
+) -> tuple[int, str]:
+    """The number of steps and the sampler that a request comes to. Raises UserError as `sample` does."""
+    return check_request(
+        model.trained.description,
+        condition=condition,
+        w=w,
+        num_steps=num_steps,
+        sampler=sampler,
+        allow_untrained=allow_untrained,
+    )
 
 
 def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndarray:
     null = {"text": model.text_encoder.encode([""])[0]}
+    batch_size = min(len(condition["text"]), _BATCH)
+    request = {"batch_size": batch_size, **request}
     return sample(model.trained, condition=condition, null=null, **request)

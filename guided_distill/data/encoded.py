@@ -110,7 +110,7 @@ def load(path: str, *, split: str) -> Source:
     if encoding.text_shape is None:
         return Source(read=read_labels, condition_shapes={"label": (), **beside}, **common)
 
-    captions = np.repeat(np.array(_read_json(folder / CAPTIONS)), copies)
+    captions = np.repeat(np.array(_read_json(folder / CAPTIONS), object), copies)
     distinct, text_of = np.unique(captions, return_inverse=True)
     texts = _open(folder, "text", len(distinct), encoding.shard_size)
     shape = encoding.text_shape

@@ -81,7 +81,7 @@ def read_images(path: epath.Path, *, shape: tuple[int, ...], limit: int) -> np.n
 def _captions(root: epath.Path, files: Sequence[epath.Path]) -> np.ndarray:
     path = root / CAPTIONS
     texts = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             texts[root / row["file_name"]] = str(row["text"])
@@ -91,7 +91,7 @@ def _captions(root: epath.Path, files: Sequence[epath.Path]) -> np.ndarray:
             ) from error
     if missing := [file for file in files if file not in texts]:
         raise UserError(f"{path} has no text for {missing[0]}: add a line for it")
-    return np.array([texts[file] for file in files])
+    return np.array([texts[file] for file in files], object)
 
 
 def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndarray]:

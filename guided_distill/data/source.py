@@ -46,7 +46,7 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels; 1 where the data has none."""
+        """Number of labels; 1 where the data has none, 0 where it has texts in their place."""
         return len(self.class_names)
 
     def __len__(self) -> int:

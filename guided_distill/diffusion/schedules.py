@@ -89,6 +89,9 @@ def timestep_index(t: jax.Array, num_timesteps: int = NUM_TIMESTEPS) -> jax.Arra
     return jnp.maximum(jnp.round(t * num_timesteps) - 1.0, 0.0)
 
 
+CHAINS = ("linear", "scaled_linear")
+"""The schedules of SCHEDULES that have NUM_TIMESTEPS noise levels, and no more."""
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "linear": linear,

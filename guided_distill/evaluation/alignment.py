@@ -115,8 +115,12 @@ Align = Callable[..., Alignment]
 """f(features [n, D] of samples, their captions [n])."""
 
 
-def fit_alignment(train: Source, extractor: Extractor, encoder: SentenceEncoder) -> Align:
-    """The measure for samples of captions, fitted on up to MAX_EXAMPLES training images.
+def fit_alignment(
+    train: Source, test: Source, extractor: Extractor, encoder: SentenceEncoder
+) -> Align:
+    """The measure for samples of the test captions, fitted on up to MAX_EXAMPLES training images.
+
+    A sample's caption is looked for among all those of the test split.
 
     Raises UserError if the data have no captions.
     """
@@ -130,8 +134,10 @@ def fit_alignment(train: Source, extractor: Extractor, encoder: SentenceEncoder)
     texts, text_of = np.unique(captions_of(train)[chosen], return_inverse=True)
     guess = CaptionGuess.fit(features, encoder.embed(texts.tolist())[text_of])
 
+    choices = np.unique(captions_of(test))
+    embeddings = encoder.embed(choices.tolist())
+
     def align(features: np.ndarray, captions: np.ndarray) -> Alignment:
-        texts, text_of = np.unique(captions, return_inverse=True)
-        return guess.align(features, encoder.embed(texts.tolist()), text_of)
+        return guess.align(features, embeddings, np.searchsorted(choices, captions))
 
     return align

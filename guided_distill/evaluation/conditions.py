@@ -1,15 +1,16 @@
 """What the samples of an evaluation are of: the classes in turn, or the captions of the test split."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 
+from guided_distill.config import Experiment
+from guided_distill.data import sources
+from guided_distill.data.encoded import read_about
 from guided_distill.data.source import Source
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.latent_space import load_latent_space
 from guided_distill.sampling import cycling_labels, of_labels
 from guided_distill.text.encoder import TextEncoder
 
@@ -44,13 +45,28 @@ def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
     )
 
 
+def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
+    """What a run is measured against: pixels to train and to test on, and whether it is told of texts.
+
+    Of encoded data they are those that were encoded. Raises UserError for an in-painting run.
+    """
+    data, told_of_texts = experiment.data, experiment.data.text_encoder is not None
+    name, image_size = data.name, data.image_size
+    if name.startswith("encoded:"):
+        encoding = read_about(epath.Path(name.removeprefix("encoded:")))
+        name, image_size = encoding.data, encoding.image_size
+        told_of_texts = encoding.text_shape is not None
+        if encoding.inpaint:
+            raise UserError("evaluate measures no in-painting: look at images of `inpaint`")
+    train, test = (
+        sources.load(name, split=split, image_size=image_size, seed=experiment.seed)
+        for split in sources.SPLITS
+    )
+    return train, test, told_of_texts
+
+
 def captions_of(source: Source) -> np.ndarray:
     """A text for each example. Raises UserError if the source has none."""
     if source.captions is None:
         raise UserError(f"{source.name} has no captions: a run of texts needs data that have them")
     return np.asarray(source.captions)
-
-
-def pixels_of(*, latent: bool, workdir: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """From samples [n, ...] to what is looked at: images, where samples are latents."""
-    return load_latent_space(workdir).to_images if latent else lambda samples: samples

@@ -8,10 +8,9 @@ import numpy as np
 from etils import epath
 
 from guided_distill.config import Evaluation
-from guided_distill.data import sources
 from guided_distill.data.source import Source
 from guided_distill.evaluation.alignment import Align, fit_alignment
-from guided_distill.evaluation.conditions import Subjects, pixels_of, subjects
+from guided_distill.evaluation.conditions import Subjects, open_pixels, subjects
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
@@ -32,6 +31,7 @@ from guided_distill.evaluation.results import (
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
 from guided_distill.interop.companions import COMPANIONS
+from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import sample_batches
 from guided_distill.text.encoder import SentenceEncoder
@@ -49,12 +49,9 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     """
     request = request or Request()
     experiment = read_config(workdir)
-    settings, data = effective_settings(experiment, request), experiment.data
+    settings = effective_settings(experiment, request)
     tasks = tasks_of(experiment, settings, request, workdir)
-    train, test = (
-        sources.load(data.name, split=split, image_size=data.image_size, seed=experiment.seed)
-        for split in ("train", "test")
-    )
+    train, test, told_of_texts = open_pixels(experiment)
     extractor = load_extractor(settings.extractor, train, workdir)
     if request.reference is None:
         reference = training_reference(train, extractor, workdir / "reference")
@@ -64,10 +61,10 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
         console.print(line, highlight=False, markup=False)
 
     encoder = align = None
-    if data.text_encoder:
+    if told_of_texts:
         encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
         if isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
-            align = fit_alignment(train, extractor, encoder)
+            align = fit_alignment(train, test, extractor, encoder)
     table = _Table(workdir / "results.csv", extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
     if not table.holds(real, count):
@@ -75,6 +72,8 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
         table.add(real, _real_outputs(test, extractor), count, captions)
     wanted = subjects(test, settings.num_samples, encoder)
     labels = wanted.labels
+    latent = experiment.autoencoder.steps > 0 or experiment.data.name.startswith("encoded:")
+    to_pixels = load_latent_space(workdir).to_images if latent else lambda samples: samples
     loaded: Trained | None = None
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
         for done, task in enumerate(tasks, start=1):
@@ -85,7 +84,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     loaded = load_finished(directory)
                 folder = f"{task.file_stem}_seed{settings.seed}"
                 outputs = RowOutputs(
-                    _drawing(loaded, task, wanted, settings, workdir),
+                    _drawing(loaded, task, wanted, settings, to_pixels),
                     labels,
                     extractor,
                     parts=workdir / "evaluation" / extractor.name / folder,
@@ -104,7 +103,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     f"{metric_name('fd', result.extractor)} {result.fd:.3f} of n={result.n}"
                 )
             advance(done, words)
-    if request.stages is None:
+    if request.stages is None and not latent:
         evaluate_round_trips(workdir, settings)
     return table.results
 
@@ -171,7 +170,11 @@ def _real_outputs(source: Source, extractor: Extractor) -> Iterator[Outputs]:
 
 
 def _drawing(
-    trained: Trained, task: Task, wanted: Subjects, settings: Evaluation, workdir: epath.Path
+    trained: Trained,
+    task: Task,
+    wanted: Subjects,
+    settings: Evaluation,
+    to_pixels: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[int], Iterator[np.ndarray]]:
     """f(start): the task's samples from that index on, by a sampler that is compiled by then."""
     draw = functools.partial(
@@ -184,12 +187,11 @@ def _drawing(
         batch_size=settings.batch_size,
         allow_untrained=True,
     )
-    pixels = pixels_of(latent=trained.description.latent, workdir=workdir)
 
     def draw_from(start: int) -> Iterator[np.ndarray]:
         one = {name: each[:1] for name, each in wanted.condition.items()}
-        next(draw(condition=one, num_steps=1))
+        to_pixels(next(draw(condition=one, num_steps=1)))
         samples = draw(condition=wanted.condition, num_steps=task.num_steps, start=start)
-        return map(pixels, samples)
+        return map(to_pixels, samples)
 
     return draw_from

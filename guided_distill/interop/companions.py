@@ -13,6 +13,7 @@ from guided_distill.errors import UserError
 from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
 from guided_distill.interop.diffusers_folder import (
     DIFFUSERS_VERSION,
+    MODEL_INDEX,
     TEXT_WEIGHTS,
     WEIGHTS,
     copy_folder,
@@ -52,7 +53,7 @@ _CLIP_DEFAULTS = {
 
 def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
     """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
-    if (source / COMPANIONS).exists() and not (workdir / COMPANIONS).exists():
+    if (source / COMPANIONS / MODEL_INDEX).exists() and not (workdir / COMPANIONS).exists():
         part = workdir / f"{COMPANIONS}.part"
         copy_folder(source / COMPANIONS, part)
         part.rename(workdir / COMPANIONS)

@@ -69,8 +69,14 @@ def import_model(
     prediction_type, tokenizer: what a single file may not tell and doesn't hold. Nothing is written
     unless everything was read. Raises UserError for what is not a supported model.
     """
-    if (workdir / "config.json").exists() or (workdir / COMPANIONS).exists():
+    if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: choose another --workdir")
+    for name in ("teacher", COMPANIONS):
+        if (workdir / name).exists():
+            raise UserError(
+                f"{workdir / name} is there without a config.json, as if an import had been cut: remove "
+                f"it, or choose another --workdir"
+            )
     with _as_folder(source, prediction_type, tokenizer) as folder:
         index = read_model_index(folder)
         model = _read_model(folder, index)
@@ -78,11 +84,12 @@ def import_model(
         template = jax.eval_shape(about.network().init, jax.random.key(0))
         params = to_tree(model.tensors, template, source=folder)
         _check_companions(folder, index)
-        claim(workdir, about.experiment)
         with StageCheckpoints(workdir / "teacher", keep=1) as checkpoints:
             checkpoints.save_result(IMPORTED_STEPS, params, about=about.to_json())
             checkpoints.wait()
         _copy_companions(folder, index, workdir / COMPANIONS)
+        # Last of all, for it makes the folder a run.
+        claim(workdir, about.experiment)
     return [workdir / "teacher", workdir / COMPANIONS]
 
 

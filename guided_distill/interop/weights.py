@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.interop.companions import bring_companions
 from guided_distill.pipeline import claim, finished_stages, read_config
 from guided_distill.training.checkpoints import StageCheckpoints, write_text
 from guided_distill.training.metrics import read_metrics
@@ -27,6 +28,7 @@ def export_weights(
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     trained = [load_finished(workdir / name) for name in names]
     claim(out, experiment)
+    bring_companions(workdir, out)
     for name, each in zip(names, trained, strict=True):
         with StageCheckpoints(out / name, keep=1) as checkpoints:
             checkpoints.save_result(each.step, each.params, about=each.description.to_json())

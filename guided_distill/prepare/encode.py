@@ -1,5 +1,6 @@
 """From a data source, an autoencoder and a text encoder to the folders of `data/encoded.py`."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,8 +29,10 @@ from guided_distill.data.encoded import (
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
 from guided_distill.interop.companions import read_autoencoder
+from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder
+from guided_distill.training.checkpoints import storage_error, write_bytes, write_text
 from guided_distill.training.progress import progress
 
 ToLatents = Callable[[np.ndarray], np.ndarray]
@@ -86,6 +89,7 @@ def encode(
             f"{autoencoder} takes images of {module.image_channels} channels, and an example of {data} "
             f"is {list(shape)}"
         )
+    check_image_shape(module, splits["train"])
     encoder = load_text_encoder(text_encoder) if text_encoder else None
     run = jax.jit(functools.partial(module.apply, method="to_latents"))
     latents = jax.eval_shape(
@@ -98,8 +102,8 @@ def encode(
     encoding = Encoding(
         data=data,
         image_size=image_size,
-        autoencoder=f"{autoencoder} ({_fingerprint(params)})",
-        text_encoder=f"{encoder.name} ({_fingerprint(encoder.params)})" if encoder else None,
+        autoencoder=_fingerprint(module, params),
+        text_encoder=_fingerprint(encoder.shape, encoder.params) if encoder else None,
         shape=latents.shape[1:],
         text_shape=encoder.shape if encoder else None,
         class_names=splits["train"].class_names,
@@ -116,6 +120,17 @@ def encode(
         to_states=encoder.encode if encoder else None,
         batch_size=batch_size,
     )
+
+
+def check_image_shape(module: AutoencoderKL | VQModel, source: Source) -> None:
+    """Raises UserError unless the autoencoder can halve the images, which have to be squares."""
+    halvings = len(module.block_out_channels) - 1
+    height, width, *_ = (*source.shape, 0)
+    if len(source.shape) != 3 or height != width or height % 2**halvings:
+        raise UserError(
+            f"the autoencoder halves square images {halvings} times, but those of {source.name} are "
+            f"{' x '.join(map(str, source.shape))}: set data.image_size to a multiple of {2**halvings}"
+        )
 
 
 def write(
@@ -141,19 +156,18 @@ def write(
     _write_about(out, encoding)
     for split, source in splits.items():
         folder = out / split
-        folder.mkdir(parents=True, exist_ok=True)
         latents = _Latents(encoding, source, split, to_latents, batch_size)
         _write_shards(folder, "image", latents, encoding.shard_size)
         if to_states is not None:
             assert source.captions is not None
             captions = [str(caption) for caption in source.captions]
-            _write_whole(folder / CAPTIONS, json.dumps(captions).encode())
+            _write_captions(folder / CAPTIONS, captions)
             states = _States(sorted(set(captions)), to_states)
             _write_shards(folder, "text", states, encoding.shard_size)
     if to_states is not None and not (out / NULL).exists():
         null = io.BytesIO()
         np.save(null, to_states([""])[0])
-        _write_whole(out / NULL, null.getvalue())
+        write_bytes(out / NULL, null.getvalue())
 
 
 @dataclass(frozen=True)
@@ -224,18 +238,29 @@ def _write_shards(folder: epath.Path, kind: str, records: _Latents | _States, si
     with progress(title, total=len(records), unit="records", done=there) as advance:
         for path, start, stop in missing:
             part = path.with_name(f"{path.name}.part")
-            writer = ArrayRecordWriter(str(part), _OPTIONS)
+            with _storing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writer = ArrayRecordWriter(str(part), _OPTIONS)
             for some in records(start, stop):
-                for record in some:
-                    writer.write(record)
+                with _storing(path):
+                    for record in some:
+                        writer.write(record)
                 there += len(some)
                 advance(there, "")
-            writer.close()
-            part.replace(path)
+            with _storing(path):
+                writer.close()
+                part.replace(path)
+
+
+@contextlib.contextmanager
+def _storing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # The writer's own is a RuntimeError.
+        raise storage_error(path, error) from error
 
 
 def _write_about(out: epath.Path, encoding: Encoding) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     path = out / ABOUT
     if path.exists():
         found = read_about(out)
@@ -246,18 +271,23 @@ def _write_about(out: epath.Path, encoding: Encoding) -> None:
                     f"{out} holds an encoding whose {field.name} is {old}, not {new}: give another "
                     "--out, or remove that folder"
                 )
-    _write_whole(path, json.dumps(dataclasses.asdict(encoding), indent=2).encode())
+    write_text(path, json.dumps(dataclasses.asdict(encoding), indent=2))
 
 
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+def _write_captions(path: epath.Path, captions: list[str]) -> None:
+    """Raises UserError if others are there: finished shards hold the states of those."""
+    content = json.dumps(captions)
+    if path.exists() and path.read_text() != content:
+        raise UserError(
+            f"{path} holds other captions than the data have now: remove the folder {path.parent.parent} "
+            f"to encode them anew, or give another --out"
+        )
+    write_text(path, content)
 
 
-def _fingerprint(params: Any) -> str:
-    """The first 8 hex digits of the weights' SHA-256, in the tree's order."""
-    digest = hashlib.sha256()
+def _fingerprint(what: object, params: Any) -> str:
+    """The first 16 hex digits of a SHA-256: of a network's settings, and its weights in their order."""
+    digest = hashlib.sha256(repr(what).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:16]

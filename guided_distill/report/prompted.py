@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from guided_distill.applications.text_to_image import (
@@ -20,7 +20,7 @@ from guided_distill.applications.text_to_image import (
     load_text_to_image,
 )
 from guided_distill.data.folder import read_images
-from guided_distill.data.pixels import to_uint8
+from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
 from guided_distill.report.figures import image_grid
 from guided_distill.report.samples import last_finished
@@ -130,6 +130,15 @@ def inpaint_to_files(
     return _write(out, "inpaint", model, request, painted, settings)
 
 
+def _resolved(model: TextToImage, request: Request) -> tuple[int, str]:
+    """The number of steps and the sampler that a request comes to."""
+    about = model.trained.description
+    return (
+        request.num_steps or about.num_steps or 2 * about.experiment.halving.first_num_steps,
+        request.sampler or about.sampler or "ddim",
+    )
+
+
 def _load(workdir: epath.Path, stage: str | None) -> TextToImage:
     return load_text_to_image(workdir / (stage or last_finished(workdir)))
 
@@ -143,11 +152,11 @@ def _repeated(array: np.ndarray, request: Request) -> np.ndarray:
 
 
 def _size(path: epath.Path) -> tuple[int, int]:
-    """Width and height. Raises UserError if it is no image."""
+    """Width and height, upright. Raises UserError if it is no image."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(image).size
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -165,11 +174,14 @@ def _write(
         "verb": verb,
         "stage": stage,
         **request.sampling,
-        "num_steps": request.num_steps or about.num_steps,
+        **dict(zip(("num_steps", "sampler"), _resolved(model, request), strict=True)),
         "package_version": about.package_version,
         **more,
     }
-    stem = f"{verb}_{stage}_w{request.w:g}_seed{request.seed}"
+    told = {"w": f"{request.w:g}", "seed": request.seed, "steps": settings["num_steps"]}
+    told |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
+    told |= {name: value for name, value in more.items() if name == "strength"}
+    stem = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])
     paths = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -181,7 +193,8 @@ def _write(
             words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
             paths.append(out / f"{stem}_{index:04d}_{words}.png")
             with paths[-1].open("wb") as file:
-                Image.fromarray(to_uint8(pixels)).save(file, "PNG", pnginfo=information)
+                drawn = image_grid(pixels[None], columns=1, scale=1)
+                drawn.save(file, "PNG", pnginfo=information)
         if len(images) > 1:
             paths.append(out / f"{stem}_sheet.png")
             with paths[-1].open("wb") as file:

@@ -8,6 +8,7 @@ from etils import epath
 
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import finished_stages, read_config
 from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import of_labels, sample
@@ -42,6 +43,10 @@ def sample_to_files(
         raise UserError(f"--num is {count}; ask for at least 1 sample")
     trained = load_finished(workdir / (stage or last_finished(workdir)))
     about = trained.description
+    if "label" not in about.condition_shapes:
+        raise UserError(
+            f"{trained.path} is told of texts, not of labels: use `guided-distill generate`"
+        )
     num_classes = len(about.class_names)
     all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
     images = sample(
@@ -53,6 +58,8 @@ def sample_to_files(
         seed=seed,
         allow_untrained=allow_untrained,
     )
+    if about.latent:
+        images = load_latent_space(workdir).to_images(images)
     stem = f"{epath.Path(trained.path).name}_w{w:g}_seed{seed}"
     arrays = {"image": images, "label": all_labels}
     return write_files(
