@@ -28,6 +28,7 @@ from guided_distill.training.trained import (
     load_trained,
     network_of,
     package_version,
+    read_description,
 )
 
 
@@ -109,6 +110,8 @@ class Pipeline:
                 raise UserError(
                     f"config.{kind}.clipped is for pixels, and {source.name} has none: set it to False"
                 )
+        if experiment.teacher.initial:
+            self._check_initial(experiment.teacher.initial)
         self._start: Trained | None = None
         self._latest: Trained | None = None
 
@@ -199,13 +202,16 @@ class Pipeline:
             return teacher.params
         if path is None:
             return {}
-        start = load_finished(epath.Path(path))
-        if start.description.stage != "teacher":
+        return load_finished(epath.Path(path)).params
+
+    def _check_initial(self, path: str) -> None:
+        """Raises UserError unless config.teacher.initial names a teacher with this run's network."""
+        about = read_description(epath.Path(path))
+        if about.stage != "teacher":
             raise UserError(
-                f"config.teacher.initial={path} is a {start.description.stage} stage: give a teacher's"
+                f"config.teacher.initial={path} is a {about.stage} stage: give a teacher's folder"
             )
-        self._check_same("teacher.initial", path, self._differences(start.description))
-        return start.params
+        self._check_same("teacher.initial", path, self._differences(about))
 
     def _differences(self, about: Description) -> dict[str, tuple[Any, Any]]:
         """What makes a network other than this run's teacher, by name: (there, needed here)."""

@@ -46,6 +46,17 @@ def values(section, **changes):
         (values("", log_every=30), ["config.log_every", "steps_per_dispatch"]),
         (values("data", image_size=True), ["config.data.image_size"]),
         (values("", model=3), ["config.model"]),
+        (values("model", schedule_options={"beta": 1}), ["schedule_options.beta", "cosine"]),
+        (values("halving", round_steps=(10, 10)), ["config.halving.round_steps", "6 rounds"]),
+        (
+            values("halving", round_steps=(100,) * 6, warmup_steps=100),
+            ["config.halving.warmup_steps", "only 100"],
+        ),
+        (
+            {"model": {"schedule": "scaled_linear"}, "halving": {"first_num_steps": 512}},
+            ["config.halving.first_num_steps", "1024", "chain of 1000"],
+        ),
+        (values("", stage="autoencoder"), ["config.autoencoder.steps"]),
     ],
 )
 def test_bad_values_are_named(bad, names):

@@ -127,10 +127,10 @@ def test_rounds_go_from_the_papers_teacher_to_one_step():
         assert (steps[512], steps[4], steps[2], steps[1]) == (50_000, 50_000, 100_000, 100_000)
 
 
-@pytest.mark.parametrize("name", [*SIZES, "cifar10_small"])
+@pytest.mark.parametrize("name", [*SIZES, *LATENT, "cifar10_small", "emoji"])
 @pytest.mark.parametrize("small", ["", ",runlocal"])
 def test_baselines_keep_what_the_shared_teacher_was_trained_with(name, small):
-    main = read(name, small)
+    main = read(name, small.strip(","))
     for baseline, method in (
         ("single_w", "guided"),
         ("naive", "naive"),
@@ -146,5 +146,6 @@ def test_baselines_keep_what_the_shared_teacher_was_trained_with(name, small):
 
 
 def test_unknown_variants_are_named():
-    with pytest.raises(UserError, match=r"'naiv'.*two_student"):
-        read("cifar10", "naiv")
+    for name in ("cifar10", "emoji", "sd21_laion768"):
+        with pytest.raises(UserError, match=r"'naiv'.*two_student"):
+            read(name, "naiv")

@@ -154,6 +154,8 @@ def test_evaluation_looks_at_images_of_held_out_captions(workdir):
         ("generate", [], "there is no text"),
         ("generate", ["--prompts", "nothing.txt"], "nothing.txt can't be read"),
         ("generate", ["--prompt", "a", "--w", "9"], "outside the range"),
+        ("sample", [], "use `guided-distill generate`"),
+        ("edit", ["--prompt", "a", "--image", "{image}", "--strength", "nan"], "--strength is nan"),
         ("edit", ["--prompt", "a", "--image", "none.png"], "no images at none.png"),
         ("edit", ["--prompt", "a", "--image", "{image}", "--strength", "0"], "--strength is 0"),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{mask}"], "is 8 x 9 pixels"),
@@ -170,3 +172,45 @@ def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, verb, more, said):
     assert line.startswith("guided-distill: ")
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_another_runs_teacher_has_its_autoencoder(workdir, arguments, tmp_path):
+    start = [f"--config.start_from={workdir / 'teacher'}", "--config.stage=guidance"]
+    changed = ["--config.guidance.w_max=9.0", "--config.seed=1", "--config.guidance.steps=2"]
+    assert cli.main(["train", "--workdir", str(tmp_path), *arguments, *start, *changed]) == 0
+    assert not (tmp_path / "autoencoder").exists()
+    vae = "companions/vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / vae).read_bytes() == (workdir / vae).read_bytes()
+    assert load_text_to_image(epath.Path(tmp_path) / "guidance").trained.description.w_max == 9.0
+
+
+def test_exported_weights_bring_their_companions(workdir, tmp_path):
+    stages = ["--stages", "halving_ddim_1"]
+    assert run("export", workdir, tmp_path / "out", *stages) == 0
+    (whole,), (exported,) = (
+        generate(load_text_to_image(epath.Path(folder) / "halving_ddim_1"), PROMPTS[:1], w=1.0)
+        for folder in (workdir, tmp_path / "out")
+    )
+    np.testing.assert_array_equal(whole, exported)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.text_encoder=minilm:/nowhere", "no folder /nowhere"),
+        ("data.text_encoder=bert", "unknown text encoder 'bert'"),
+        ("model.options.norm_num_group=3", "norm_num_group"),
+        ("guidance.clipped=True", "config.guidance.clipped"),
+        ("data.image_size=9", "multiple of 2"),
+        ("teacher.initial={guidance}", "is a guidance stage"),
+    ],
+)
+def test_bad_configs_are_told_before_the_autoencoder_is_trained(
+    workdir, arguments, tmp_path, capsys, change, said
+):
+    change = f"--config.{change.format(guidance=workdir / 'guidance')}"
+    out = tmp_path / "run"
+    assert cli.main(["train", "--workdir", str(out), *arguments, change]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not (out / "autoencoder").exists()

@@ -125,6 +125,17 @@ class Trained:
         return self.step == self.description.total_steps
 
 
+def read_description(directory: epath.Path) -> Description:
+    """What the newest whole checkpoint of a stage's folder is. Raises UserError if there is none."""
+    about = None
+    if (directory / "checkpoints").exists():
+        with StageCheckpoints(directory) as checkpoints:
+            about = checkpoints.about()
+    if about is None:
+        raise _no_checkpoint(directory)
+    return Description.from_json(about)
+
+
 def load_trained(directory: epath.Path) -> Trained | None:
     """The newest whole checkpoint of a stage's folder, on all devices; None if there is none."""
     if not (directory / "checkpoints").exists():
@@ -146,13 +157,17 @@ def load_finished(directory: epath.Path) -> Trained:
     """As `load_trained`. Raises UserError if the stage has no checkpoint or was cut short."""
     trained = load_trained(directory)
     if trained is None:
-        raise UserError(
-            f"{directory} holds no checkpoint: give the folder of a stage that "
-            f"`guided-distill train` has finished"
-        )
+        raise _no_checkpoint(directory)
     if not trained.finished:
         raise UserError(
             f"{directory} stopped at step {trained.step} of {trained.description.total_steps}: "
             f"run `guided-distill train` again to finish it"
         )
     return trained
+
+
+def _no_checkpoint(directory: epath.Path) -> UserError:
+    return UserError(
+        f"{directory} holds no checkpoint: give the folder of a stage that "
+        f"`guided-distill train` has finished"
+    )

@@ -269,6 +269,14 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     assert "has no captions to encode: leave --text_encoder out" in capsys.readouterr().err
 
 
+def test_other_captions_are_not_read_by_the_states_of_the_old_ones(tmp_path):
+    encode(tmp_path, words=Words())
+    path = tmp_path / "train" / "captions.json"
+    path.write_text(path.read_text().replace("train xx", "train zz"))
+    with pytest.raises(UserError, match=r"train/captions\.json holds other captions"):
+        encode(tmp_path, words=Words())
+
+
 def test_masks_hide_the_same_of_mask_and_latents_and_differ_by_record(tmp_path):
     for name in ("one", "other"):
         encode(tmp_path / name, inpaint=True, mirrored=True)
