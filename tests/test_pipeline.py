@@ -107,7 +107,7 @@ def test_one_stage_alone_and_from_another_run(finished, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.is_dir()) == ["guidance"]
     assert weights(tmp_path / "b", "guidance").description.teacher["path"].endswith("teacher")
     assert train(tmp_path / "c", start, "--config.model.options.width=8") == 2
-    assert "another model" in capsys.readouterr().err
+    assert "another width (16) than this run needs (8)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stage", "first"), [("guidance", 4), ("halving_ddim_4", 2)])
@@ -374,7 +374,7 @@ def test_evaluate_and_report(finished, capsys):
         == ",".join(COLUMNS)
         == (
             "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
-            "network_calls,extractor,inception_score"
+            "network_calls,extractor,inception_score,alignment,caption_recall"
         )
     )
     results = read_results(epath.Path(finished) / "results.csv")
