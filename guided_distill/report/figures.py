@@ -87,6 +87,27 @@ def quality_figure(results: Sequence[Result]) -> Figure:
     return figure
 
 
+def weight_figure(results: Sequence[Result]) -> Figure:
+    """Distance against steps at every w, a small panel each. Results are of one extractor."""
+    weights = sorted({result.w for result in results if result.w is not None})
+    figure = Figure(figsize=(2.6 * len(weights), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+    for axes, w in zip(panels, weights, strict=True):
+        curves = mean_over_w([result for result in results if result.w == w], "fd")
+        for (stage, sampler), curve in curves.items():
+            label = f"{_WORDS[stage]}, {sampler}"
+            axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
+        _step_axis(axes, {n for curve in curves.values() for n in curve})
+        axes.tick_params(labelsize=7)
+        axes.set_title(f"w = {w:g}", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{metric_name('fd', results[0].extractor)} (lower is better)")
+    _plain_log_axis(panels[0])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
+    return figure
+
+
 def round_trip_figure(rows: Sequence[RoundTrip]) -> Figure:
     """What a round trip loses against its steps, averaged over w: students and plain DDIM."""
     curves: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}

@@ -31,6 +31,7 @@ from guided_distill.report.figures import (
     point_plot,
     quality_figure,
     round_trip_figure,
+    weight_figure,
 )
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
@@ -73,6 +74,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         config_text=json.dumps(asdict(experiment), indent=2),
         stages=_stages(experiment, logs),
         quality=_figure_url(quality_figure(shown)),
+        by_weight=_figure_url(weight_figure(shown)),
         losses=_figure_url(loss_figure(logs)),
         grids=_grids(workdir, shown),
         round_trips=_figure_url(round_trip_figure(round_trips)) if round_trips else None,
