@@ -16,6 +16,7 @@ from etils import epath
 
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
+from guided_distill.interop.companions import CLIP_TEXT_DEFAULTS
 from guided_distill.interop.config_keys import one_of, whole_number
 from guided_distill.interop.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
 from guided_distill.interop.torch_layout import to_tree
@@ -34,14 +35,6 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 32
 
 # transformers' defaults for keys that a config leaves out.
-_TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-}
 _VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -247,7 +240,7 @@ def load_clip_scorer(folder: epath.Path) -> ClipScorer:
     config = read_json(where)
     one_of(config.get("model_type"), ("clip",), "model_type", where)
     network = CLIP(
-        text=_fields(config.get("text_config") or {}, _TEXT_DEFAULTS, where),
+        text=_fields(config.get("text_config") or {}, CLIP_TEXT_DEFAULTS, where),
         vision=_fields(config.get("vision_config") or {}, _VISION_DEFAULTS, where),
         projection_dim=whole_number(config.get("projection_dim", 512), "projection_dim", where),
     )

@@ -41,7 +41,7 @@ _VAE_MUST = {
 }
 
 # transformers' defaults for keys that a config leaves out.
-_CLIP_DEFAULTS = {
+CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -128,7 +128,7 @@ def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
     one_of(activation, ACTIVATIONS, "hidden_act", where)
     numbers: dict[str, Any] = {
         key: whole_number(config.get(key, default), key, where)
-        for key, default in _CLIP_DEFAULTS.items()
+        for key, default in CLIP_TEXT_DEFAULTS.items()
     }
     module = CLIPTextEncoder(hidden_act=activation, **numbers)
     tokens = jax.ShapeDtypeStruct((1, numbers["max_position_embeddings"]), jnp.int32)
