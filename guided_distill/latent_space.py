@@ -15,9 +15,9 @@ from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
 from guided_distill.data import sources
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import COMPANIONS, autoencoder_config, read_autoencoder
-from guided_distill.interop.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.companions import COMPANIONS, autoencoder_config, read_autoencoder
+from guided_distill.layouts.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
+from guided_distill.layouts.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
@@ -25,7 +25,7 @@ from guided_distill.interop.diffusers_folder import (
     write_component,
     write_json,
 )
-from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.objectives.autoencoder import autoencoder_loss

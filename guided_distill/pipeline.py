@@ -13,8 +13,8 @@ from etils import epath
 from guided_distill.config import STAGES, Experiment, changed_keys, parse
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import bring_companions
 from guided_distill.latent_space import latents_of, open_data, outline_of_latents
+from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, write_text

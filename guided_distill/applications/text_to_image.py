@@ -17,8 +17,8 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import COMPANIONS
 from guided_distill.latent_space import LatentSpace, load_latent_space
+from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.sampling import check_request, initial_noise, sample
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder

@@ -16,10 +16,10 @@ from etils import epath
 
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import CLIP_TEXT_DEFAULTS
-from guided_distill.interop.config_keys import one_of, whole_number
-from guided_distill.interop.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
-from guided_distill.interop.torch_layout import to_tree
+from guided_distill.layouts.companions import CLIP_TEXT_DEFAULTS
+from guided_distill.layouts.config_keys import one_of, whole_number
+from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
+from guided_distill.layouts.torch_layout import to_tree
 from guided_distill.models.stable_diffusion.attention import attend
 from guided_distill.models.stable_diffusion.text_encoder import (
     ACTIVATIONS,

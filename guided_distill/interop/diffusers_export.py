@@ -11,8 +11,8 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import COMPANIONS
-from guided_distill.interop.diffusers_configs import (
+from guided_distill.layouts.companions import COMPANIONS
+from guided_distill.layouts.diffusers_configs import (
     NUM_TIMESTEPS,
     PARAMETERIZATIONS,
     Chain,
@@ -22,7 +22,7 @@ from guided_distill.interop.diffusers_configs import (
     scheduler_config,
     unet_config,
 )
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.diffusers_folder import (
     CLASS_EMBEDDER,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
@@ -32,8 +32,8 @@ from guided_distill.interop.diffusers_folder import (
     write_component,
     write_json,
 )
-from guided_distill.interop.torch_layout import to_tensors
-from guided_distill.pipeline import finished_stages, read_config
+from guided_distill.layouts.torch_layout import to_tensors
+from guided_distill.pipeline import finished_stages
 from guided_distill.training.checkpoints import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained, load_finished
 
@@ -110,12 +110,8 @@ def check_exportable(about: Description, stage: str) -> None:
 
 
 def _companions(workdir: epath.Path) -> epath.Path:
-    """The companions of a run, or of the run that it started from."""
-    start = read_config(workdir).start_from
-    runs = [workdir, *([epath.Path(start).parent] if start else [])]
-    for run in runs:
-        if (run / COMPANIONS / MODEL_INDEX).is_file():
-            return run / COMPANIONS
+    if (workdir / COMPANIONS / MODEL_INDEX).is_file():
+        return workdir / COMPANIONS
     raise UserError(
         f"{workdir / COMPANIONS} is missing, which holds the autoencoder and the text encoder: put a "
         f"diffusers folder of the teacher there, without its unet"

@@ -12,14 +12,15 @@ from etils import epath
 
 from guided_distill.config import Data, Experiment, Model, Teacher
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import COMPANIONS, read_autoencoder, read_text_encoder
-from guided_distill.interop.diffusers_configs import (
+from guided_distill.interop.single_file import read_single_file, write_folder
+from guided_distill.layouts.companions import COMPANIONS, read_autoencoder, read_text_encoder
+from guided_distill.layouts.diffusers_configs import (
     Chain,
     Denoiser,
     read_denoiser,
     read_scheduler,
 )
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.diffusers_folder import (
     CLASS_EMBEDDER,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
@@ -29,8 +30,7 @@ from guided_distill.interop.diffusers_folder import (
     read_model_index,
     read_weights,
 )
-from guided_distill.interop.single_file import read_single_file, write_folder
-from guided_distill.interop.torch_layout import Tensors, canonical, to_tree
+from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
 from guided_distill.pipeline import claim
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.trained import Description, package_version

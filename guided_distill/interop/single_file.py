@@ -14,7 +14,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.interop.compvis_names import open_clip_name, unet_name, vae_name
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.diffusers_folder import (
     CLASS_EMBEDDER,
     DIFFUSERS_VERSION,
     MODEL_INDEX,
@@ -26,7 +26,7 @@ from guided_distill.interop.diffusers_folder import (
     write_component,
     write_json,
 )
-from guided_distill.interop.torch_layout import Tensors
+from guided_distill.layouts.torch_layout import Tensors
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."

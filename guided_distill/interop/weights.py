@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import bring_companions
+from guided_distill.layouts.companions import bring_companions
 from guided_distill.pipeline import claim, finished_stages, read_config
 from guided_distill.training.checkpoints import StageCheckpoints, write_text
 from guided_distill.training.metrics import read_metrics

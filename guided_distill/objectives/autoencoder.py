@@ -1,23 +1,31 @@
 """The autoencoder: images through latents that stay close to unit noise, and back."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from guided_distill.models.registry import Params
-from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.objectives.weighting import Loss
 
 
 def autoencoder_loss(
-    autoencoder: AutoencoderKL, params: Params, x: jax.Array, key: jax.Array, *, kl_weight: float
+    autoencoder: nn.Module,
+    params: Mapping[str, Any],
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    kl_weight: float,
 ) -> Loss:
     """The mean absolute error of x [B, H, W, C] decoded from a draw of its latents, and their KL.
 
-    The divergence of the latents from N(0, I) is the mean over their dimensions, so that kl_weight
-    means the same at every size. Rombach et al. 2022, section 3.1, without its adversary and its
-    perceptual distance. Aux: "error" and "kl".
+    autoencoder: a module with the methods encode(x), which answers mean and log variance, and
+    decode(latents). The divergence of the latents from N(0, I) is the mean over their dimensions, so
+    that kl_weight means the same at every size. Rombach et al. 2022, section 3.1, without its adversary
+    and its perceptual distance. Aux: "error" and "kl".
     """
-    model = autoencoder.bind({"params": params})
+    model: Any = autoencoder.bind({"params": params})
     mean, log_variance = model.encode(x)
     deviation = jnp.exp(0.5 * log_variance)
     decoded = model.decode(mean + deviation * jax.random.normal(key, mean.shape))

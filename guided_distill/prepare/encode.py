@@ -28,7 +28,7 @@ from guided_distill.data.encoded import (
 )
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import read_autoencoder
+from guided_distill.layouts.companions import read_autoencoder
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder

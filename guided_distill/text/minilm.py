@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.diffusers_folder import read_json, read_tensors
-from guided_distill.interop.torch_layout import to_tree
+from guided_distill.layouts.diffusers_folder import read_json, read_tensors
+from guided_distill.layouts.torch_layout import to_tree
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.tokenizers import wordpiece_tokenizer
 

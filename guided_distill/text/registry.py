@@ -3,7 +3,7 @@
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.diffusers_folder import copy_folder, read_json, write_json
+from guided_distill.layouts.diffusers_folder import copy_folder, read_json, write_json
 from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.minilm import LENGTH, load_minilm

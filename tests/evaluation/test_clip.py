@@ -13,7 +13,7 @@ from text_models import random_params
 from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
 from guided_distill.evaluation import clip
-from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.layouts.torch_layout import to_tensors
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from guided_distill.errors import UserError
-from guided_distill.interop.diffusers_configs import (
+from guided_distill.layouts.diffusers_configs import (
     Chain,
     read_denoiser,
     read_scheduler,

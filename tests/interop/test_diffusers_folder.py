@@ -10,8 +10,8 @@ import tiny
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import read_autoencoder, read_text_encoder
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.companions import read_autoencoder, read_text_encoder
+from guided_distill.layouts.diffusers_folder import (
     TEXT_WEIGHTS,
     WEIGHTS,
     copy_folder,
@@ -21,7 +21,7 @@ from guided_distill.interop.diffusers_folder import (
     read_weights,
     write_component,
 )
-from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.layouts.torch_layout import to_tensors
 
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

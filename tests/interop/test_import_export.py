@@ -16,7 +16,7 @@ from etils import epath
 from guided_distill import cli
 from guided_distill.errors import UserError
 from guided_distill.interop.diffusers_export import check_exportable
-from guided_distill.interop.diffusers_folder import WEIGHTS
+from guided_distill.layouts.diffusers_folder import WEIGHTS
 from guided_distill.training.trained import load_finished
 
 

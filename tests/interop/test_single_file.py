@@ -11,10 +11,10 @@ from etils import epath
 
 from guided_distill import cli
 from guided_distill.errors import UserError
-from guided_distill.interop.companions import read_autoencoder, read_text_encoder
-from guided_distill.interop.diffusers_configs import read_denoiser
 from guided_distill.interop.single_file import read_single_file, write_folder
-from guided_distill.interop.torch_layout import canonical, to_tensors, to_tree
+from guided_distill.layouts.companions import read_autoencoder, read_text_encoder
+from guided_distill.layouts.diffusers_configs import read_denoiser
+from guided_distill.layouts.torch_layout import canonical, to_tensors, to_tree
 from guided_distill.training.trained import load_finished
 
 NAMES = json.loads((Path(__file__).parents[1] / "parity" / "compvis_names.json").read_text())

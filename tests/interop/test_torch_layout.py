@@ -7,7 +7,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from guided_distill.errors import UserError
-from guided_distill.interop.torch_layout import canonical, to_tensors, to_tree, torch_name
+from guided_distill.layouts.torch_layout import canonical, to_tensors, to_tree, torch_name
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from guided_distill.interop.diffusers_folder import TEXT_WEIGHTS, WEIGHTS, write_component
-from guided_distill.interop.torch_layout import to_tensors
+from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, WEIGHTS, write_component
+from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.models.dit import DiT
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder

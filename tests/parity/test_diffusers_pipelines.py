@@ -25,10 +25,10 @@ from guided_distill.diffusion import samplers  # noqa: E402
 from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
 from guided_distill.diffusion.process import ddim_step, prediction_from  # noqa: E402
 from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
-from guided_distill.interop.diffusers_configs import read_denoiser  # noqa: E402
 from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
 from guided_distill.interop.import_model import import_model  # noqa: E402
-from guided_distill.interop.torch_layout import torch_shapes  # noqa: E402
+from guided_distill.layouts.diffusers_configs import read_denoiser  # noqa: E402
+from guided_distill.layouts.torch_layout import torch_shapes  # noqa: E402
 from guided_distill.training.trained import load_finished, network_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_distill.errors import UserError
-from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
-from guided_distill.interop.diffusers_folder import DIFFUSERS_VERSION
+from guided_distill.layouts.config_keys import must, number, one_of, whole_number, whole_numbers
+from guided_distill.layouts.diffusers_folder import DIFFUSERS_VERSION
 
 PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 """prediction_type of a scheduler's config, and what it is called here."""

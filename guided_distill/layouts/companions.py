@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.config_keys import must, number, one_of, whole_number, whole_numbers
-from guided_distill.interop.diffusers_folder import (
+from guided_distill.layouts.config_keys import must, number, one_of, whole_number, whole_numbers
+from guided_distill.layouts.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
     TEXT_WEIGHTS,
@@ -20,7 +20,7 @@ from guided_distill.interop.diffusers_folder import (
     read_json,
     read_weights,
 )
-from guided_distill.interop.torch_layout import canonical, to_tree
+from guided_distill.layouts.torch_layout import canonical, to_tree
 from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder

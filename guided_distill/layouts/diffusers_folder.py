@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.interop.torch_layout import Tensors
+from guided_distill.layouts.torch_layout import Tensors
 from guided_distill.training.checkpoints import storage_error, write_text
 
 DIFFUSERS_VERSION = "0.42.1"

@@ -1,0 +1,1 @@
+"""Weights and configs as other programs keep them on disk, and what they are here."""
