@@ -43,13 +43,16 @@ def test_rows_are_read_as_written(tmp_path):
     assert read_results(epath.Path(tmp_path / "results.csv")) == [RESULT, empty]
 
 
-def test_files_without_an_inception_score_are_read(tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_files_without_the_newest_columns_are_read(tmp_path, count):
+    newest = ("inception_score", "alignment", "caption_recall")
+    assert COLUMNS[-3:] == newest
     file = epath.Path(tmp_path / "results.csv")
-    write_results(file, [RESULT])
-    assert COLUMNS[-1] == "inception_score"
-    lines = [line.rpartition(",")[0] for line in file.read_text().splitlines()]
+    write_results(file, [row(alignment=0.5, caption_recall=0.25)])
+    lines = [line.rsplit(",", count)[0] for line in file.read_text().splitlines()]
     file.write_text("\n".join(lines) + "\n")
-    assert read_results(file) == [row(inception_score=None)]
+    kept = {"alignment": 0.5, "caption_recall": 0.25} | dict.fromkeys(newest[-count:])
+    assert read_results(file) == [row(**kept)]
 
 
 @pytest.mark.parametrize("field", ["extractor", "n", "seed", "w", "stage"])
