@@ -92,12 +92,16 @@ def weight_figure(results: Sequence[Result]) -> Figure:
     weights = sorted({result.w for result in results if result.w is not None})
     figure = Figure(figsize=(2.6 * len(weights), 3.4), layout="constrained")
     panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+    names = list(mean_over_w(results, "fd"))
+    steps = {result.num_steps for result in results if result.num_steps is not None}
     for axes, w in zip(panels, weights, strict=True):
         curves = mean_over_w([result for result in results if result.w == w], "fd")
-        for (stage, sampler), curve in curves.items():
+        # A curve that isn't there has its place in the legend, and every curve its own colour.
+        for stage, sampler in names:
+            curve = curves.get((stage, sampler), {})
             label = f"{_WORDS[stage]}, {sampler}"
             axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
-        _step_axis(axes, {n for curve in curves.values() for n in curve})
+        _step_axis(axes, steps)
         axes.tick_params(labelsize=7)
         axes.set_title(f"w = {w:g}", fontsize=9)
         axes.grid(alpha=0.3)
