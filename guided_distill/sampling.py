@@ -242,10 +242,7 @@ def check_request(
             "this student was trained to encode images, not to sample: choose a stage of another "
             "sampler, such as halving_ddim_4"
         )
-    num_steps = _steps_or_trained(about, num_steps)
-    sampler = sampler or about.sampler or "ddim"
-    if sampler not in samplers.SAMPLERS:
-        raise UserError(f"--sampler is {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}")
+    num_steps, sampler = given_or_trained(about, num_steps=num_steps, sampler=sampler)
     _check_condition(about, condition)
     if allow_untrained:
         return num_steps, sampler
@@ -261,6 +258,19 @@ def check_request(
             "config.halving.samplers to ('stochastic',) and train one"
         )
     return num_steps, sampler
+
+
+def given_or_trained(
+    about: Description, *, num_steps: int | None, sampler: str | None
+) -> tuple[int, str]:
+    """The number of steps and the sampler, those that were trained where none is given.
+
+    Raises UserError for what no sampler could do.
+    """
+    sampler = sampler or about.sampler or "ddim"
+    if sampler not in samplers.SAMPLERS:
+        raise UserError(f"--sampler is {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}")
+    return _steps_or_trained(about, num_steps), sampler
 
 
 def check_encoding(

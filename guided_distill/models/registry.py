@@ -1,7 +1,7 @@
 """Networks by name, and the step from a network's raw output to a Denoiser."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -84,13 +84,6 @@ class Network:
         """The condition that stands for none, of labels; that of texts is their encoder's to tell."""
         return {"label": self.num_classes} if "label" in dict(self.condition_shapes) else None
 
-    def condition_like(self, make: Callable[..., Any], count: int = 1) -> dict[str, Any]:
-        """A condition of `count` examples whose arrays are make(shape, dtype)."""
-        return {
-            name: make((count, *shape), jnp.int32 if name == "label" else jnp.float32)
-            for name, shape in self.condition_shapes
-        }
-
     def init(self, key: jax.Array) -> Params:
         """Fresh weights."""
         one = jnp.zeros((1,))
@@ -98,7 +91,10 @@ class Network:
             key,
             jnp.zeros((1, *self.data_shape)),
             one,
-            self.condition_like(jnp.zeros),
+            {
+                name: jnp.zeros((1, *shape), jnp.int32 if name == "label" else jnp.float32)
+                for name, shape in self.condition_shapes
+            },
             one if self.w_conditioned else None,
         )["params"]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 import tarfile
 import urllib.error
 import urllib.request
@@ -15,7 +16,6 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.training.progress import Advance, progress
 
-REGISTRY = "https://registry.npmjs.org"
 REGISTRY_VARIABLE = "npm_config_registry"
 MAX_MEMBER = 4 << 20
 """Bytes that a member of an archive may have."""
@@ -40,8 +40,8 @@ class NpmPackage:
 
     @property
     def url(self) -> str:
-        """Where the registry has the tarball; npm's own variable may name another registry."""
-        registry = os.environ.get(REGISTRY_VARIABLE) or REGISTRY
+        """Where the registry has the tarball: that of npm's own variable, or of npm's settings."""
+        registry = os.environ.get(REGISTRY_VARIABLE) or _registry_of_npm()
         base = self.name.rpartition("/")[2]
         return f"{registry.rstrip('/')}/{self.name}/-/{base}-{self.version}.tgz"
 
@@ -56,23 +56,37 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
     if target.exists() and file_digest(target, "sha512") == package.sha512:
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    part = cache / f"{package.file_name}.part"
+    part, url = cache / f"{package.file_name}.part", package.url
     with progress(package.file_name, total=package.size, unit="bytes") as advance:
         try:
-            _download(package, part, advance)
+            _download(url, package.size, part, advance)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{package.url} can't be fetched ({error}): check the network, or put "
+                f"{url} can't be fetched ({error}): check the network, or put "
                 f"{package.file_name}, as `npm pack {package.name}@{package.version}` makes it, into "
                 f"{cache}"
             ) from error
     if file_digest(part, "sha512") != package.sha512:
         part.unlink()
         raise UserError(
-            f"{package.url} is not the file that was pinned, its SHA-512 differs: check "
+            f"{url} is not the file that was pinned, its SHA-512 differs: check "
             f"{REGISTRY_VARIABLE}, or what lies between you and the registry"
         )
     return part.replace(target)
+
+
+def _registry_of_npm() -> str:
+    """Raises UserError if npm isn't there to be asked."""
+    try:
+        asked = subprocess.run(
+            ["npm", "config", "get", "registry"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"no npm is installed that would know its registry: install it, or set "
+            f"{REGISTRY_VARIABLE} to a registry's address"
+        ) from error
+    return asked.stdout.strip()
 
 
 def read_members(
@@ -103,16 +117,16 @@ def read_members(
     return found
 
 
-def _download(package: NpmPackage, part: epath.Path, advance: Advance) -> None:
+def _download(url: str, size: int, part: epath.Path, advance: Advance) -> None:
     with (
-        urllib.request.urlopen(package.url, timeout=_TIMEOUT) as response,
+        urllib.request.urlopen(url, timeout=_TIMEOUT) as response,
         part.open("wb") as file,
     ):
         received = 0
         while block := response.read(_BLOCK):
             received += len(block)
-            if received > package.size:
-                raise ValueError(f"it is longer than its {package.size} bytes")
+            if received > size:
+                raise ValueError(f"it is longer than its {size} bytes")
             file.write(block)
             advance(received, "")
 

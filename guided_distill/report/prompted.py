@@ -24,6 +24,7 @@ from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
 from guided_distill.report.figures import image_grid
 from guided_distill.report.samples import last_finished
+from guided_distill.sampling import given_or_trained
 from guided_distill.training.checkpoints import storage_error
 
 METADATA = "guided_distill"
@@ -130,15 +131,6 @@ def inpaint_to_files(
     return _write(out, "inpaint", model, request, painted, settings)
 
 
-def _resolved(model: TextToImage, request: Request) -> tuple[int, str]:
-    """The number of steps and the sampler that a request comes to."""
-    about = model.trained.description
-    return (
-        request.num_steps or about.num_steps or 2 * about.experiment.halving.first_num_steps,
-        request.sampler or about.sampler or "ddim",
-    )
-
-
 def _load(workdir: epath.Path, stage: str | None) -> TextToImage:
     return load_text_to_image(workdir / (stage or last_finished(workdir)))
 
@@ -170,15 +162,19 @@ def _write(
 ) -> list[epath.Path]:
     about = model.trained.description
     stage = epath.Path(model.trained.path).name
+    num_steps, sampler = given_or_trained(
+        about, num_steps=request.num_steps, sampler=request.sampler
+    )
     settings = {
         "verb": verb,
         "stage": stage,
         **request.sampling,
-        **dict(zip(("num_steps", "sampler"), _resolved(model, request), strict=True)),
+        "num_steps": num_steps,
+        "sampler": sampler,
         "package_version": about.package_version,
         **more,
     }
-    told = {"w": f"{request.w:g}", "seed": request.seed, "steps": settings["num_steps"]}
+    told = {"w": f"{request.w:g}", "seed": request.seed, "steps": num_steps}
     told |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
     told |= {name: value for name, value in more.items() if name == "strength"}
     stem = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])

@@ -157,6 +157,21 @@ def test_only_the_pinned_file_is_kept(tmp_path, registry):
     assert packages.file_digest(path, "sha512") == package.sha512
 
 
+def test_the_registry_is_npms_where_no_variable_names_one(tmp_path, registry, monkeypatch):
+    cache = epath.Path(tmp_path) / "cache"
+    package = publish(registry, "one", tarball({"a": b"a"}))
+    address = f"http://127.0.0.1:{registry.server_port}/"
+    monkeypatch.delenv(packages.REGISTRY_VARIABLE)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match=r"no npm is installed.*set npm_config_registry"):
+        packages.fetch(package, cache)
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!/bin/sh\n[ \"$*\" = 'config get registry' ] && echo {address}\n")
+    npm.chmod(0o755)
+    assert packages.fetch(package, cache).exists()
+
+
 def test_members_are_regular_files_of_a_bounded_size(tmp_path):
     path = epath.Path(tmp_path) / "a.tgz"
     content = io.BytesIO()

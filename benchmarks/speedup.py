@@ -1,0 +1,43 @@
+"""How many times faster a student samples than its teacher, beside the ratio of their network calls.
+
+    python benchmarks/speedup.py docs/results/cifar10_small halving_ddim_4 64
+
+The folder of a run with classes, a student's stage in it, and the teacher's steps.
+"""
+
+import sys
+import time
+
+from etils import epath
+
+from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.training.trained import Trained, load_finished
+
+COUNT = 256
+REPEATS = 4
+
+
+def seconds(trained: Trained, num_steps: int) -> float:
+    labels = cycling_labels(COUNT, len(trained.description.class_names))
+    start = time.perf_counter()
+    sample(trained, condition=of_labels(labels), w=1.0, num_steps=num_steps, batch_size=COUNT)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    workdir, stage, teacher_steps = epath.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    teacher, student = load_finished(workdir / "teacher"), load_finished(workdir / stage)
+    steps = student.description.num_steps or 1
+    # Both are compiled first.
+    seconds(teacher, 1)
+    seconds(student, steps)
+    slow = seconds(teacher, teacher_steps)
+    fast = sum(seconds(student, steps) for _ in range(REPEATS)) / REPEATS
+    print(
+        f"teacher {slow:.2f} s, student {fast:.3f} s: {slow / fast:.1f} times faster, "
+        f"by {2 * teacher_steps / steps:g} times fewer calls"
+    )
+
+
+if __name__ == "__main__":
+    main()
