@@ -27,7 +27,7 @@ AUTOENCODER = "autoencoder"
 METHODS = ("guided", "naive", "two_student")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
-EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH")
+EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH", "clip:PATH")
 
 
 def _one_of(*names: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from text_models import write_minilm
+from text_models import write_clip_of_both, write_minilm
 
 from guided_distill import cli
 from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
@@ -146,6 +146,18 @@ def test_evaluation_looks_at_images_of_held_out_captions(workdir):
     assert all(-1 <= float(each) <= 1 for each in alignments)
     with np.load(workdir / "samples" / "halving_ddim_1_w1.npz") as samples:
         assert samples["image"].shape[1:] == (SIDE, SIDE, 3)
+
+
+def test_evaluation_through_clip_tells_its_score(workdir, tmp_path):
+    write_clip_of_both(tmp_path)
+    asked = ["--stages", "halving_ddim_1", "--w", "0", "--extractor", f"clip:{tmp_path}"]
+    assert cli.main(["evaluate", "--workdir", str(workdir), *asked]) == 0
+    rows = list(csv.DictReader((workdir / "results.csv").read_text().splitlines()))
+    of_clip = [row for row in rows if row["extractor"].startswith("clip-")]
+    assert [row["stage"] for row in of_clip] == ["real", "halving"]
+    for row in of_clip:
+        assert -1 <= float(row["alignment"]) <= 1
+        assert row["inception_score"] == row["accuracy"] == ""
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ A ridge regression, fitted on training images and their captions, guesses the em
 caption from the image's features. Samples are then held against captions that it never saw: is the
 guess nearest to the caption which the sample was made for? With the features of `lite0.py` and the
 embeddings of `text/minilm.py` it is called MiniLM-Lite0 alignment. It stands in for a CLIP score where
-there are no CLIP weights, and isn't comparable with one.
+there are no CLIP weights, and isn't comparable with one; with them, see `clip.py`.
 """
 
 from __future__ import annotations
@@ -83,14 +83,7 @@ class CaptionGuess:
             raise UserError(
                 f"each of {len(guesses)} samples needs the number of its caption, below {len(y)}."
             )
-        cosines = guesses @ _unit(y - self.embedding_mean).T
-        own = cosines[np.arange(len(cosines)), captions]
-        nearer = (cosines > own[:, None]).sum(axis=1)
-        return Alignment(
-            recall_at_1=float((nearer < 1).mean()),
-            recall_at_10=float((nearer < TOP).mean()),
-            cosine=float(own.mean()),
-        )
+        return retrieval(guesses, _unit(y - self.embedding_mean), captions)
 
 
 @dataclass(frozen=True)
@@ -98,12 +91,25 @@ class Alignment:
     """Of samples with their captions: higher is better.
 
     recall_at_1, recall_at_10: share of samples whose caption is the nearest of all, or one of the ten.
-    cosine: between guess and caption, both less the training captions' mean; 0 for unrelated ones.
+    cosine: of sample and caption; by a regression both are less the training captions' mean, so that it
+    is 0 for unrelated ones.
     """
 
     recall_at_1: float
     recall_at_10: float
     cosine: float
+
+
+def retrieval(guesses: np.ndarray, embeddings: np.ndarray, captions: np.ndarray) -> Alignment:
+    """Of samples' vectors [n, E] with captions' [M, E], all of length 1; captions [n]: whose is whose."""
+    cosines = guesses @ embeddings.T
+    own = cosines[np.arange(len(cosines)), captions]
+    nearer = (cosines > own[:, None]).sum(axis=1)
+    return Alignment(
+        recall_at_1=float((nearer < 1).mean()),
+        recall_at_10=float((nearer < TOP).mean()),
+        cosine=float(own.mean()),
+    )
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

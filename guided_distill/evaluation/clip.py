@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021), for the CLIP score of images: the cosine with what they should show.
+"""CLIP (Radford et al. 2021) as an extractor: features of images, and the CLIP score of captions.
 
 The weights are the user's: a folder of transformers' CLIPModel, with its tokenizer.
 """
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
-from guided_distill.layouts.companions import CLIP_TEXT_DEFAULTS
+from guided_distill.evaluation.alignment import Align, Alignment, retrieval
+from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.pretrained import check_images
+from guided_distill.layouts.companions import CLIP_TEXT_DEFAULTS, fingerprint
 from guided_distill.layouts.config_keys import one_of, whole_number
 from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
 from guided_distill.layouts.torch_layout import to_tree
@@ -179,61 +181,67 @@ class CLIP(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class ClipScorer:
-    """Tells how well images show what their captions say."""
+class ClipExtractor(Extractor):
+    """CLIP's view of images, which can also be held against texts. It has no classes."""
 
-    network: CLIP
-    tokenizer: Tokenizer = field(repr=False)
-    params: Mapping[str, Any] = field(repr=False)
+    network: CLIP = field(kw_only=True)
+    tokenizer: Tokenizer = field(kw_only=True, repr=False)
 
-    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Images [n, H, W, 3] in [-1, 1] and their captions [n] -> cosines float32 [n].
-
-        Images go through 8 bits, as a file of them would. The CLIP score of a set is the mean; some
-        report it times 100.
-        """
-        if len(images) != len(captions):
-            raise UserError(f"there are {len(images)} images and {len(captions)} captions")
-        tokens, _ = self.tokenizer(captions)
-        cosines = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), BATCH):
-            some = images[start : start + BATCH]
-            padding = BATCH - len(some)
-            pixels = from_uint8(to_uint8(np.pad(some, [(0, padding)] + 3 * [(0, 0)])))
-            words = np.pad(tokens[start : start + BATCH], [(0, padding), (0, 0)])
-            cosines.append(np.asarray(self._cosines(self.params, pixels, words))[: len(some)])
-        return np.concatenate(cosines)
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts [n] -> float32 [n, width] of length 1, comparable with the features of images."""
+        tokens, _ = self.tokenizer(texts)
+        parts = [np.zeros((0, self.width), np.float32)]
+        for start in range(0, len(texts), BATCH):
+            some = tokens[start : start + BATCH]
+            padded = np.pad(some, [(0, BATCH - len(some)), (0, 0)])
+            parts.append(np.asarray(self._embed(self._placed, padded))[: len(some)])
+        return np.concatenate(parts)
 
     @functools.cached_property
-    def _cosines(self) -> Any:
-        end, side = self.tokenizer.end, self.network.vision["image_size"]
-
-        def cosines(params: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
+    def _embed(self) -> Any:
+        def embed(params: Any, tokens: jax.Array) -> Any:
             with jax.default_matmul_precision("highest"):
-                embedded: Any = self.network.apply(
-                    {"params": params}, preprocess(images, side), tokens, jnp.int32(end)
+                return self.network.apply(
+                    {"params": params}, tokens, jnp.int32(self.tokenizer.end), method="embed_texts"
                 )
-            return (embedded[0] * embedded[1]).sum(axis=1)
 
-        return jax.jit(cosines)
+        return jax.jit(embed)
+
+
+def clip_scores(captions: Sequence[str], extractor: ClipExtractor) -> Align:
+    """The measure for samples of some of `captions`: its cosine is the CLIP score.
+
+    That is the mean cosine of a sample with the caption that it was made for; some report it times 100.
+    """
+    choices = np.unique(np.asarray(captions))
+    embeddings = extractor.embed_texts(choices.tolist())
+
+    def align(features: np.ndarray, captions: np.ndarray) -> Alignment:
+        return retrieval(features, embeddings, np.searchsorted(choices, captions))
+
+    return align
 
 
 def preprocess(images: jax.Array, side: int) -> jax.Array:
-    """Images [B, H, W, 3] in [-1, 1], squares -> pixels [B, side, side, 3], normalized.
+    """Images [B, H, W, 1 or 3] in [-1, 1], squares -> pixels [B, side, side, 3], normalized.
 
     Resized bicubically, smoothed where they shrink, as Pillow does it.
     """
+    images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
     shape = (len(images), side, side, 3)
     resized = jax.image.resize((images + 1) / 2, shape, "cubic", antialias=True)
     mean, std = (jnp.array(each)[None, None, None] for each in (PIXEL_MEAN, PIXEL_STD))
     return (jnp.clip(resized, 0, 1) - mean) / std
 
 
-def load_clip_scorer(folder: epath.Path) -> ClipScorer:
-    """The scorer of a folder that transformers' CLIPModel and its tokenizer were saved to.
+def clip_extractor(shape: tuple[int, ...], path: str) -> ClipExtractor:
+    """The extractor for images of `shape` [H, W, C], of a folder of transformers' CLIPModel.
 
-    Raises UserError if something is missing, can't be read, or isn't CLIP.
+    Raises UserError if something is missing, can't be read, or isn't CLIP, or if the data are not
+    images.
     """
+    check_images("clip", shape)
+    folder = epath.Path(path)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one that holds transformers' CLIPModel")
     where = folder / "config.json"
@@ -245,7 +253,23 @@ def load_clip_scorer(folder: epath.Path) -> ClipScorer:
         projection_dim=whole_number(config.get("projection_dim", 512), "projection_dim", where),
     )
     params = clip_params(network, read_weights(folder, TEXT_WEIGHTS), source=folder)
-    return ClipScorer(network, clip_tokenizer(folder), params)
+    return ClipExtractor(
+        name=f"clip-{fingerprint(network, params)[:8]}",
+        width=network.projection_dim,
+        own_classes=False,
+        apply=functools.partial(_apply, network),
+        params=params,
+        batch_size=BATCH,
+        network=network,
+        tokenizer=clip_tokenizer(folder),
+    )
+
+
+def _apply(network: CLIP, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    with jax.default_matmul_precision("highest"):
+        pixels = preprocess(images, network.vision["image_size"])
+        features: Any = network.apply({"params": params}, pixels, method="embed_images")
+    return features, jnp.zeros((len(images), 0))
 
 
 def clip_params(

@@ -10,7 +10,8 @@ from etils import epath
 from guided_distill.config import Evaluation
 from guided_distill.data.source import Source
 from guided_distill.evaluation.alignment import Align, fit_alignment
-from guided_distill.evaluation.conditions import Subjects, open_pixels, subjects
+from guided_distill.evaluation.clip import ClipExtractor, clip_scores
+from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
@@ -63,7 +64,9 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     encoder = align = None
     if told_of_texts:
         encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
-        if isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
+        if isinstance(extractor, ClipExtractor):
+            align = clip_scores(captions_of(test).tolist(), extractor)
+        elif isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
             align = fit_alignment(train, test, extractor, encoder)
     table = _Table(workdir / "results.csv", extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)

@@ -28,7 +28,7 @@ class Measures:
     recall: float | None
     accuracy: float | None
     n: int
-    inception_score: float
+    inception_score: float | None
     alignment: float | None
     caption_recall: float | None
 
@@ -45,7 +45,8 @@ def measure(
 
     KID, precision and recall need features of the reference and are None where it has only a mean and
     a covariance; the last two look at the first 10,000 samples. accuracy is the share of samples that
-    are given their class, None unless the extractor's classes are the data's own. align: measures
+    are given their class, None unless the extractor's classes are the data's own; inception_score is
+    None if it has no classes. align: measures
     features against the samples' captions, where they have some.
     """
     statistics = FeatureStatistics.empty(extractor.width)
@@ -53,10 +54,10 @@ def measure(
     kept, correct = [], 0
     for features, logits, labels in outputs:
         statistics = statistics.accumulate(features)
-        score = (score or InceptionScore.empty(count, logits.shape[1])).accumulate(logits)
-        correct += int((logits.argmax(axis=1) == labels).sum())
+        if num_classes := logits.shape[1]:
+            score = (score or InceptionScore.empty(count, num_classes)).accumulate(logits)
+            correct += int((logits.argmax(axis=1) == labels).sum())
         kept.append(features)
-    assert score is not None
     features = np.concatenate(kept)
     kid = nearness = None
     if reference.features is not None and reference.manifold is not None:
@@ -72,7 +73,7 @@ def measure(
         recall=nearness.recall if nearness else None,
         accuracy=correct / count if extractor.own_classes else None,
         n=count,
-        inception_score=score.score(),
+        inception_score=score.score() if score else None,
         alignment=alignment.cosine if alignment else None,
         caption_recall=alignment.recall_at_10 if alignment else None,
     )

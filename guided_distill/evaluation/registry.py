@@ -6,6 +6,7 @@ from guided_distill.config import EXTRACTORS
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.evaluation.classifier import train_extractor
+from guided_distill.evaluation.clip import clip_extractor
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.inception import inception_extractor
 from guided_distill.evaluation.lite0 import lite0_extractor
@@ -23,4 +24,6 @@ def load_extractor(name: str, source: Source, workdir: epath.Path) -> Extractor:
         return lite0_extractor(source.shape, path or None)
     if kind == "inception":
         return inception_extractor(source.shape, path)
+    if kind == "clip":
+        return clip_extractor(source.shape, path)
     raise UserError(f"unknown extractor {name!r}: choose one of {', '.join(EXTRACTORS)}")

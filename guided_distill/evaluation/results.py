@@ -28,7 +28,8 @@ class Result:
     0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: sampling
     time, compilation apart; network_calls: calls for one sample; extractor: the feature space, with
     @FILE where statistics of other data took the training data's place; alignment, caption_recall: how
-    well samples show their captions, cosine and recall at 10 of `alignment.py`.
+    well samples show their captions, cosine and recall at 10 of `alignment.py`, or of `clip.py`, where
+    the cosine is the CLIP score.
     """
 
     stage: str
@@ -63,9 +64,22 @@ class Result:
         )
 
 
+_NAMES = {
+    "fd": "Fréchet distance",
+    "kid": "kernel distance",
+    "inception_score": "class score",
+    "accuracy": "class accuracy",
+    "alignment": "alignment",
+}
 _FAMILIES = {
-    "lite0": {"fd": "FD-Lite0", "kid": "KID-Lite0", "inception_score": "IS-Lite0"},
+    "lite0": {
+        "fd": "FD-Lite0",
+        "kid": "KID-Lite0",
+        "inception_score": "IS-Lite0",
+        "alignment": "MiniLM-Lite0 alignment",
+    },
     "inception": {"fd": "FID", "kid": "KID", "inception_score": "Inception Score"},
+    "clip": {"fd": "FD-CLIP", "kid": "KID-CLIP", "alignment": "CLIP score"},
 }
 
 
@@ -76,8 +90,7 @@ def family(extractor: str) -> str:
 
 def metric_name(column: str, extractor: str) -> str:
     """What people call the measure of a column that was made with this extractor."""
-    plain = {"fd": "Fréchet distance", "kid": "kernel distance", "inception_score": "class score"}
-    return _FAMILIES.get(family(extractor), plain)[column]
+    return (_NAMES | _FAMILIES.get(family(extractor), {}))[column]
 
 
 def comparable(results: Sequence[Result], extractor: str) -> list[Result]:

@@ -1,12 +1,14 @@
 """A denoiser's companions, a diffusers folder without it: the autoencoder and the text encoder, read."""
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
@@ -156,3 +158,11 @@ def _weights(
     init = functools.partial(module.init, jax.random.key(0))
     template = jax.eval_shape(lambda: init(jnp.zeros(example.shape, example.dtype))["params"])
     return to_tree(canonical(read_weights(folder, stem)), template, source=folder)
+
+
+def fingerprint(settings: object, params: Any) -> str:
+    """The first 16 hex digits of a SHA-256: of a network's settings, and its weights in their order."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +26,7 @@ from guided_distill.data.encoded import (
 )
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
-from guided_distill.layouts.companions import read_autoencoder
+from guided_distill.layouts.companions import fingerprint, read_autoencoder
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder
@@ -102,8 +100,8 @@ def encode(
     encoding = Encoding(
         data=data,
         image_size=image_size,
-        autoencoder=_fingerprint(module, params),
-        text_encoder=_fingerprint(encoder.shape, encoder.params) if encoder else None,
+        autoencoder=fingerprint(module, params),
+        text_encoder=fingerprint(encoder.shape, encoder.params) if encoder else None,
         shape=latents.shape[1:],
         text_shape=encoder.shape if encoder else None,
         class_names=splits["train"].class_names,
@@ -283,11 +281,3 @@ def _write_captions(path: epath.Path, captions: list[str]) -> None:
             f"to encode them anew, or give another --out"
         )
     write_text(path, content)
-
-
-def _fingerprint(what: object, params: Any) -> str:
-    """The first 16 hex digits of a SHA-256: of a network's settings, and its weights in their order."""
-    digest = hashlib.sha256(repr(what).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

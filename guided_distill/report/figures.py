@@ -56,27 +56,29 @@ def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str],
 
 _STYLES = {"teacher": "s--", "guidance": "D", "halving": "o-"}
 _WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
+_FAITHFULNESS = ("accuracy", "alignment", "inception_score")
 
 
 def quality_figure(results: Sequence[Result]) -> Figure:
-    """Distance and accuracy against steps, averaged over w; the real-against-real floor dotted.
+    """Distance, and faithfulness to the condition, against steps, averaged over w; real images dotted.
 
-    Results are of one extractor. The Inception Score stands in for an accuracy that it can't tell.
+    Results are of one extractor. Faithfulness is the first of _FAITHFULNESS that it tells.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     extractor = results[0].extractor
+    told = [
+        name for name in _FAITHFULNESS if any(getattr(each, name) is not None for each in results)
+    ]
     columns = {"fd": f"{metric_name('fd', extractor)} (lower is better)"}
-    if all(result.accuracy is None for result in results):
-        columns["inception_score"] = metric_name("inception_score", extractor)
-    else:
-        columns["accuracy"] = "class accuracy"
-    for axes, (column, words) in zip(figure.subplots(1, 2), columns.items(), strict=True):
+    columns |= {name: metric_name(name, extractor) for name in told[:1]}
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, (column, words) in zip(panels, columns.items(), strict=True):
         curves = mean_over_w(results, column)
         for (stage, sampler), curve in curves.items():
             label = f"{_WORDS[stage]}, {sampler}"
             axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
         for result in results:
-            if result.stage == "real":
+            if result.stage == "real" and getattr(result, column) is not None:
                 axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
         _step_axis(axes, {n for curve in curves.values() for n in curve})
         axes.set_ylabel(f"{words}, mean over w")

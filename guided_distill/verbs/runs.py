@@ -47,8 +47,9 @@ def add_verbs(verbs: Any) -> None:
     )
     evaluate.add_argument(
         "--extractor",
-        help="classifier (trained on the run's data), lite0, lite0:PATH or inception:PATH "
-        "(default, here and below: the run's config)",
+        help="classifier (trained on the run's data), lite0, lite0:PATH, inception:PATH, or clip:PATH, "
+        "which adds the CLIP score of runs that are told of texts (default, here and below: the run's "
+        "config)",
     )
     evaluate.add_argument("--num_samples", type=int, help="samples of each row")
     evaluate.add_argument("--w", help="guidance weights, separated by commas")

@@ -1,64 +1,68 @@
 import json
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from etils import epath
 from PIL import Image
 from random_arrays import random_pixels
-from text_cases import CLIP, write_clip_tokenizer
-from text_models import random_params
+from text_cases import CLIP
+from text_models import write_clip_of_both
 
 from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
 from guided_distill.evaluation import clip
-from guided_distill.layouts.torch_layout import to_tensors
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small CLIP with random weights, as transformers saves one."""
     path = tmp_path_factory.mktemp("clip")
-    write_clip_tokenizer(path, "sd1")
-    (path / "config.json").write_text(json.dumps({"model_type": "clip", **CLIP}))
-    text = {key: each for key, each in CLIP["text_config"].items() if key != "eos_token_id"}
-    network = clip.CLIP(text, CLIP["vision_config"], CLIP["projection_dim"])
-    shapes = ((1, 16, 16, 3), np.float32), ((1, 2), int), ((), int)
-    params = random_params(network, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    tensors = to_tensors(params)
-    token = "vision_model.embeddings.class_embedding"
-    tensors[token] = tensors.pop(f"{token}.bias")
-    tensors |= {
-        "logit_scale": np.array(2, np.float32),
-        "text_model.embeddings.position_ids": np.arange(3),
-    }
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    write_clip_of_both(path)
     return path
 
 
-def test_every_image_is_held_against_its_own_caption(folder):
-    scorer = clip.load_clip_scorer(epath.Path(folder))
+@pytest.fixture(scope="module")
+def extractor(folder):
+    return clip.clip_extractor((16, 16, 3), str(folder))
+
+
+def test_every_image_is_held_against_its_own_caption(extractor):
     images = from_uint8(random_pixels(33, 16, 16, 3))
-    captions = [f"number {number}" for number in range(33)]
-    scores = scorer(images, captions)
-    assert scores.shape == (33,)
-    assert np.abs(scores).max() <= 1
-    assert scores.std() > 0.01
-    tokens, _ = scorer.tokenizer(captions)
-    embedded = jax.jit(scorer.network.apply)(
-        {"params": scorer.params}, clip.preprocess(images, 16), tokens, scorer.tokenizer.end
-    )
-    for vectors in embedded:
+    captions = np.array([f"number {number}" for number in range(33)])
+    features, logits = extractor(images)
+    assert logits.shape == (33, 0)
+    texts = extractor.embed_texts(captions.tolist())
+    assert extractor.embed_texts([]).shape == (0, extractor.width)
+    for vectors in (features, texts):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    cosines = np.asarray(embedded[0]) @ np.asarray(embedded[1]).T
-    np.testing.assert_allclose(scores, np.diag(cosines), atol=1e-5)
+    cosines = features @ texts.T
+    assert cosines.std() > 0.01
+    align = clip.clip_scores([*captions, *captions], extractor)
     order = np.arange(33)[::-1]
-    mixed = scorer(images[order], captions)
-    np.testing.assert_allclose(mixed, cosines[order, np.arange(33)], atol=1e-5)
-    assert scorer(images[:0], []).shape == (0,)
-    with pytest.raises(UserError, match="33 images and 1 captions"):
-        scorer(images, captions[:1])
+    for chosen in (np.arange(33), order):
+        found = align(features[chosen], captions)
+        own = cosines[chosen, np.arange(33)]
+        assert found.cosine == pytest.approx(own.mean(), abs=1e-6)
+        first = (cosines[chosen].argmax(axis=1) == np.arange(33)).mean()
+        assert found.recall_at_1 == pytest.approx(first)
+
+
+def test_gray_images_are_seen_as_colour_ones(extractor, folder):
+    gray = from_uint8(random_pixels(3, 16, 16, 1))
+    of_gray = clip.clip_extractor((16, 16, 1), str(folder))
+    np.testing.assert_array_equal(of_gray(gray)[0], extractor(gray.repeat(3, axis=3))[0])
+    with pytest.raises(UserError, match=r"shape \[2\]"):
+        clip.clip_extractor((2,), str(folder))
+
+
+def test_other_weights_have_another_name(extractor, folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["text_projection.weight"] += 1e-3
+    safetensors.numpy.save_file(tensors, weights)
+    other = clip.clip_extractor((16, 16, 3), str(tmp_path))
+    assert other.name != extractor.name
 
 
 @pytest.mark.parametrize("side", [8, 16, 40])
@@ -97,6 +101,6 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder, file, content, me
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
-        clip.load_clip_scorer(epath.Path(tmp_path))
+        clip.clip_extractor((16, 16, 3), str(tmp_path))
     with pytest.raises(UserError, match="no folder"):
-        clip.load_clip_scorer(epath.Path(tmp_path) / "nowhere")
+        clip.clip_extractor((16, 16, 3), str(tmp_path / "nowhere"))

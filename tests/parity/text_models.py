@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 from random_arrays import random_tensors
-from text_cases import BERT, LENGTH, write_clip_tokenizer, write_words
+from text_cases import BERT, CLIP, LENGTH, write_clip_tokenizer, write_words
 
+from guided_distill.evaluation import clip
 from guided_distill.layouts.torch_layout import to_tensors, to_tree
 from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
 from guided_distill.text.minilm import Bert
@@ -56,4 +57,22 @@ def write_minilm(folder):
     }
     tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
     tensors |= {"embeddings.position_ids": np.arange(40)[None]}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def write_clip_of_both(folder):
+    """A small CLIP of images and texts with random weights, as transformers saves one."""
+    write_clip_tokenizer(folder, "sd1")
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", **CLIP}))
+    text = {key: each for key, each in CLIP["text_config"].items() if key != "eos_token_id"}
+    network = clip.CLIP(text, CLIP["vision_config"], CLIP["projection_dim"])
+    shapes = ((1, 16, 16, 3), np.float32), ((1, 2), int), ((), int)
+    params = random_params(network, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    tensors = to_tensors(params)
+    token = "vision_model.embeddings.class_embedding"
+    tensors[token] = tensors.pop(f"{token}.bias")
+    tensors |= {
+        "logit_scale": np.array(2, np.float32),
+        "text_model.embeddings.position_ids": np.arange(3),
+    }
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
