@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image
 from text_models import write_clip_of_both, write_minilm
 
+import guided_distill
 from guided_distill import cli
 from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
 from guided_distill.errors import UserError
@@ -158,6 +159,29 @@ def test_evaluation_through_clip_tells_its_score(workdir, tmp_path):
     for row in of_clip:
         assert -1 <= float(row["alignment"]) <= 1
         assert row["inception_score"] == row["accuracy"] == ""
+
+
+def test_a_loaded_run_does_the_same(workdir, model):
+    loaded = guided_distill.load(workdir / "halving_ddim_2")
+    loaded = replace(loaded, prompted=model)
+    images = loaded.sample(prompts=PROMPTS, seed=3)
+    np.testing.assert_array_equal(images, generate(model, PROMPTS, w=1.0, seed=3))
+    edited = loaded.edit(images, PROMPTS, strength=0.5, w=0.0)
+    expected = edit(model, images, PROMPTS, strength=0.5, w=0.0).images
+    np.testing.assert_array_equal(edited, expected)
+    masks = np.zeros(images.shape[:-1], bool)
+    masks[:, :4] = True
+    np.testing.assert_array_equal(
+        loaded.inpaint(images, masks, PROMPTS), inpaint(model, images, masks, PROMPTS, w=1.0)
+    )
+    for request, message in (
+        (lambda: loaded.sample(labels=[1]), "give prompts"),
+        (lambda: loaded.edit(images, PROMPTS[:1], strength=0.5), "one for each text"),
+        (lambda: loaded.inpaint(images, masks[:1], PROMPTS), "True where to paint"),
+        (lambda: loaded.encode(images, labels=[1, 2]), "doesn't encode"),
+    ):
+        with pytest.raises(UserError, match=message):
+            request()
 
 
 @pytest.mark.parametrize(
