@@ -68,10 +68,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a stage is trained. An ema_decay of 0 keeps no average: the raw weights are the result."""
+    """How a stage is trained. An ema_decay of 0 keeps no average: the raw weights are the result.
+
+    accumulation: in how many parts, one after the other, the gradient of a batch is computed.
+    """
 
     steps: int = 1000
     batch_size: int = 128
+    accumulation: int = 1
     learning_rate: float = 1e-3
     learning_rate_schedule: str = _one_of(*LEARNING_RATE_SCHEDULES)
     warmup_steps: int = 0
@@ -174,13 +178,15 @@ class Experiment:
     halves the steps of the guided teacher directly; "two_student" halves those of its conditional and
     unconditional branches apart, and guides the student when it is sampled.
     stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
-    of another run, to distill a teacher that was trained elsewhere.
+    of another run, to distill a teacher that was trained elsewhere. fsdp: over how many devices weights
+    and optimizer are split; what is left of the devices has copies (see guided_distill/training/mesh.py).
     """
 
     seed: int = 0
     method: str = _one_of(*METHODS)
     stage: str = _one_of("all", AUTOENCODER, *STAGES)
     start_from: str | None = None
+    fsdp: int = 1
     steps_per_dispatch: int = 50
     log_every: int = 100
     checkpoint_every: int = 1000
@@ -215,6 +221,7 @@ class Experiment:
 
 RESUMABLE_CHANGES = (
     "stage",
+    "fsdp",
     "log_every",
     "checkpoint_every",
     "checkpoints_to_keep",
@@ -388,6 +395,12 @@ def _check(experiment: Experiment) -> None:
         stage = getattr(experiment, name)
         _positive(f"{name}.steps", stage.steps)
         _positive(f"{name}.batch_size", stage.batch_size)
+        _positive(f"{name}.accumulation", stage.accumulation)
+        if stage.batch_size % stage.accumulation:
+            raise UserError(
+                f"config.{name}.accumulation is {stage.accumulation}, which doesn't divide "
+                f"config.{name}.batch_size, {stage.batch_size}: choose one that does"
+            )
         _positive(f"{name}.learning_rate", stage.learning_rate)
         _positive(f"{name}.gradient_clip", stage.gradient_clip)
         _fraction(f"{name}.ema_decay", stage.ema_decay)

@@ -97,7 +97,7 @@ class Pipeline:
         self._experiment = experiment
         self._workdir = workdir
         self._source = source
-        self._mesh = data_mesh()
+        self._mesh = data_mesh(fsdp=experiment.fsdp)
         self._network = network_of(
             experiment.model,
             self._source.shape,
@@ -136,7 +136,7 @@ class Pipeline:
         stage = chain[index]
         directory = self._workdir / stage.name
         if self._latest is None or self._latest.path != str(directory):
-            self._latest = load_trained(directory)
+            self._latest = load_trained(directory, self._mesh)
             if self._latest is None or not self._latest.finished:
                 if not self._wanted(stage):
                     raise UserError(
@@ -202,7 +202,7 @@ class Pipeline:
             return teacher.params
         if path is None:
             return {}
-        return load_finished(epath.Path(path)).params
+        return load_finished(epath.Path(path), self._mesh).params
 
     def _check_initial(self, path: str) -> None:
         """Raises UserError unless config.teacher.initial names a teacher with this run's network."""
@@ -261,7 +261,7 @@ class Pipeline:
 
         Raises UserError if it isn't a stage that the chain can go on from.
         """
-        start = load_finished(epath.Path(path))
+        start = load_finished(epath.Path(path), self._mesh)
         about, ours = start.description, self._experiment
         same = {
             key: (getattr(about.model, key), getattr(ours.model, key))

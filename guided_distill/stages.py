@@ -85,7 +85,14 @@ def compiled_step(
     """
     loss = _LOSSES[kind](settings, student, teacher, sampler=sampler, w_range=w_range)
     optimizer = make_optimizer(settings, steps=total_steps)
-    return make_train_step(loss, optimizer, ema_decay=settings.ema_decay, mesh=mesh), optimizer
+    step = make_train_step(
+        loss,
+        optimizer,
+        ema_decay=settings.ema_decay,
+        mesh=mesh,
+        accumulation=settings.accumulation,
+    )
+    return step, optimizer
 
 
 def _condition(batch: Batch) -> Condition:

@@ -1,9 +1,9 @@
-"""Strict numerics for every test, and four simulated devices."""
+"""Strict numerics for every test, and eight simulated devices."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Compiling is most of what tests do, and most of that is optimizing.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from guided_distill.training.mesh import DATA_AXIS
+from guided_distill.training.mesh import data_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
@@ -30,9 +30,9 @@ def tiny_arguments() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def mesh_of() -> Callable[[int], Mesh]:
-    """f(count): a mesh of the first `count` devices."""
-    return lambda count: Mesh(np.array(jax.devices()[:count]), (DATA_AXIS,))
+def mesh_of() -> Callable[..., Mesh]:
+    """f(count): a mesh of the first `count` devices; f(count, fsdp=n) splits weights over n of them."""
+    return lambda count, fsdp=1: data_mesh(jax.devices()[:count], fsdp=fsdp)
 
 
 @pytest.fixture(scope="session")

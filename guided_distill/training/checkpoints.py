@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 from guided_distill.errors import UserError
+from guided_distill.training.mesh import split_weights
 from guided_distill.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,12 @@ log = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
 
-def abstract(tree: Any, sharding: Sharding) -> Any:
-    """The shapes of a tree of arrays, to be restored with this sharding."""
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree of weights, to be restored to where they live on the mesh."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        split_weights(mesh, tree),
     )
 
 

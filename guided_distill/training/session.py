@@ -14,7 +14,7 @@ from guided_distill.data.pipeline import batches
 from guided_distill.data.source import Source
 from guided_distill.training.checkpoints import StageCheckpoints, abstract, write_text
 from guided_distill.training.loop import train
-from guided_distill.training.mesh import replicated
+from guided_distill.training.mesh import split_weights
 from guided_distill.training.metrics import MetricsLog, parameter_table
 from guided_distill.training.state import TrainState, initial_state
 from guided_distill.training.step import TrainStep
@@ -44,8 +44,8 @@ def train_in(
     The folder then holds checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt. Raises UserError
     if the disk is full, or the loss isn't finite for long.
     """
-    whole = replicated(mesh)
-    state = jax.device_put(initial_state(params, optimizer, ema_decay=settings.ema_decay), whole)
+    state = initial_state(params, optimizer, ema_decay=settings.ema_decay)
+    state = jax.device_put(state, split_weights(mesh, state))
     iterator = batches(
         source,
         batch_size=settings.batch_size // jax.process_count(),
@@ -58,7 +58,7 @@ def train_in(
         contextlib.closing(iterator),
         StageCheckpoints(directory, keep=cadence.checkpoints_to_keep) as checkpoints,
     ):
-        restored = checkpoints.restore(abstract(state, whole))
+        restored = checkpoints.restore(abstract(state, mesh))
         if restored is None:
             write_text(directory / "parameters.txt", parameter_table(params))
         else:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from guided_distill.objectives.weighting import Loss
-from guided_distill.training.mesh import replicated, split_batch
+from guided_distill.training.mesh import replicated, split_batch, split_weights
 from guided_distill.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -43,27 +43,68 @@ def make_train_step(
     *,
     ema_decay: float,
     mesh: Mesh,
+    accumulation: int = 1,
 ) -> TrainStep:
     """A compiled function that makes K updates in one call.
 
     It takes (state, frozen, batches, key): the state is donated; `frozen` is the teacher's weights,
     an argument so that they aren't built into the program; batches are arrays [K, B, ...]; `key` is the
     stage's own, and update number n draws from fold_in(key, n). An update whose loss or gradient isn't
-    finite is left out and counted.
+    finite is left out and counted. accumulation: in how many parts, one after the other, a batch's
+    gradient is computed; it divides B, and the parts draw from keys of their own.
+
+    Weights live as `split_weights` says. A network sees them whole, gathered once an update, so that what
+    it computes stays split by example and the partitioner has nothing else to move.
     """
 
-    def update(
-        state: TrainState, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, clu.metrics.Collection]:
-        key = jax.random.fold_in(key, state.step)
+    def whole(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def split(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, split_weights(mesh, tree))
+
+    def gradient_of(
+        params: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """The gradient of the mean loss, split like the weights, and figures to log."""
 
         def mean_loss(params: Any) -> tuple[jax.Array, Loss]:
             losses = loss(params, frozen, batch, key)
             return losses.per_example.mean(), losses
 
-        (value, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (value, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        # Whole first: asked for its parts alone, the partitioner would split the backward pass by channel.
+        return split(whole(gradient)), {"loss": value} | jax.tree.map(jnp.mean, dict(losses.aux))
+
+    def accumulated_gradient(
+        params: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        # Every part takes some examples of each device, so that none has to move.
+        parts = jax.tree.map(
+            lambda each: jnp.moveaxis(each.reshape(-1, accumulation, *each.shape[1:]), 1, 0),
+            dict(batch),
+        )
+
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+            examples, index = part
+            gradient, figures = gradient_of(
+                params, frozen, examples, jax.random.fold_in(key, index)
+            )
+            return jax.tree.map(jnp.add, total, gradient), figures
+
+        zero = split(jax.tree.map(jnp.zeros_like, params))
+        total, figures = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))
+        mean = jax.tree.map(lambda leaf: leaf / accumulation, total)
+        return mean, jax.tree.map(jnp.mean, figures)
+
+    def update(
+        state: TrainState, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, clu.metrics.Collection]:
+        key = jax.random.fold_in(key, state.step)
+        compute = gradient_of if accumulation == 1 else accumulated_gradient
+        gradient, figures = compute(whole(state.params), whole(frozen), batch, key)
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(norm)
         change, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         params, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -85,11 +126,11 @@ def make_train_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        figures = {"loss": value, "gradient_norm": norm} | jax.tree.map(jnp.mean, losses.aux)
+        figures["gradient_norm"] = norm
         metrics = metrics_of(tuple(sorted(figures))).single_from_model_output(
             **jax.tree.map(lambda figure: figure[None], figures), mask=finite[None]
         )
-        return new_state, metrics
+        return split(new_state), metrics
 
     def many_updates(
         state: TrainState, frozen: Any, batches: Batch, key: jax.Array
@@ -107,10 +148,10 @@ def make_train_step(
             metrics = stacked.reduce()
         return state, StepReport(metrics, state.skipped, state.skipped_in_a_row)
 
-    whole, split = replicated(mesh), split_batch(mesh, axis=1)
     return jax.jit(
         many_updates,
         donate_argnums=0,
-        in_shardings=(whole, whole, split, whole),
-        out_shardings=whole,
+        # The weights' shardings are those they come with.
+        in_shardings=(None, None, split_batch(mesh, axis=1), replicated(mesh)),
+        out_shardings=(None, replicated(mesh)),
     )

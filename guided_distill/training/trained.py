@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from guided_distill.config import Experiment, Model, parse
 from guided_distill.errors import UserError
 from guided_distill.models.registry import LABEL, Network, Params, build_network
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.mesh import data_mesh, replicated
+from guided_distill.training.mesh import data_mesh
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,11 @@ def read_description(directory: epath.Path) -> Description:
     return Description.from_json(about)
 
 
-def load_trained(directory: epath.Path) -> Trained | None:
-    """The newest whole checkpoint of a stage's folder, on all devices; None if there is none."""
+def load_trained(directory: epath.Path, mesh: Mesh | None = None) -> Trained | None:
+    """The newest whole checkpoint of a stage's folder; None if there is none.
+
+    Its weights live as the mesh says; without one, whole on all devices.
+    """
     if not (directory / "checkpoints").exists():
         return None
     with StageCheckpoints(directory) as checkpoints:
@@ -146,16 +150,16 @@ def load_trained(directory: epath.Path) -> Trained | None:
             return None
         description = Description.from_json(about)
         shapes = jax.eval_shape(description.network().init, jax.random.key(0))
-        template = abstract(shapes, replicated(data_mesh()))
+        template = abstract(shapes, mesh or data_mesh())
         result = checkpoints.restore_result(template)
     if result is None:
         return None
     return Trained(str(directory), *result, description)
 
 
-def load_finished(directory: epath.Path) -> Trained:
+def load_finished(directory: epath.Path, mesh: Mesh | None = None) -> Trained:
     """As `load_trained`. Raises UserError if the stage has no checkpoint or was cut short."""
-    trained = load_trained(directory)
+    trained = load_trained(directory, mesh)
     if trained is None:
         raise _no_checkpoint(directory)
     if not trained.finished:

@@ -18,7 +18,7 @@ from guided_distill.training.checkpoints import (
     latest_step,
     write_text,
 )
-from guided_distill.training.mesh import data_mesh, replicated
+from guided_distill.training.mesh import data_mesh
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
 
 
 def template():
-    return abstract(fresh_state(data_mesh()), replicated(data_mesh()))
+    return abstract(fresh_state(data_mesh()), data_mesh())
 
 
 def restore(directory):

@@ -67,7 +67,7 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             iterator = batches(data, batch_size=8, seed=3)
             stack.enter_context(contextlib.closing(iterator))
         checkpoints = stack.enter_context(StageCheckpoints(directory, keep=2))
-        restored = checkpoints.restore(abstract(state, replicated(mesh)))
+        restored = checkpoints.restore(abstract(state, mesh))
         if restored is not None:
             state = restored.state
             iterator.set_state(restored.data_state)

@@ -1,0 +1,147 @@
+"""One training on eight simulated devices, however weights and examples are split over them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from guided_distill.config import parse
+from guided_distill.errors import UserError
+from guided_distill.stages import compiled_step
+from guided_distill.training.checkpoints import StageCheckpoints, abstract
+from guided_distill.training.mesh import data_mesh, split_weights
+from guided_distill.training.state import initial_state
+from guided_distill.training.trained import network_of
+
+UPDATES, BATCH = 20, 16
+SHAPE, NUM_CLASSES = (8, 8, 3), 10
+EXPERIMENT = parse(
+    {
+        "model": {
+            "name": "unet",
+            "options": {
+                "width": 16,
+                "channel_multipliers": (1, 2),
+                "blocks_per_level": 1,
+                "attention_resolutions": (4,),
+                "head_width": 16,
+                "embedding_width": 32,
+            },
+        },
+        "halving": {"steps": UPDATES, "batch_size": BATCH, "learning_rate": 1e-3},
+    }
+)
+
+
+class Run(NamedTuple):
+    losses: np.ndarray
+    state: object
+    start: object
+    program: str
+
+
+@pytest.fixture(scope="module")
+def run(mesh_of):
+    """f(devices, fsdp, accumulation): a halving round on so many devices."""
+
+    @functools.cache
+    def run_on(devices, fsdp=1, accumulation=1):
+        mesh = mesh_of(devices, fsdp=fsdp)
+        network = network_of(EXPERIMENT.model, SHAPE, num_classes=NUM_CLASSES).told_w()
+        rng = np.random.default_rng(0)
+        # None is zero, as fresh ones of some layers are: their gradients would be nothing but rounding.
+        params, tutor = (
+            jax.tree.map(
+                lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32),
+                jax.eval_shape(network.init, jax.random.key(0)),
+            )
+            for _ in range(2)
+        )
+        settings = parse({"halving": {"accumulation": accumulation}}).halving
+        step, optimizer = compiled_step(
+            "halving",
+            settings,
+            student=network,
+            teacher=network,
+            mesh=mesh,
+            total_steps=UPDATES,
+            sampler="ddim",
+            w_range=(0.0, 4.0),
+        )
+        state = initial_state(params, optimizer, ema_decay=0.9)
+        state = jax.device_put(state, split_weights(mesh, state))
+        frozen = {"params": tutor, "num_steps": jnp.asarray(4, jnp.int32), "null": None}
+        frozen = jax.device_put(frozen, split_weights(mesh, frozen))
+        batch = {
+            "image": rng.uniform(-1, 1, (1, BATCH, *SHAPE)).astype(np.float32),
+            "label": rng.integers(0, NUM_CLASSES, (1, BATCH), np.int32),
+        }
+        program = step.lower(state, frozen, batch, jax.random.key(0)).compile()
+        losses = []
+        for _ in range(UPDATES):
+            state, report = program(state, frozen, batch, jax.random.key(0))
+            losses.append(report.metrics.compute()["loss"])
+        return Run(np.array(losses), state, params, program.as_text())
+
+    return run_on
+
+
+def difference(one, other):
+    """The distance of two trees of weights."""
+    squares = jax.tree.map(lambda a, b: np.square(np.asarray(a) - np.asarray(b)).sum(), one, other)
+    return float(np.sqrt(sum(jax.tree.leaves(squares))))
+
+
+@pytest.mark.parametrize("fsdp", [1, 8, 2])
+def test_it_is_the_training_of_one_device(run, fsdp):
+    alone, together = run(1), run(8, fsdp)
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-5)
+    moved = difference(alone.state.params, alone.start)
+    assert moved > 0.1
+    assert difference(together.state.params, alone.state.params) < 0.02 * moved
+    assert len(set(alone.losses)) == UPDATES
+
+
+def test_split_weights_take_an_eighth_of_the_memory(run):
+    leaves = jax.tree.leaves(run(8, 8).state)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    own = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    assert own < (1 / 8 + 0.1) * whole
+    copied = jax.tree.leaves(run(8, 1).state)
+    assert sum(leaf.addressable_shards[0].data.nbytes for leaf in copied) == whole
+
+
+@pytest.mark.parametrize("fsdp", [1, 8, 2])
+def test_nothing_but_weights_and_gradients_moves(run, fsdp):
+    program = run(8, fsdp).program
+    assert "all-to-all" not in program
+    assert "collective-permute" not in program
+    assert ("all-gather" in program) == (fsdp > 1)
+
+
+def test_a_gradient_in_parts_is_the_mean_of_theirs(run):
+    one, eight = run(1, 1, 2), run(8, 8, 2)
+    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
+    # The parts draw other noise than the whole: alike, not the same.
+    np.testing.assert_allclose(one.losses.mean(), run(1).losses.mean(), rtol=0.2)
+    assert abs(one.losses - run(1).losses).max() > 1e-4
+
+
+def test_another_mesh_reads_what_one_has_saved(run, mesh_of, tmp_path):
+    state = run(8, 8).state
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, data_state={}, about={})
+        checkpoints.wait()
+        for mesh in (mesh_of(4, fsdp=2), mesh_of(1)):
+            read = checkpoints.restore(abstract(state, mesh)).state
+            jax.tree.map(np.testing.assert_array_equal, read, state)
+            expected = jax.tree.leaves(split_weights(mesh, state))
+            assert [leaf.sharding for leaf in jax.tree.leaves(read)] == expected
+
+
+def test_a_number_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(UserError, match=r"config.fsdp is 3, which doesn't divide 8 devices"):
+        data_mesh(jax.devices()[:8], fsdp=3)
