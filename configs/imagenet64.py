@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "attention_resolutions": (32, 16, 8),
         "head_width": 64,
         "embedding_width": 768,
-        "remat": True,
+        "remat": "blocks",
     }
     # Many batches of this size in one call would fill the memory.
     config.steps_per_dispatch = 1

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "cross_attention_levels": (1, 2, 3),
         "num_attention_heads": (1, 1, 1, 1),
         "cross_attention_dim": 512,
-        "remat": True,
+        "remat": "blocks",
     }
     config.model.schedule_options = {"beta_start": 0.0015, "beta_end": 0.0195}
     config.teacher.initial = "runs/cin256/teacher"

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         **SIZES,
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
-        "remat": True,
+        "remat": "blocks",
     }
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
     size, _, rest = variant.partition(",")

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import SinusoidMLP
 from guided_distill.models.patches import from_patches
+from guided_distill.models.remat import rematerialized
 from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
 from guided_distill.models.stable_diffusion.embeddings import (
     TimestepEmbedding,
@@ -138,7 +139,7 @@ class DiT(nn.Module):
     learned_sigma: whether the weights answer the variance too, as the published ones do; the network
     then keeps them and leaves their half of the answer out. The embedding of w, a perceptron of a
     sinusoid, is not diffusers'; it is added to every block's embedding of time and starts at zero.
-    remat: keep the inputs of the blocks alone for the backward pass, and compute the rest again.
+    remat: one of models/remat.py's KINDS.
     """
 
     takes_timesteps: ClassVar[bool] = True
@@ -154,7 +155,7 @@ class DiT(nn.Module):
     w_embedding_width: int = 256
     num_outputs: int = 1
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -185,7 +186,7 @@ class DiT(nn.Module):
             )(w)
         embedded_time = time_sinusoid(time, _TIME_WIDTH, frequency_shift=1)
         tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="pos_embed")(z)
-        block = nn.remat(DiTBlock) if self.remat else DiTBlock
+        block = rematerialized(DiTBlock, self.remat)
         embeddings = []
         for index in range(self.num_layers):
             tokens, embedding = block(

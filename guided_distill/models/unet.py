@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import Conditioning
 from guided_distill.models.patches import from_patches, to_patches
+from guided_distill.models.remat import rematerialized
 
 
 def group_norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
@@ -88,8 +89,7 @@ class UNet(nn.Module):
     width: channels at full resolution; level k has width * channel_multipliers[k] at 1/2^k.
     attention_resolutions: the heights at which attention follows each residual block; the middle has
     it always. patch_size: side of the squares of pixels that the first level takes as one; "full
-    resolution" then is 1/patch_size of the image's. remat: keep the inputs of the blocks alone for the
-    backward pass, and compute the rest again.
+    resolution" then is 1/patch_size of the image's. remat: one of models/remat.py's KINDS.
     """
 
     takes_timesteps: ClassVar[bool] = False
@@ -103,7 +103,7 @@ class UNet(nn.Module):
     embedding_width: int
     num_classes: int
     patch_size: int = 1
-    remat: bool = False
+    remat: str = "none"
     w_conditioned: bool = False
     num_outputs: int = 1
     dropout: float = 0.0
@@ -123,11 +123,9 @@ class UNet(nn.Module):
 
         H and W are multiples of patch_size 2^(levels-1).
         """
-        residual_block, attention_block = ResidualBlock, AttentionBlock
-        if self.remat:
-            # Argument 3 is `train`: a Python bool, not an array.
-            residual_block = nn.remat(ResidualBlock, static_argnums=(3,))
-            attention_block = nn.remat(AttentionBlock)
+        # Argument 3 is `train`: a Python bool, not an array.
+        residual_block = rematerialized(ResidualBlock, self.remat, static_argnums=(3,))
+        attention_block = rematerialized(AttentionBlock, self.remat)
 
         embedding = nn.swish(
             Conditioning(

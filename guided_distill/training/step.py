@@ -73,7 +73,7 @@ def make_train_step(
             return losses.per_example.mean(), losses
 
         (value, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
-        # Whole first: asked for its parts alone, the partitioner would split the backward pass by channel.
+        # Whole first: asked for parts alone, the partitioner would split the backward pass by channel.
         return split(whole(gradient)), {"loss": value} | jax.tree.map(jnp.mean, dict(losses.aux))
 
     def accumulated_gradient(

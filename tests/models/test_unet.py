@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from guided_distill.errors import UserError
 from guided_distill.models.patches import from_patches, to_patches
+from guided_distill.models.remat import KINDS
 from guided_distill.models.unet import UNet
 
 OPTIONS = {
@@ -31,7 +34,7 @@ def random_params(net, image):
     return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def training_loss(*, remat):
+def training_loss(remat):
     net = UNet(**OPTIONS, remat=remat)
 
     def loss(params):
@@ -42,10 +45,11 @@ def training_loss(*, remat):
     return loss
 
 
-def test_remat_changes_neither_loss_nor_gradient():
+@pytest.mark.parametrize("kind", ["products", "blocks"])
+def test_remat_changes_neither_loss_nor_gradient(kind):
     params = random_params(UNet(**OPTIONS), images(4))
     (loss, gradient), (same_loss, same_gradient) = (
-        jax.jit(jax.value_and_grad(training_loss(remat=remat)))(params) for remat in (False, True)
+        jax.jit(jax.value_and_grad(training_loss(remat)))(params) for remat in ("none", kind)
     )
     np.testing.assert_allclose(same_loss, loss, rtol=1e-5)
     jax.tree.map(
@@ -61,12 +65,15 @@ def test_remat_keeps_little_for_the_backward_pass():
 
     def kept(remat):
         """Numbers that the backward pass needs, besides the weights."""
-        backward = jax.eval_shape(lambda p: jax.vjp(training_loss(remat=remat), p)[1], params)
+        backward = jax.eval_shape(lambda p: jax.vjp(training_loss(remat), p)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward)) - sum(
             leaf.size for leaf in jax.tree.leaves(params)
         )
 
-    assert kept(remat=True) < 0.3 * kept(remat=False)
+    everything, products, inputs = map(kept, KINDS)
+    assert inputs < 0.5 * products < 0.5 * everything * 0.7
+    with pytest.raises(UserError, match=r"remat is 'all'; choose one of none, products, blocks"):
+        kept("all")
 
 
 def test_patches_are_channels_of_the_same_net():

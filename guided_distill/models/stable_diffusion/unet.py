@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.models.embeddings import sinusoid
+from guided_distill.models.remat import rematerialized
 from guided_distill.models.stable_diffusion.attention import SpatialTransformer
 from guided_distill.models.stable_diffusion.blocks import (
     Downsample,
@@ -32,8 +33,7 @@ class UNet2DCondition(nn.Module):
     cross_attention_levels: indices into block_out_channels, from full resolution down; the middle
     always attends. num_attention_heads: at each level (diffusers writes it as attention_head_dim).
     A label becomes a context of length one and width cross_attention_dim; label num_classes is the null
-    label. w_embedding_width: diffusers' time_cond_proj_dim. remat: keep the inputs of the blocks alone
-    for the backward pass, and compute the rest again.
+    label. w_embedding_width: diffusers' time_cond_proj_dim. remat: one of models/remat.py's KINDS.
     """
 
     takes_timesteps: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class UNet2DCondition(nn.Module):
     w_embedding_width: int = 256
     num_outputs: int = 1
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -74,13 +74,13 @@ class UNet2DCondition(nn.Module):
         embedding = self._embedding(time, w)
         context = self._context(condition)
         attention = functools.partial(
-            nn.remat(SpatialTransformer) if self.remat else SpatialTransformer,
+            rematerialized(SpatialTransformer, self.remat),
             norm_num_groups=self.norm_num_groups,
             use_linear_projection=self.use_linear_projection,
             dtype=self.dtype,
         )
         resnet = functools.partial(
-            nn.remat(ResnetBlock) if self.remat else ResnetBlock,
+            rematerialized(ResnetBlock, self.remat),
             norm_num_groups=self.norm_num_groups,
             norm_eps=1e-5,
             dropout=self.dropout if train else 0.0,
