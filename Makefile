@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_TO_TEST := $(VENV)/.installed-to-test
 RUN := runs/digits
+COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
 
 .PHONY: demo test lint lock
 
@@ -15,10 +17,10 @@ demo: $(INSTALLED)
 	$(BIN)/guided-distill evaluate --workdir $(RUN)
 	$(BIN)/guided-distill report --workdir $(RUN)
 
-test: $(INSTALLED) lint
+test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_TO_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,7 +32,11 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+$(INSTALLED_TO_TEST): $(INSTALLED) requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
 # Resolve the newest dependencies for all supported Pythons at once.
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-	  --no-header --no-annotate --no-emit-index-url --upgrade --output-file requirements.lock
+	$(COMPILE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml

@@ -19,6 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
     config = paper_config()
     config.data.name = "tfds:cifar10"
+    config.data.shape = (32, 32, 3)
+    config.data.condition = {"label": 10}
     # Salimans & Ho's network, here told the label, and their training; the teacher's number of updates
     # is our choice.
     config.model.options = {

@@ -18,6 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_dit"
+    config.data.shape = (32, 32, 4)
+    config.data.condition = {"label": 1000}
     config.model.name = "dit"
     config.model.schedule = "linear"
     config.model.schedule_options = {"beta_start": 1e-4, "beta_end": 0.02}

@@ -22,6 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
     config = paper_config()
     config.data.name = "tfds:imagenet_resized/64x64"
+    config.data.shape = (64, 64, 3)
+    config.data.condition = {"label": 1000}
     # Salimans & Ho's network, but for its output, and their training; the teacher's number of updates is
     # Ho & Salimans'.
     config.model.dtype = "bfloat16"

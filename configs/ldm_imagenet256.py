@@ -19,6 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_cin256"
+    config.data.shape = (64, 64, 3)
+    config.data.condition = {"label": 1000}
     config.model.name = "sd_unet"
     config.model.options = {
         "block_out_channels": (192, 384, 576, 960),

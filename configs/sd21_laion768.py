@@ -28,12 +28,15 @@ def get_config(variant: str = "") -> ConfigDict:
         "remat": "blocks",
     }
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
+    config.data.condition = {"text": (77, 1024)}
     size, _, rest = variant.partition(",")
     if size == "base":
         config.data.name = "encoded:data/laion512_sd21"
+        config.data.shape = (64, 64, 4)
         config.teacher.initial = "runs/sd21_base/teacher"
     else:
         config.data.name = "encoded:data/laion768_sd21"
+        config.data.shape = (96, 96, 4)
         config.start_from = "runs/sd21/teacher"
         rest = variant
     return as_variant(config, rest, single_w=6.5)

@@ -18,6 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
     config = latent_paper_config()
     config.data.name = "encoded:data/laion512_inpaint"
+    config.data.shape = (64, 64, 4)
+    config.data.condition = {"text": (77, 768), "inpaint": (64, 64, 5)}
     config.model.name = "sd_unet"
     config.model.options = {"remat": "blocks"}
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [each for each in rest if not each.startswith("--config.")]
-    if unknown or (rest and options.verb != "train"):
+    if unknown or (rest and options.verb not in ("plan", "train")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     try:
         options.run(options, rest)

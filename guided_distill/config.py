@@ -41,7 +41,9 @@ class Data:
 
     channels: what the data must have, 1 for gray and 3 for colour; None takes it as it comes.
     text_encoder: a name of guided_distill.text.load to condition on the data's captions by; None
-    conditions on their labels.
+    conditions on their labels. shape, condition: what an example and its condition are like, such as
+    (64, 64, 4) and {"text": (77, 768)}, or {"label": 10} for the number of classes: what a plan asks when
+    the data aren't there, and checked when they are; an empty shape takes them as they come.
     """
 
     name: str = "digits"
@@ -49,6 +51,8 @@ class Data:
     channels: int | None = None
     flip: bool = False
     text_encoder: str | None = None
+    shape: tuple[int, ...] = ()
+    condition: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class Experiment:
     unconditional branches apart, and guides the student when it is sampled.
     stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
     of another run, to distill a teacher that was trained elsewhere. fsdp: over how many devices weights
-    and optimizer are split; what is left of the devices has copies (see guided_distill/training/mesh.py).
+    and optimizer are split, 0 for all (see guided_distill/training/mesh.py).
     """
 
     seed: int = 0

@@ -13,6 +13,7 @@ from etils import epath
 
 from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
 from guided_distill.data import sources
+from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import COMPANIONS, autoencoder_config, read_autoencoder
@@ -59,6 +60,7 @@ def open_data(experiment: Experiment) -> Source:
             f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
             f"give it images of that kind, or set config.data.channels to what it has"
         )
+    check_expected(data, source)
     if source.latent and data.flip:
         raise UserError(
             "config.data.flip would mirror latents, which are no latents of mirrored images: set it to "
@@ -99,6 +101,16 @@ def outline_of_latents(source: Source, experiment: Experiment) -> Source:
         class_names=() if text_encoder else source.class_names,
         condition_shapes=condition_shapes,
         latent=True,
+    )
+
+
+def outline_for(experiment: Experiment) -> Outline:
+    """What the denoisers of a run are trained on, told by the config, or else by the data."""
+    if expected := expected_outline(experiment.data):
+        return expected
+    source = open_data(experiment)
+    return outline_of(
+        outline_of_latents(source, experiment) if experiment.autoencoder.steps else source
     )
 
 

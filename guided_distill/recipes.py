@@ -97,6 +97,7 @@ def latent_paper_config() -> ml_collections.ConfigDict:
     config.halving.weighting = "truncated_snr"
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 512
+    config.fsdp = 0
     config.steps_per_dispatch = 1
     config.evaluation.num_samples = 5000
     config.evaluation.weights = (2.0, 4.0, 7.0, 14.0)
@@ -142,7 +143,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     a published teacher by one that is trained.
     """
     if ":" in config.data.name:
-        config.data.update({"name": "photo10", "image_size": None})
+        config.data.update({"name": "photo10", "image_size": None, "shape": ()})
+        config.data.condition = {}
     config.start_from = config.teacher.initial = None
     tiny = _TINY_NETWORKS.get(config.model.name, {})
     config.model.options = {**config.model.options.to_dict(), **tiny}

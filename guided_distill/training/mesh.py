@@ -18,11 +18,12 @@ DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
-    """All devices, or those given; weights are split over `fsdp` of them.
+    """All devices, or those given; weights are split over `fsdp` of them, 0 for all.
 
     Raises UserError unless that divides their number.
     """
     devices = jax.devices() if devices is None else devices
+    fsdp = fsdp or len(devices)
     if fsdp < 1 or len(devices) % fsdp:
         raise UserError(
             f"config.fsdp is {fsdp}, which doesn't divide {len(devices)} devices: choose one that "

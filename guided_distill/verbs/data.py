@@ -5,13 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from guided_distill.verbs.shared import command
-
-_CACHE: dict[str, Any] = {
-    "type": epath.Path,
-    "default": epath.Path("~/.cache/guided_distill").expanduser(),
-    "help": "folder that keeps what is downloaded (default: %(default)s)",
-}
+from guided_distill.verbs.shared import CACHE, command
 
 
 def add_verbs(verbs: Any) -> None:
@@ -38,7 +32,7 @@ def _add_prepare(verbs: Any) -> None:
     emoji.add_argument(
         "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
     )
-    emoji.add_argument("--cache", **_CACHE)
+    emoji.add_argument("--cache", **CACHE)
     minilm = command(
         things,
         "minilm",
@@ -47,7 +41,7 @@ def _add_prepare(verbs: Any) -> None:
         "guided-distill prepare minilm --out data/minilm",
     )
     minilm.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
-    minilm.add_argument("--cache", **_CACHE)
+    minilm.add_argument("--cache", **CACHE)
 
 
 def _add_encode(verbs: Any) -> None:

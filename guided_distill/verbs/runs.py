@@ -1,7 +1,8 @@
-"""The verbs of a run: train, evaluate, report."""
+"""The verbs of a run: plan, train, evaluate, report."""
 
 import argparse
 import contextlib
+import json
 import runpy
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,42 @@ from etils import epath
 from ml_collections import config_flags
 
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import command, command_of_run, parse_list
+from guided_distill.verbs.shared import CACHE, command, command_of_run, parse_list
 
 
 def add_verbs(verbs: Any) -> None:
     """Adds them to the parser's verbs."""
+    plan = command(
+        verbs,
+        "plan",
+        _plan,
+        "compile a config's stages for a slice of TPUs that need not be there, and tell what they take",
+        "guided-distill plan --config configs/cifar10.py --stage halving --topology v5e:4x4",
+    )
+    _add_config(plan)
+    plan.add_argument(
+        "--topology",
+        required=True,
+        help="generation and sides of the slice: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x1, 7x:2x2x1",
+    )
+    plan.add_argument(
+        "--slices", type=int, default=1, help="how many such slices (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--stage",
+        default="all",
+        help="teacher, guidance, halving, sampling (a call of the student) or all (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--optimization_level",
+        default="O0",
+        choices=("O0", "O1", "O2", "O3"),
+        help="how hard the compiler tries: O0 takes minutes where O3 may take an hour, and what it "
+        "says of FLOPs is the same (default: %(default)s)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    plan.add_argument("--cache", **CACHE)
+
     train = command(
         verbs,
         "train",
@@ -26,12 +58,7 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill train --config configs/digits.py --workdir runs/digits "
         "--config.teacher.steps=100",
     )
-    train.add_argument(
-        "--config",
-        required=True,
-        help="a config file, with :variant if it has any; --config.KEY=VALUE overrides a key",
-    )
-
+    _add_config(train)
     train.add_argument(
         "--workdir",
         type=epath.Path,
@@ -72,7 +99,46 @@ def add_verbs(verbs: Any) -> None:
     )
 
 
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--config",
+        required=True,
+        help="a config file, with :variant if it has any; --config.KEY=VALUE overrides a key",
+    )
+
+
 # Each verb imports what it needs when it runs, so that --help and bad arguments answer at once.
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from rich.console import Console
+
+    from guided_distill import config
+    from guided_distill.latent_space import outline_for
+    from guided_distill.plan.plan import make_plans
+    from guided_distill.plan.topologies import find_topology
+    from guided_distill.report.plans import plan_table, schedule_line
+
+    experiment = config.parse(_read_config(options.config, overrides))
+    topology = find_topology(options.topology, slices=options.slices)
+    level = options.optimization_level
+    plans = make_plans(
+        experiment,
+        outline_for(experiment),
+        topology,
+        stage=options.stage,
+        level=level,
+        cache=options.cache / "plans",
+    )
+    if options.json:
+        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+        return
+    console = Console(width=max(100, Console().width))
+    console.print(plan_table(plans, topology, level=level))
+    for plan in plans:
+        if plan.why:
+            console.print(f"{plan.kind}: {plan.why}", highlight=False, markup=False)
+    console.print(schedule_line(plans), highlight=False)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -10,6 +10,13 @@ from guided_distill.errors import UserError
 
 Value = TypeVar("Value", int, float, str)
 
+CACHE: dict[str, Any] = {
+    "type": epath.Path,
+    "default": epath.Path("~/.cache/guided_distill").expanduser(),
+    "help": "folder that keeps what took long to get (default: %(default)s)",
+}
+"""The flag --cache."""
+
 
 def command(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str

@@ -1,0 +1,205 @@
+"""A plan of a run: what its stages need of a slice of TPUs, and how long they may take."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+
+from guided_distill.config import Experiment
+from guided_distill.data.outline import Outline
+from guided_distill.errors import UserError
+from guided_distill.plan.programs import (
+    Collective,
+    Measured,
+    compile_and_measure,
+    fingerprint,
+    kept_bytes,
+    lower_call,
+    lower_step,
+    networks_of,
+    parameter_count,
+    student_of,
+)
+from guided_distill.plan.topologies import Chip, Topology
+from guided_distill.stages import Stage, all_stages
+from guided_distill.training.checkpoints import write_text
+from guided_distill.training.mesh import data_mesh
+from guided_distill.training.progress import progress
+
+CALL = "sampling"
+"""The plan of one step of a student's sampler, beside those of stages."""
+
+# How much of its result a device sends, on a ring of many.
+_TRAFFIC = {"all-reduce": 2.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one program: a stage's update, or a call of the student on a batch of as many examples.
+
+    kind: of stage, with the sampler that a halving round is for; updates: of all stages of the kind.
+    parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
+    measured: what the compiler says, by device; None if the program doesn't fit, and then `why`.
+    """
+
+    kind: str
+    updates: int
+    batch_size: int
+    devices: int
+    chip: Chip
+    parameters: int
+    kept: int
+    measured: Measured | None
+    why: str = ""
+
+    @property
+    def spare(self) -> float | None:
+        """The share of a device's memory that stays free."""
+        return None if self.measured is None else 1 - self.measured.peak / self.chip.memory
+
+    @property
+    def largest_batch(self) -> int | None:
+        """About the most examples that fit, by proportion: all but the arguments grows with them."""
+        if self.measured is None:
+            return None
+        growing = max(1, self.measured.peak - self.measured.arguments)
+        times = (self.chip.memory - self.measured.arguments) / growing
+        return int(self.batch_size / self.devices * times) * self.devices
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds that each of these would take at its peak, did nothing else take any."""
+        if self.measured is None:
+            return {}
+        moved = sum(
+            _TRAFFIC.get(kind, 1.0) * each.bytes for kind, each in self.measured.collectives.items()
+        )
+        return {
+            "compute": self.measured.flops / self.chip.flops,
+            "memory": self.measured.bytes / self.chip.memory_bandwidth,
+            "network": moved / self.chip.link_bandwidth,
+        }
+
+    @property
+    def seconds(self) -> float | None:
+        """Of an update or call: the compiler's estimate, and never less than the largest bound."""
+        if self.measured is None:
+            return None
+        return max(self.measured.seconds or 0.0, *self.bounds.values())
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of all devices together."""
+        return None if self.seconds is None else self.batch_size / self.seconds
+
+    @property
+    def hours(self) -> float | None:
+        """Of all stages of the kind."""
+        return None if self.seconds is None else self.updates * self.seconds / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, and what follows from it."""
+        names = ("spare", "largest_batch", "bounds", "seconds", "images_per_second", "hours")
+        measured = self.measured and {
+            **self.measured._asdict(),
+            "collectives": {k: v._asdict() for k, v in self.measured.collectives.items()},
+        }
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "chip": dataclasses.asdict(self.chip),
+            "measured": measured,
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+def make_plans(
+    experiment: Experiment,
+    outline: Outline,
+    topology: Topology,
+    *,
+    stage: str,
+    level: str,
+    cache: epath.Path,
+) -> list[Plan]:
+    """The plans of the stages of a kind, of sampling, or of "all".
+
+    Halving rounds of one sampler are one program, so they are one plan. level: how much the compiler
+    optimizes. cache: a folder that keeps what it said. Raises UserError if the config has no such stage,
+    or if the devices don't divide its batch.
+    """
+    groups: dict[str, list[Stage]] = {}
+    for each in all_stages(experiment):
+        groups.setdefault("_".join(filter(None, (each.kind, each.sampler))), []).append(each)
+    wanted = [
+        name
+        for name in (*groups, CALL)
+        if stage in (name, "all") or (name in groups and groups[name][0].kind == stage)
+    ]
+    if not wanted:
+        raise UserError(
+            f"--stage is {stage}, which this config has not; choose one of {', '.join(groups)}, {CALL}, "
+            f"all"
+        )
+    mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
+    plans = []
+    with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
+        for done, name in enumerate(wanted, start=1):
+            stages = groups.get(name, [])
+            settings = stages[0].settings if stages else experiment.guidance
+            if settings.batch_size % mesh.size:
+                raise UserError(
+                    f"config.{stages[0].kind if stages else 'guidance'}.batch_size is "
+                    f"{settings.batch_size}, which {mesh.size} devices don't divide: choose a multiple"
+                )
+            if stages:
+                lowered = lower_step(experiment, outline, stages[0], mesh)
+                network, _ = networks_of(experiment, outline, stages[0])
+            else:
+                network = student_of(experiment, outline)
+                lowered = lower_call(network, outline, mesh, batch_size=settings.batch_size)
+            measured, why = _measure(lowered, topology, level=level, cache=cache)
+            plans.append(
+                Plan(
+                    kind=name,
+                    updates=sum(each.total_steps for each in stages),
+                    batch_size=settings.batch_size,
+                    devices=mesh.size,
+                    chip=topology.chip,
+                    parameters=parameter_count(network),
+                    kept=kept_bytes(network),
+                    measured=measured,
+                    why=why,
+                )
+            )
+            advance(done, name)
+    return plans
+
+
+def _measure(
+    lowered: jax.stages.Lowered, topology: Topology, *, level: str, cache: epath.Path
+) -> tuple[Measured | None, str]:
+    """What the compiler says, now or in an earlier call; None and its words if it doesn't fit."""
+    program = (
+        fingerprint(lowered),
+        topology.name,
+        str(topology.slices),
+        topology.compiler,
+        level,
+    )
+    path = cache / f"{hashlib.sha256(repr(program).encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        said = json.loads(path.read_text())
+    else:
+        try:
+            said = {"measured": compile_and_measure(lowered, level=level)._asdict(), "why": ""}
+        except MemoryError as error:
+            said = {"measured": None, "why": str(error)}
+        write_text(path, json.dumps(said))
+    if said["measured"] is None:
+        return None, said["why"]
+    collectives = {k: Collective(*each) for k, each in said["measured"]["collectives"].items()}
+    return Measured(**{**said["measured"], "collectives": collectives}), ""

@@ -1,0 +1,108 @@
+"""Slices of TPUs by name, as the compiler knows them, with no TPU attached."""
+
+import importlib.metadata
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from guided_distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A generation, by device as JAX counts them; peak figures as Google publishes them.
+
+    flops: of bfloat16, a second. memory: bytes. memory_bandwidth, link_bandwidth: bytes a second, to its
+    memory and to its neighbours, all links together. side: chips in the largest slice, along each axis.
+    """
+
+    platform_name: str
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    axes: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Two cores of a v4 chip are one device to JAX, those of a 7x chip are two.
+_MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, 3, _MEGACORE),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 2),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 3),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 448e9, 2),
+    "7x": Chip("tpu7x", 2307e12 / 2, 192 * 2**30 / 2, 7380e9 / 2, 1200e9 / 2, 3),
+}
+
+# So that libtpu asks no metadata server who it is, and shares its lock with others that only compile.
+_QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice, or several alike, and its devices, to compile for."""
+
+    name: str
+    slices: int
+    chip: Chip
+    devices: tuple[Any, ...]
+
+    @property
+    def compiler(self) -> str:
+        """The versions that a program compiled for it depends on."""
+        return f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+
+
+def find_topology(name: str, *, slices: int = 1) -> Topology:
+    """The topology of a name such as v5e:4x4 or v4:2x2x4.
+
+    Raises UserError, listing those that exist, for another one, and if the compiler isn't installed.
+    """
+    generation, _, shape = name.partition(":")
+    chip = CHIPS.get(generation)
+    sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    if chip is None or len(sides) != chip.axes or not all(sides) or slices < 1:
+        raise UserError(_what_there_is(name, slices))
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{chip.platform_name}:{shape}",
+            **({"num_slices": slices} if slices > 1 else {}),
+            **chip.options,
+        )
+    except Exception as error:  # JAX raises a plain RuntimeError, and libtpu its own.
+        if "libtpu" in str(error) or "Unknown backend" in str(error):
+            raise UserError(
+                "the compiler for TPUs isn't installed: pip install 'guided_distill[tpu]', which works "
+                "on machines without one"
+            ) from error
+        raise UserError(f"{_what_there_is(name, slices)} ({str(error).splitlines()[0]})") from error
+    return Topology(name, slices, chip, tuple(found.devices))
+
+
+def _what_there_is(name: str, slices: int) -> str:
+    plane = [key for key, chip in CHIPS.items() if chip.axes == 2]
+    solid = [key for key, chip in CHIPS.items() if chip.axes == 3]
+    return (
+        f"--topology {name} with --slices {slices} doesn't exist: give {' or '.join(plane)} and two "
+        f"sides, such as v5e:4x4, or {', '.join(solid)} and three, such as v4:2x2x4"
+    )
+
+
+def chips_of(topology: Topology) -> int:
+    """How many chips one pays for."""
+    return topology.slices * math.prod(map(int, topology.name.partition(":")[2].split("x")))

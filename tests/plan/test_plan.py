@@ -1,0 +1,210 @@
+"""What a plan says, held against closed forms, and its compiler, which needs no TPU."""
+
+import json
+import math
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from guided_distill import cli, config
+from guided_distill.data.outline import expected_outline
+from guided_distill.errors import UserError
+from guided_distill.latent_space import open_data, outline_for
+from guided_distill.plan.plan import Plan, make_plans
+from guided_distill.plan.programs import (
+    Collective,
+    Measured,
+    collectives_of,
+    kept_bytes,
+    lower_call,
+    lower_step,
+    student_of,
+)
+from guided_distill.plan.topologies import CHIPS, chips_of, find_topology
+from guided_distill.stages import all_stages
+from guided_distill.training.mesh import DATA_AXIS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PAPER_SCALE = (
+    "cifar10",
+    "imagenet64",
+    "sd15_laion512",
+    "sd21_laion768",
+    "sd21_laion768:base",
+    "sd_inpaint",
+    "ldm_imagenet256",
+    "dit_imagenet256",
+)
+MEASURED = Measured(
+    flops=197e12,
+    bytes=819e9 / 2,
+    seconds=0.25,
+    arguments=4 * 2**30,
+    temporary=2**30,
+    peak=8 * 2**30,
+    collectives={"all-reduce": Collective(1, int(200e9)), "all-gather": Collective(2, int(100e9))},
+)
+PLAN = Plan(
+    kind="teacher",
+    updates=3600,
+    batch_size=64,
+    devices=16,
+    chip=CHIPS["v5e"],
+    parameters=1,
+    kept=1,
+    measured=MEASURED,
+)
+
+
+def read(name, variant=""):
+    return config.parse(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant))
+
+
+def test_a_plan_follows_from_what_was_measured():
+    # A second of compute, half a second of memory; all-reduce sends its result twice.
+    assert PLAN.bounds == pytest.approx({"compute": 1.0, "memory": 0.5, "network": 2.5})
+    assert PLAN.seconds == pytest.approx(2.5)
+    assert PLAN.images_per_second == pytest.approx(64 / 2.5)
+    assert PLAN.hours == pytest.approx(2.5)
+    assert PLAN.spare == pytest.approx(0.5)
+    # 4 GiB for 4 examples a device, and 12 GiB are free for them.
+    assert PLAN.largest_batch == 12 * 16
+    slow = replace(PLAN, measured=MEASURED._replace(seconds=7.0))
+    assert slow.seconds == 7.0
+
+
+def test_a_program_that_does_not_fit_has_no_figures():
+    plan = replace(PLAN, measured=None, why="too large")
+    told = json.loads(json.dumps(plan.to_json()))
+    assert told["why"] == "too large"
+    assert told["hours"] is told["seconds"] is told["largest_batch"] is None
+
+
+def test_collectives_are_found_in_a_real_program(mesh_of):
+    mesh = mesh_of(8)
+    split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def both(x):
+        return x.sum(axis=0), jax.lax.with_sharding_constraint(x, whole) * 2
+
+    lowered = jax.jit(both, in_shardings=split, out_shardings=whole).lower(
+        jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
+    )
+    found = collectives_of(lowered.compile().as_text())
+    assert set(found) == {"all-reduce", "all-gather"}
+    # The gathered array, and at least the row that is summed.
+    assert found["all-gather"].bytes in (8 * 128 * 2, 8 * 128 * 4)
+    assert found["all-reduce"].bytes in (128 * 2, 128 * 4)
+
+
+def test_a_tuple_counts_whole_and_a_started_one_once():
+    text = """
+      %a = (f32[2,3]{1,0}, /*index=1*/pred[5]{0}) all-reduce(%x, %y), replica_groups={}
+      ROOT %b = bf16[7]{0:T(8)} all-gather-done(%s)
+      %s = (bf16[1]{0}, bf16[7]{0}) all-gather-start(%z)
+      %c = f32[9]{0} fusion(%all-to-all.3), calls=%f
+    """
+    assert collectives_of(text) == {
+        "all-reduce": Collective(1, 24 + 5),
+        "all-gather": Collective(1, 14),
+    }
+
+
+@pytest.mark.parametrize("name", PAPER_SCALE)
+def test_activations_of_an_example_are_told_by_shapes_alone(name):
+    name, _, variant = name.partition(":")
+    experiment = read(name, variant)
+    outline = expected_outline(experiment.data)
+    kept = kept_bytes(student_of(experiment, outline))
+    # More than the noisy example itself, and less than a TPU's memory.
+    assert 4 * math.prod(outline.shape) < kept < 4 * 2**30
+
+
+def test_stage_two_wastes_nothing(mesh_of):
+    """Two calls of the teacher, and the student forward and backward, which is twice as much."""
+    experiment = read("cifar10")
+    outline, mesh = expected_outline(experiment.data), mesh_of(1)
+    experiment = replace(experiment, halving=replace(experiment.halving, batch_size=8))
+    stage = next(each for each in all_stages(experiment) if each.kind == "halving")
+    step = lower_step(experiment, outline, stage, mesh).cost_analysis()["flops"]
+    call = lower_call(student_of(experiment, outline), outline, mesh, batch_size=8)
+    assert 4.9 < step / call.cost_analysis()["flops"] < 1.15 * 5
+
+
+def test_a_network_of_points_keeps_what_its_layers_take():
+    experiment = config.parse(
+        {"model": {"name": "mlp", "options": {"width": 16, "depth": 1, "embedding_width": 8}}}
+    )
+    outline = expected_outline(config.Data(shape=(2,), condition={"label": 3}))
+    one = kept_bytes(student_of(experiment, outline))
+    wide = replace(experiment.model, options={"width": 32, "depth": 1, "embedding_width": 8})
+    other = kept_bytes(student_of(replace(experiment, model=wide), outline))
+    # Besides a part that doesn't change, it grows with the width.
+    assert 0 < one < other < 2 * one
+
+
+def test_data_are_what_their_config_says():
+    experiment = read("digits")
+    assert outline_for(experiment).shape == (8, 8, 1)
+    right = replace(experiment.data, shape=(8, 8, 1), condition={"label": 10})
+    open_data(replace(experiment, data=right))
+    for key, value in (("shape", (8, 8, 3)), ("condition", {"label": 9})):
+        wrong = replace(right, **{key: value})
+        with pytest.raises(UserError, match=rf"config.data.{key} is .*, but that of digits is"):
+            open_data(replace(experiment, data=wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "slices"),
+    [("v5e:4x4x4", 1), ("v9:2x2", 1), ("v4:2x2", 1), ("v5e:0x4", 1), ("v5e:4x4", 0)],
+)
+def test_topologies_that_do_not_exist_are_refused(name, slices):
+    with pytest.raises(
+        UserError, match=r"doesn't exist: give v5e or v6e and two sides, such as v5e:4x4"
+    ):
+        find_topology(name, slices=slices)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "devices", "chips"),
+    [("v5e:2x2", 1, 4, 4), ("v4:2x2x1", 1, 4, 4), ("7x:2x2x1", 1, 8, 4), ("v5e:2x4", 2, 16, 16)],
+)
+def test_topologies_have_the_devices_that_jax_will_see(name, slices, devices, chips):
+    topology = find_topology(name, slices=slices)
+    assert (len(topology.devices), chips_of(topology)) == (devices, chips)
+
+
+def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tmp_path, capsys):
+    asked = ["plan", *tiny_arguments, "--topology", "v5e:2x2", "--cache", str(tmp_path)]
+    assert cli.main([*asked, "--json"]) == 0
+    plans = {each["kind"]: each for each in json.loads(capsys.readouterr().out)}
+    assert list(plans) == ["teacher", "guidance", "halving_ddim", "sampling"]
+    for plan in plans.values():
+        assert plan["devices"] == 4
+        assert plan["measured"]["flops"] > 0
+        assert "all-to-all" not in plan["measured"]["collectives"]
+    # Gradients are summed over the devices once; sampling has none.
+    reduced = plans["guidance"]["measured"]["collectives"]["all-reduce"]["bytes"]
+    assert reduced == pytest.approx(4 * plans["guidance"]["parameters"], rel=0.1)
+    assert not plans["sampling"]["measured"]["collectives"]
+    assert len(list(tmp_path.glob("plans/*.json"))) == 4
+    assert cli.main([*asked, "--stage", "halving"]) == 0
+    assert "All of halving_ddim: " in capsys.readouterr().out
+
+
+def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
+    experiment, topology = read("digits"), find_topology("v5e:2x4")
+    more = {"topology": topology, "level": "O0", "cache": epath.Path(tmp_path)}
+    outline = outline_for(experiment)
+    with pytest.raises(UserError, match=r"--stage is halving_encode, which this config has not"):
+        make_plans(experiment, outline, stage="halving_encode", **more)
+    odd = replace(experiment, teacher=replace(experiment.teacher, batch_size=12))
+    with pytest.raises(UserError, match=r"config.teacher.batch_size is 12, which 8 devices don't"):
+        make_plans(odd, outline, stage="teacher", **more)
