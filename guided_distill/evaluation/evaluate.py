@@ -106,8 +106,8 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     f"{metric_name('fd', result.extractor)} {result.fd:.3f} of n={result.n}"
                 )
             advance(done, words)
-    if request.stages is None and not latent:
-        evaluate_round_trips(workdir, settings)
+    if not latent:
+        evaluate_round_trips(workdir, settings, request.stages)
     return table.results
 
 

@@ -3,7 +3,7 @@
 Meng et al. 2023, the section on encoding: encoder and decoder students against DDIM run both ways.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,17 +60,21 @@ class Pair(NamedTuple):
 
 
 def evaluate_round_trips(
-    workdir: epath.Path, settings: Evaluation | None = None
+    workdir: epath.Path,
+    settings: Evaluation | None = None,
+    stages: Collection[str] | None = None,
 ) -> list[RoundTrip]:
     """Write `round_trip.csv`, row by row; rows that are there already are kept.
 
-    settings: in place of the config's; its num_samples, batch_size, weights and seed count. A run that
+    settings: in place of the config's; its num_samples, batch_size, weights and seed count. stages: only
+    trips by encoders among these folders, and plain ones of as many steps. A run that
     has no encoder and decoder of the same number of steps has no rows, and no file. Raises UserError if
     the folder holds no run, or a stage that is unfinished.
     """
     experiment = read_config(workdir)
     settings = settings or experiment.evaluation
-    trips = [(pair, w) for pair in _pairs(workdir, experiment) for w in settings.weights]
+    pairs = _pairs(workdir, experiment, stages)
+    trips = [(pair, w) for pair in pairs for w in settings.weights]
     if not trips:
         return []
     data = experiment.data
@@ -125,7 +129,9 @@ def round_trip(
     return sample(decoder, noise=noise, **request)
 
 
-def _pairs(workdir: epath.Path, experiment: Experiment) -> Iterator[Pair]:
+def _pairs(
+    workdir: epath.Path, experiment: Experiment, wanted: Collection[str] | None
+) -> Iterator[Pair]:
     """Students of each N that has both; then plain DDIM at the same N and at many steps."""
     stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
     encoders, decoders = (
@@ -136,7 +142,11 @@ def _pairs(workdir: epath.Path, experiment: Experiment) -> Iterator[Pair]:
         }
         for sampler in (ENCODE, "ddim")
     )
-    both = [n for n in encoders if n in decoders]
+    both = [
+        n
+        for n, encoder in encoders.items()
+        if n in decoders and (wanted is None or encoder in wanted)
+    ]
     if not both:
         return
     for n in both:
