@@ -1,13 +1,13 @@
 """Checkpoints of one stage: saved asynchronously and atomically, self-describing, never half read.
 
 Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
-and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py)
-and `layout` (names and shapes of the weights). The weights of a teacher are never written again in
-its student's checkpoint.
+and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py),
+`layout` (names and shapes of the weights) and, of a pre-empted run, `unlogged` (sums of figures). The
+weights of a teacher are never written again in its student's checkpoint.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,11 +17,16 @@ from jax.sharding import Mesh
 
 from guided_distill.errors import UserError
 from guided_distill.training.mesh import split_weights
+from guided_distill.training.processes import first_alone, is_first
 from guided_distill.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
+
+UNLOGGED = "unlogged"
+ARRAYS = ("params", "ema", "rest")
+TEXTS = ("data", "about", "layout", UNLOGGED)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
@@ -39,7 +44,9 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """As `write_text`, of bytes."""
+    """As `write_text`, of bytes. Of many processes, the first writes."""
+    if not is_first():
+        return
     part = path.parent / f"{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +81,13 @@ class Restored(NamedTuple):
     state: TrainState
     data_state: Any
     about: dict[str, Any]
+    unlogged: list[float]
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Left to the loop: JAX wants to be asked by one caller, with numbers that grow one by one."""
+        return False
 
 
 class StageCheckpoints:
@@ -84,18 +98,28 @@ class StageCheckpoints:
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory / "checkpoints",
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
                 item_handlers={
                     **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
-                    **{name: ocp.JsonCheckpointHandler() for name in ("data", "about", "layout")},
+                    **{
+                        name: ocp.JsonCheckpointHandler()
+                        for name in ("data", "about", "layout", UNLOGGED)
+                    },
                 },
             )
         except OSError as error:
             raise storage_error(directory, error) from error
 
-    def save(self, state: TrainState, *, data_state: Any, about: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        data_state: Any,
+        about: Mapping[str, Any],
+        unlogged: Sequence[float] = (),
+    ) -> None:
         """Start to save. Raises UserError if this save, or the one before, can't be written."""
         items = {
             "params": ocp.args.StandardSave(state.params),
@@ -106,6 +130,8 @@ class StageCheckpoints:
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if unlogged:
+            items[UNLOGGED] = ocp.args.JsonSave(list(unlogged))
         self._save(int(state.step), items)
 
     def save_result(self, step: int, params: Any, *, about: Mapping[str, Any]) -> None:
@@ -183,9 +209,11 @@ class StageCheckpoints:
         }
         if template.ema:
             items["ema"] = ocp.args.StandardRestore(template.ema)
+        if UNLOGGED in self._manager.item_metadata(step):
+            items[UNLOGGED] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         state = TrainState(params=read.params, ema=read.get("ema") or {}, **read.rest)
-        return Restored(state, read.data, read.about)
+        return Restored(state, read.data, read.about, read.get(UNLOGGED) or [])
 
     def _read_result(self, step: int, template: Any) -> Any:
         self._check_layout(step, template)
@@ -198,9 +226,13 @@ class StageCheckpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         damaged = self.directory / "damaged"
-        damaged.mkdir(parents=True, exist_ok=True)
-        target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
-        (self.directory / "checkpoints" / str(step)).rename(target)
+
+        def move() -> None:
+            damaged.mkdir(parents=True, exist_ok=True)
+            target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
+            (self.directory / "checkpoints" / str(step)).rename(target)
+
+        first_alone(move)
         self._manager.reload()
         previous = self._manager.latest_step()
         log.warning(
@@ -208,7 +240,7 @@ class StageCheckpoints:
             step,
             self.directory,
             str(error).splitlines()[0][:200],
-            target,
+            damaged,
             "nothing older is left: the stage starts again"
             if previous is None
             else f"step {previous} is read instead",
