@@ -6,7 +6,12 @@ and counters), `data` (the input pipeline's state), `about` (what the checkpoint
 weights of a teacher are never written again in its student's checkpoint.
 """
 
+import contextlib
+import errno
+import itertools
 import logging
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +28,16 @@ from guided_distill.training.state import TrainState
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
+
+WAITS = (1.0, 4.0, 15.0)
+"""Seconds between attempts to write."""
+
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
+    errno.ENOTEMPTY,
+}
+"""What shared disks answer when they are away for a while; the last, where a save that failed is still
+writing into the folder that the next attempt clears."""
 
 UNLOGGED = "unlogged"
 ARRAYS = ("params", "ema", "rest")
@@ -48,18 +63,54 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     if not is_first():
         return
     part = path.parent / f"{path.name}.part"
-    try:
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         part.replace(path)
-    except OSError as error:
-        raise storage_error(path, error) from error
+
+    persistently(write, path)
+
+
+def persistently(
+    write: Callable[[], Any], path: epath.Path, *, waits: Sequence[float] = WAITS
+) -> None:
+    """Write, and again after each of `waits`, in seconds, while the error is one that can pass.
+
+    Raises UserError for any other error, such as a full disk, and for one that doesn't pass.
+    """
+    for wait in (*waits, None):
+        try:
+            write()
+            return
+        except (OSError, ValueError) as error:
+            if wait is None or not _can_pass(error):
+                raise storage_error(path, error) from error
+            log.warning("%s can't be written (%s): again in %g s", path, first_line(error), wait)
+            time.sleep(wait)
+
+
+def _can_pass(error: Exception) -> bool:
+    """Whether it speaks of a network or a shared disk that may come back."""
+    number = getattr(error, "errno", None)
+    if found := re.search(r"\[OS error (\d+)", str(error)):  # TensorStore's.
+        number = int(found[1])
+    return (
+        number in PASSING
+        or isinstance(error, ConnectionError | TimeoutError)
+        or any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0][:200]
 
 
 def storage_error(path: epath.Path, error: Exception) -> UserError:
     """What to tell a user whose disk is full or not to be written."""
     return UserError(
-        f"{path} can't be written ({str(error).splitlines()[0][:200]}): make room or choose another "
+        f"{path} can't be written ({first_line(error)}): make room or choose another "
         f"--workdir, then run the same command to go on from the last checkpoint"
     )
 
@@ -97,20 +148,21 @@ class StageCheckpoints:
         """keep: how many checkpoints stay when a newer one is saved; None for all."""
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
+        self._keep = keep
         try:
-            self._manager = _Manager(
-                self.directory / "checkpoints",
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-                item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
-                    **{
-                        name: ocp.JsonCheckpointHandler()
-                        for name in ("data", "about", "layout", UNLOGGED)
-                    },
-                },
-            )
+            self._manager = self._open()
         except OSError as error:
             raise storage_error(directory, error) from error
+
+    def _open(self) -> _Manager:
+        return _Manager(
+            self.directory / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True),
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
+                **{name: ocp.JsonCheckpointHandler() for name in TEXTS},
+            },
+        )
 
     def save(
         self,
@@ -146,17 +198,30 @@ class StageCheckpoints:
         )
 
     def _save(self, step: int, items: Mapping[str, Any]) -> None:
-        try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:
-            raise storage_error(self.directory, error) from error
+        self._latest = step, ocp.args.Composite(**items)
+        self._persistently(lambda: self._manager.save(step, args=self._latest[1]))
+
+    def _persistently(self, write: Callable[[], Any]) -> None:
+        """Write; if that fails, then the latest state anew. Many processes leave that to a restart."""
+        attempts = itertools.chain([write], itertools.repeat(self._rewrite))
+        waits = WAITS if jax.process_count() == 1 else ()
+        persistently(lambda: next(attempts)(), self.directory, waits=waits)
+
+    def _rewrite(self) -> None:
+        # By another manager, for this one remembers its failure.
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.close()
+        self._manager = self._open()
+        step, items = self._latest
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises UserError if it can't be written."""
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise storage_error(self.directory, error) from error
+        """Return when everything is on disk; the state that was saved last must still be there.
+
+        Raises UserError if it can't be written.
+        """
+        self._persistently(self._manager.wait_until_finished)
 
     def restore(self, template: TrainState) -> Restored | None:
         """The newest whole checkpoint, or None if there is none.
@@ -239,7 +304,7 @@ class StageCheckpoints:
             "The checkpoint of step %d in %s is damaged (%s); it now lies in %s, and %s.",
             step,
             self.directory,
-            str(error).splitlines()[0][:200],
+            first_line(error),
             damaged,
             "nothing older is left: the stage starts again"
             if previous is None

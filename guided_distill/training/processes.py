@@ -55,8 +55,8 @@ def connected(*, timeout: int) -> Iterator[None]:
         if jax.process_count() > 1 and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
             said = str(error).splitlines()[0][:200]
             _exit(
-                f"process {jax.process_index()} lost another process ({said}): start all of them again, by "
-                f"the same command",
+                f"process {jax.process_index()} lost another process ({said}): start all of them again "
+                f"by the same command",
                 Interrupted.STATUS,
             )
         raise
@@ -83,7 +83,10 @@ def _join(timeout: int) -> None:
                 f"JAX can't tell which processes there are ({error}): set {ADDRESS}, {COUNT} and {INDEX}"
             ) from error
     except RuntimeError as error:
-        raise UserError(_not_met(address, timeout)) from error
+        # A session that has used JAX before, such as a notebook, is one process.
+        if address is None and "must be called before" in str(error):
+            return
+        raise UserError(f"{str(error).splitlines()[0]}; {_not_met(address, timeout)}") from error
 
 
 def _leave(error: UserError) -> None:
