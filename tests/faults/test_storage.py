@@ -62,7 +62,9 @@ def test_what_can_pass_is_tried_again_with_a_bound(waited, caplog, error):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         PermissionError(errno.EACCES, "Permission denied"),
-        ValueError("RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]"),
+        ValueError(
+            "RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]"
+        ),
     ],
     ids=str,
 )
