@@ -19,7 +19,7 @@ CRD = "config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml"
 
 LEFT_OUT = {"affinity", "ephemeralContainers", "initContainers", "topologySpreadConstraints"}
 LEFT_OUT |= {"volumes", "volumeClaimPolicies", "lifecycle", "livenessProbe", "readinessProbe"}
-LEFT_OUT |= {"startupProbe", "status"}
+LEFT_OUT |= {"startupProbe"}
 
 
 def cut(schema):
@@ -70,6 +70,7 @@ def main(checkout):
     (version,) = yaml.safe_load(text)["spec"]["versions"]
     jobset = version["schema"]["openAPIV3Schema"]
     integers_or_strings(jobset)
+    del jobset["properties"]["status"]
     jobset["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     jobset = cut(jobset)
     jobset["properties"]["metadata"].pop("additionalProperties", None)
