@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from guided_distill.errors import Interrupted
 
+_told = threading.Event()
 _dispatches = itertools.count()
 
 
@@ -24,6 +25,8 @@ def stopping_at_once() -> Iterator[None]:
     """SIGTERM raises Interrupted in the block, but where `notices` takes it."""
 
     def stop(*_: int | FrameType | None) -> None:
+        # Remembered too: what is raised in a callback of the interpreter's own is lost.
+        _told.set()
         raise Interrupted("stopped; the same command goes on from the last checkpoint")
 
     with _handling(stop):
@@ -37,22 +40,21 @@ def notices() -> Iterator[Callable[[], bool]]:
         # Counted over all stages: JAX wants numbers that grow one by one.
         yield lambda: multihost_utils.reached_preemption_sync_point(next(_dispatches))
         return
-    told = threading.Event()
-    with _handling(lambda *_: told.set()):
-        yield told.is_set
+    with _handling(lambda *_: _told.set()):
+        yield _told.is_set
 
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    if (
-        jax.distributed.is_initialized()
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
         # JAX has taken the signal; and Python gives signals to the main thread alone.
         yield
         return
     before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
+    except Interrupted:
+        _told.clear()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
