@@ -85,11 +85,13 @@ def check_batches(experiment: Experiment) -> None:
     if experiment.autoencoder.steps:
         kinds.add(AUTOENCODER)
     for kind in sorted(kinds):
-        size = getattr(experiment, kind).batch_size
-        if experiment.stage in ("all", kind) and size % devices:
+        settings = getattr(experiment, kind)
+        size, parts = settings.batch_size, devices * settings.accumulation
+        if experiment.stage in ("all", kind) and size % parts:
             raise UserError(
                 f"config.{kind}.batch_size is {size}, which {devices} devices of {processes} "
-                f"process{'es' * (processes > 1)} can't share: make it a multiple of {devices}"
+                f"process{'es' * (processes > 1)} can't share in {settings.accumulation} parts "
+                f"(config.{kind}.accumulation): make it a multiple of {parts}"
             )
 
 

@@ -46,7 +46,10 @@ def notices() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
+    if (
+        jax.distributed.is_initialized()
+        or threading.current_thread() is not threading.main_thread()
+    ):
         # JAX has taken the signal; and Python gives signals to the main thread alone.
         yield
         return

@@ -70,7 +70,6 @@ def add_verbs(verbs: Any) -> None:
         type=epath.Path,
         help="the run's folder (default: runs/ and the config's name)",
     )
-
     add_process_arguments(train)
 
     evaluate = command_of_run(

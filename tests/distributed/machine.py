@@ -18,13 +18,13 @@ def free_port():
 
 
 class Machine:
-    """Starts processes of two devices each, that share what is compiled."""
+    """Starts processes of four devices each, that share what is compiled."""
 
     def __init__(self, folder, arguments):
         self.train = ["train", *arguments]
         self._environment = os.environ | {
             "GUIDED_DISTILL": " ".join(PROGRAM),
-            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

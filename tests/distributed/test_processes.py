@@ -36,8 +36,8 @@ def arguments(machine):
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory):
-    """The workdir of an undisturbed run by one process with four devices."""
-    assert jax.device_count() == 4
+    """The workdir of an undisturbed run by one process with eight devices."""
+    assert jax.device_count() == 8
     workdir = tmp_path_factory.mktemp("whole")
     assert cli.main([*arguments, "--workdir", str(workdir)]) == 0
     return workdir
@@ -45,12 +45,15 @@ def whole(arguments, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(machine, arguments, tmp_path_factory):
-    """A run by two processes, one of which is killed; by two that are told to end; by one of four."""
+    """A run by two processes, one of which is killed; by two that are told to end; by one alone.
+
+    Each splits the weights over another number of devices.
+    """
     workdir = tmp_path_factory.mktemp("disturbed")
     command = [*arguments, "--workdir", str(workdir)]
     teacher = epath.Path(workdir) / "teacher"
 
-    killed = machine.launch(*command)
+    killed = machine.launch(*command, "--config.fsdp=8")
     wait_for(lambda: (latest_step(teacher) or 0) >= 4, killed)
     os.kill(children(killed)[1], signal.SIGKILL)
     output = killed.communicate(timeout=60)[0]
@@ -70,7 +73,7 @@ def disturbed(machine, arguments, tmp_path_factory):
     assert output.count(f"told to end, and saved at step {saved}") == 2
     assert seconds < 10
 
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--config.fsdp=2"]) == 0
     return workdir
 
 
@@ -156,9 +159,13 @@ def test_variables_that_do_not_fit_are_named(arguments, tmp_path, monkeypatch, c
 
 
 def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys):
-    command = [*arguments, "--workdir", str(tmp_path), "--config.teacher.batch_size=6"]
-    assert cli.main(command) == 2
-    said = capsys.readouterr().err
-    assert "config.teacher.batch_size is 6" in said
-    assert "multiple of 4" in said
+    for size, accumulation, multiple in ((6, 1, 8), (8, 2, 16)):
+        overrides = [
+            f"--config.teacher.batch_size={size}",
+            f"--config.teacher.accumulation={accumulation}",
+        ]
+        assert cli.main([*arguments, "--workdir", str(tmp_path), *overrides]) == 2
+        said = capsys.readouterr().err
+        assert f"config.teacher.batch_size is {size}" in said
+        assert f"multiple of {multiple}" in said
     assert not list(tmp_path.iterdir())
