@@ -22,6 +22,7 @@ class Machine:
 
     def __init__(self, folder, arguments):
         self.train = ["train", *arguments]
+        self._started = []
         self._environment = os.environ | {
             "GUIDED_DISTILL": " ".join(PROGRAM),
             "JAX_NUM_CPU_DEVICES": "4",
@@ -45,13 +46,21 @@ class Machine:
         return self._popen([*PROGRAM, *arguments], variables)
 
     def _popen(self, command, variables):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=self._environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._started.append(process)
+        return process
+
+    def close(self):
+        """End what a failed test has left."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
 
 
 def wait_for(found, process, seconds=120):

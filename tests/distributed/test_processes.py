@@ -20,7 +20,9 @@ STEPS = 48
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory, tiny_arguments):
-    return Machine(tmp_path_factory.mktemp("machine"), tiny_arguments)
+    machine = Machine(tmp_path_factory.mktemp("machine"), tiny_arguments)
+    yield machine
+    machine.close()
 
 
 @pytest.fixture(scope="module")
