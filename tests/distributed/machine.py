@@ -1,6 +1,7 @@
 """Runs of the tiny config by processes that train as one, on loopback."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         self._started.append(process)
         return process
@@ -60,7 +62,7 @@ class Machine:
         """End what a failed test has left."""
         for process in self._started:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(found, process, seconds=120):

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from toy import source, train_toy
 
+from guided_distill import cli
 from guided_distill.errors import UserError
 from guided_distill.training import checkpoints
 from guided_distill.training.checkpoints import persistently, write_text
@@ -116,3 +117,13 @@ def test_a_save_that_fails_in_the_background_is_made_again(
     assert checkpoints.latest_step(epath.Path(tmp_path) / "cut") == 12
     resumed, _ = train_toy(epath.Path(tmp_path) / "cut", data=data)
     assert_same_weights(resumed, expected)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
+    tmp_path, tiny_arguments, capsys
+):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", *tiny_arguments, "--workdir", str(tmp_path / "file" / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json can't be written" in line
+    assert "another --workdir" in line
