@@ -49,7 +49,7 @@ def whole(arguments, tmp_path_factory):
 def disturbed(machine, arguments, tmp_path_factory):
     """A run by two processes, one of which is killed; by two that are told to end; by one alone.
 
-    Each splits the weights over another number of devices.
+    The last splits the weights over another number of devices.
     """
     workdir = tmp_path_factory.mktemp("disturbed")
     command = [*arguments, "--workdir", str(workdir)]
@@ -63,7 +63,7 @@ def disturbed(machine, arguments, tmp_path_factory):
     reached = latest_step(teacher)
     assert reached < STEPS
 
-    told = machine.launch(*command)
+    told = machine.launch(*command, "--config.fsdp=8")
     wait_for(lambda: latest_step(teacher) > reached, told)
     told.send_signal(signal.SIGTERM)
     began = time.monotonic()
