@@ -6,14 +6,14 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from guided_distill.errors import UserError
+from guided_distill.errors import Interrupted, UserError
 from guided_distill.verbs import data, images, models, runs
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Answers the exit status: 0, or 2 for what the user can put right."""
+    """Run one verb. Answers the exit status: 0, 2 for what the user can put right, 75 to run it again."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _hush_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"guided-distill: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"guided-distill: {error}", file=sys.stderr)
+        return Interrupted.STATUS
     except KeyboardInterrupt:
         print("guided-distill: stopped; the same command goes on from here", file=sys.stderr)
         return 130

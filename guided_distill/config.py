@@ -271,11 +271,19 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Experiment:
 
 def changed_keys(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ and make other weights, each with its (old, new) value."""
-    flat_old, flat_new = (_flatten(dataclasses.asdict(each)) for each in (old, new))
+    changes = differences(dataclasses.asdict(old), dataclasses.asdict(new))
+    return {
+        key: values for key, values in changes.items() if key.split(".")[0] not in RESUMABLE_CHANGES
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys of two configs as dictionaries whose values differ, each with its (old, new) value."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
     return {
         key: (flat_old.get(key), flat_new.get(key))
         for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key) and key.split(".")[0] not in RESUMABLE_CHANGES
+        if flat_old.get(key) != flat_new.get(key)
     }
 
 

@@ -1,4 +1,6 @@
-"""The one exception that means "the user can fix this"."""
+"""The two exceptions that end a command in good order."""
+
+import os
 
 
 class UserError(ValueError):
@@ -6,3 +8,14 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with status 2, without a traceback.
     """
+
+
+class Interrupted(BaseException):
+    """Stopped from outside, by a pre-emption or because another process died; nothing is wrong here.
+
+    The same command goes on. The command line prints the message and exits with `STATUS`, which is
+    EX_TEMPFAIL of sysexits.h: a failure that passes, so try again. Like KeyboardInterrupt it is no
+    Exception: a signal can raise it anywhere, and nobody may take it for an error of what was going on.
+    """
+
+    STATUS = getattr(os, "EX_TEMPFAIL", 75)

@@ -33,6 +33,7 @@ from guided_distill.objectives.autoencoder import autoencoder_loss
 from guided_distill.prepare.encode import check_image_shape, encode
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.processes import first_alone
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import make_train_step
@@ -127,17 +128,24 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
                 f"{workdir} has no autoencoder yet, and the next stage needs it: train it with "
                 f"--config.stage={AUTOENCODER}, or everything with --config.stage=all"
             )
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{workdir} has no autoencoder yet, and one process trains it: run one first, with "
+                f"--config.stage={AUTOENCODER}, then go on with {jax.process_count()} processes"
+            )
         train_autoencoder(experiment, source, workdir)
     folder = workdir / "latents"
-    encode(
-        folder,
-        data=data.name,
-        image_size=data.image_size,
-        autoencoder=autoencoder_folder(workdir),
-        text_encoder=data.text_encoder,
-        mirrored=data.flip,
-        batch_size=_BATCH,
-        shard_size=_SHARD,
+    first_alone(
+        lambda: encode(
+            folder,
+            data=data.name,
+            image_size=data.image_size,
+            autoencoder=autoencoder_folder(workdir),
+            text_encoder=data.text_encoder,
+            mirrored=data.flip,
+            batch_size=_BATCH,
+            shard_size=_SHARD,
+        )
     )
     return sources.load(f"encoded:{folder}")
 

@@ -4,21 +4,30 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from guided_distill.config import STAGES, Experiment, changed_keys, parse
+from guided_distill.config import (
+    AUTOENCODER,
+    STAGES,
+    Experiment,
+    changed_keys,
+    differences,
+    parse,
+)
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
-from guided_distill.training.checkpoints import latest_step, write_text
+from guided_distill.training.checkpoints import latest_step, storage_error, write_text
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
 from guided_distill.training.session import train_in
 from guided_distill.training.trained import (
@@ -35,22 +44,70 @@ from guided_distill.training.trained import (
 def run(experiment: Experiment, workdir: epath.Path) -> None:
     """Train what `experiment.stage` asks for, skipping what is done and resuming what was cut.
 
-    Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, or if the
-    disk is full.
+    Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, if the disk
+    is full or not to be written, or if the processes that train together differ in their configs.
     """
-    source = open_data(experiment)
-    own_latents = experiment.autoencoder.steps > 0
-    outline = outline_of_latents(source, experiment) if own_latents else source
-    Pipeline(experiment, workdir, outline)  # Checks the config before the folder is claimed.
-    claim(workdir, experiment)
+    check_same_config(experiment)
+    check_batches(experiment)
+    with together():
+        source = open_data(experiment)
+        own_latents = experiment.autoencoder.steps > 0
+        outline = outline_of_latents(source, experiment) if own_latents else source
+        Pipeline(experiment, workdir, outline)  # Checks the config before the folder is claimed.
+    first_alone(lambda: claim(workdir, experiment))
+    with together():
+        check_shared(workdir)
     for origin in (experiment.start_from, experiment.teacher.initial):
         if origin:
-            bring_companions(epath.Path(origin).parent, workdir)
+            first_alone(partial(bring_companions, epath.Path(origin).parent, workdir))
     if own_latents:
         source = latents_of(source, experiment, workdir)
     pipeline = Pipeline(experiment, workdir, source)
     for chain in chains(experiment):
         pipeline.train_chain(chain)
+
+
+def check_same_config(experiment: Experiment) -> None:
+    """Raises UserError, in every process, unless all that train together have the same config."""
+    first, *others = texts_of_all(json.dumps(asdict(experiment)))
+    for index, other in enumerate(others, start=1):
+        for key, (theirs, ours) in differences(json.loads(other), json.loads(first)).items():
+            raise UserError(
+                f"config.{key} is {theirs!r} in process {index} and {ours!r} in process 0: start all "
+                f"processes by the same command"
+            )
+
+
+def check_batches(experiment: Experiment) -> None:
+    """Raises UserError, naming the key, for a batch that the devices of all processes can't share."""
+    devices, processes = jax.device_count(), jax.process_count()
+    kinds = {stage.kind for stage in all_stages(experiment)}
+    if experiment.autoencoder.steps:
+        kinds.add(AUTOENCODER)
+    for kind in sorted(kinds):
+        settings = getattr(experiment, kind)
+        size, parts = settings.batch_size, devices * settings.accumulation
+        if experiment.stage in ("all", kind) and size % parts:
+            raise UserError(
+                f"config.{kind}.batch_size is {size}, which {devices} devices of {processes} "
+                f"process{'es' * (processes > 1)} can't share in {settings.accumulation} parts "
+                f"(config.{kind}.accumulation): make it a multiple of {parts}"
+            )
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises UserError unless this process sees the run's folder and can write to it."""
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
+            f"--workdir that all of them share"
+        )
+    probe = workdir / f"probe{jax.process_index()}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise storage_error(probe, error) from error
 
 
 def claim(workdir: epath.Path, experiment: Experiment) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +15,7 @@ from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
+from guided_distill.training.processes import on_all_processes, to_host
 from guided_distill.training.trained import Description, Trained
 
 CompiledSampler = Callable[..., jax.Array]
@@ -82,9 +82,8 @@ def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
     """The z at t = 1 [count, *data_shape] that `sample` starts from with this seed."""
     mesh = data_mesh()
     indices = np.arange(-(-count // mesh.size) * mesh.size)
-    return np.asarray(compiled_noise(about.data_shape, mesh)(jax.random.key(seed), indices)[0])[
-        :count
-    ]
+    indices = on_all_processes(indices, split_batch(mesh))
+    return to_host(compiled_noise(about.data_shape, mesh)(jax.random.key(seed), indices)[0])[:count]
 
 
 def sample(trained: Trained, **request: Any) -> np.ndarray:
@@ -207,24 +206,33 @@ def _run(
     network, mesh = trained.description.network(), data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
     run = compiled_sampler(network, sampler, mesh, clipped=clipped)
-    draw = compiled_noise(network.data_shape, mesh)
+    draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
     count = _count(condition)
     for begin in range(start, count, batch_size):
         indices = np.arange(begin, begin + batch_size)
         rows = indices % count
-        noise, keys = draw(jax.random.key(seed), indices)
+        noise, keys = draw(jax.random.key(seed), on_all_processes(indices, split))
+        given, conditions, kept, weights = on_all_processes(
+            (
+                None if z is None else np.asarray(z[rows], np.float32),
+                {name: np.asarray(each)[rows] for name, each in condition.items()},
+                None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
+                np.full(batch_size, w, np.float32),
+            ),
+            split,
+        )
         batch = run(
             trained.params,
-            noise if z is None else np.asarray(z[rows], np.float32),
+            noise if z is None else given,
             keys,
-            {name: np.asarray(each)[rows] for name, each in condition.items()},
+            conditions,
             network.null if null is None else null,
-            None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
-            np.full(batch_size, w, np.float32),
-            jnp.asarray(num_steps, jnp.int32),
-            jnp.asarray(num_steps if first is None else first, jnp.int32),
+            kept,
+            weights,
+            np.int32(num_steps),
+            np.int32(num_steps if first is None else first),
         )
-        yield np.asarray(batch)[: count - begin]
+        yield to_host(batch)[: count - begin]
 
 
 def check_request(

@@ -39,7 +39,7 @@ def batches(
       batch_size: B, of this process; the global batch is process_count times that.
       seed: in [0, 2**32); decides the order and the flips.
       flip: mirror every image with probability one half.
-      process_index: in [0, process_count); processes get disjoint parts of each global batch.
+      process_index: in [0, process_count); each process gets a block of every global batch.
       process_count: number of processes that read in step.
 
     Returns:
@@ -81,7 +81,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Shard:
-    """This process's part of every global batch: each count-th example, from index on."""
+    """This process's part of every global batch: the index-th of `count` blocks."""
 
     batch_size: int
     index: int
@@ -91,9 +91,13 @@ class _Shard:
     def global_size(self) -> int:
         return self.batch_size * self.count
 
+    @property
+    def block(self) -> slice:
+        return slice(self.index * self.batch_size, (self.index + 1) * self.batch_size)
+
     def positions(self, step: int) -> np.ndarray:
         """Places [B] in the endless stream of examples, ascending."""
-        return step * self.global_size + np.arange(self.index, self.global_size, self.count)
+        return step * self.global_size + np.arange(self.global_size)[self.block]
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class _RandomFlip(grain.transforms.RandomMap):
     shard: _Shard
 
     def random_map(self, element: Examples, rng: np.random.Generator) -> Examples:
-        draws = rng.random(self.shard.global_size)[self.shard.index :: self.shard.count]
+        draws = rng.random(self.shard.global_size)[self.shard.block]
         chosen = draws < 0.5
         images = element["image"]
         images[chosen] = images[chosen, :, ::-1]

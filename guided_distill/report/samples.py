@@ -14,6 +14,7 @@ from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import storage_error
+from guided_distill.training.processes import is_first
 from guided_distill.training.trained import load_finished
 
 SMALLEST_SIDE = 64
@@ -79,9 +80,11 @@ def write_files(
     """Write out/stem.png and out/stem.npz, which holds `arrays`; answer their paths.
 
     drawn: images [n, H, W, C], row by row, or points [n, 2] with a colour each. Raises UserError if the
-    folder can't be written.
+    folder can't be written. Of many processes, the first writes.
     """
     picture, data = out / f"{stem}.png", out / f"{stem}.npz"
+    if not is_first():
+        return picture, data
     try:
         out.mkdir(parents=True, exist_ok=True)
         with picture.open("wb") as file:

@@ -1,13 +1,18 @@
 """Checkpoints of one stage: saved asynchronously and atomically, self-describing, never half read.
 
 Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
-and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py)
-and `layout` (names and shapes of the weights). The weights of a teacher are never written again in
-its student's checkpoint.
+and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py),
+`layout` (names and shapes of the weights) and, of a pre-empted run, `unlogged` (sums of figures). The
+weights of a teacher are never written again in its student's checkpoint.
 """
 
+import contextlib
+import errno
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,11 +22,26 @@ from jax.sharding import Mesh
 
 from guided_distill.errors import UserError
 from guided_distill.training.mesh import split_weights
+from guided_distill.training.processes import first_alone, is_first
 from guided_distill.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
+
+WAITS = (1.0, 4.0, 15.0)
+"""Seconds between attempts to write."""
+
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
+    errno.ENOTEMPTY,
+}
+"""What shared disks answer when they are away for a while; the last, where a save that failed is still
+writing into the folder that the next attempt clears."""
+
+UNLOGGED = "unlogged"
+ARRAYS = ("params", "ema", "rest")
+TEXTS = ("data", "about", "layout", UNLOGGED)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
@@ -39,20 +59,58 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """As `write_text`, of bytes."""
+    """As `write_text`, of bytes. Of many processes, the first writes."""
+    if not is_first():
+        return
     part = path.parent / f"{path.name}.part"
-    try:
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         part.replace(path)
-    except OSError as error:
-        raise storage_error(path, error) from error
+
+    persistently(write, path)
+
+
+def persistently(
+    write: Callable[[], Any], path: epath.Path, *, waits: Sequence[float] = WAITS
+) -> None:
+    """Write, and again after each of `waits`, in seconds, while the error is one that can pass.
+
+    Raises UserError for any other error, such as a full disk, and for one that doesn't pass.
+    """
+    for wait in (*waits, None):
+        try:
+            write()
+            return
+        except (OSError, ValueError) as error:
+            if wait is None or not _can_pass(error):
+                raise storage_error(path, error) from error
+            log.warning("%s can't be written (%s): again in %g s", path, first_line(error), wait)
+            time.sleep(wait)
+
+
+def _can_pass(error: Exception) -> bool:
+    """Whether it speaks of a network or a shared disk that may come back."""
+    number = getattr(error, "errno", None)
+    if found := re.search(r"\[OS error (\d+)", str(error)):  # TensorStore's.
+        number = int(found[1])
+    return (
+        number in PASSING
+        or isinstance(error, ConnectionError | TimeoutError)
+        or any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0][:200]
 
 
 def storage_error(path: epath.Path, error: Exception) -> UserError:
     """What to tell a user whose disk is full or not to be written."""
     return UserError(
-        f"{path} can't be written ({str(error).splitlines()[0][:200]}): make room or choose another "
+        f"{path} can't be written ({first_line(error)}): make room or choose another "
         f"--workdir, then run the same command to go on from the last checkpoint"
     )
 
@@ -74,6 +132,13 @@ class Restored(NamedTuple):
     state: TrainState
     data_state: Any
     about: dict[str, Any]
+    unlogged: list[float]
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Left to the loop: JAX wants to be asked by one caller, with numbers that grow one by one."""
+        return False
 
 
 class StageCheckpoints:
@@ -83,19 +148,30 @@ class StageCheckpoints:
         """keep: how many checkpoints stay when a newer one is saved; None for all."""
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
+        self._keep = keep
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory / "checkpoints",
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-                item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
-                    **{name: ocp.JsonCheckpointHandler() for name in ("data", "about", "layout")},
-                },
-            )
+            self._manager = self._open()
         except OSError as error:
             raise storage_error(directory, error) from error
 
-    def save(self, state: TrainState, *, data_state: Any, about: Mapping[str, Any]) -> None:
+    def _open(self) -> _Manager:
+        return _Manager(
+            self.directory / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True),
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
+                **{name: ocp.JsonCheckpointHandler() for name in TEXTS},
+            },
+        )
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        data_state: Any,
+        about: Mapping[str, Any],
+        unlogged: Sequence[float] = (),
+    ) -> None:
         """Start to save. Raises UserError if this save, or the one before, can't be written."""
         items = {
             "params": ocp.args.StandardSave(state.params),
@@ -106,6 +182,8 @@ class StageCheckpoints:
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if unlogged:
+            items[UNLOGGED] = ocp.args.JsonSave(list(unlogged))
         self._save(int(state.step), items)
 
     def save_result(self, step: int, params: Any, *, about: Mapping[str, Any]) -> None:
@@ -120,17 +198,30 @@ class StageCheckpoints:
         )
 
     def _save(self, step: int, items: Mapping[str, Any]) -> None:
-        try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:
-            raise storage_error(self.directory, error) from error
+        self._latest = step, ocp.args.Composite(**items)
+        self._persistently(lambda: self._manager.save(step, args=self._latest[1]))
+
+    def _persistently(self, write: Callable[[], Any]) -> None:
+        """Write; if that fails, then the latest state anew. Many processes leave that to a restart."""
+        attempts = itertools.chain([write], itertools.repeat(self._rewrite))
+        waits = WAITS if jax.process_count() == 1 else ()
+        persistently(lambda: next(attempts)(), self.directory, waits=waits)
+
+    def _rewrite(self) -> None:
+        # By another manager, for this one remembers its failure.
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.close()
+        self._manager = self._open()
+        step, items = self._latest
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises UserError if it can't be written."""
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise storage_error(self.directory, error) from error
+        """Return when everything is on disk; the state that was saved last must still be there.
+
+        Raises UserError if it can't be written.
+        """
+        self._persistently(self._manager.wait_until_finished)
 
     def restore(self, template: TrainState) -> Restored | None:
         """The newest whole checkpoint, or None if there is none.
@@ -183,9 +274,11 @@ class StageCheckpoints:
         }
         if template.ema:
             items["ema"] = ocp.args.StandardRestore(template.ema)
+        if UNLOGGED in self._manager.item_metadata(step):
+            items[UNLOGGED] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         state = TrainState(params=read.params, ema=read.get("ema") or {}, **read.rest)
-        return Restored(state, read.data, read.about)
+        return Restored(state, read.data, read.about, read.get(UNLOGGED) or [])
 
     def _read_result(self, step: int, template: Any) -> Any:
         self._check_layout(step, template)
@@ -198,17 +291,21 @@ class StageCheckpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         damaged = self.directory / "damaged"
-        damaged.mkdir(parents=True, exist_ok=True)
-        target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
-        (self.directory / "checkpoints" / str(step)).rename(target)
+
+        def move() -> None:
+            damaged.mkdir(parents=True, exist_ok=True)
+            target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
+            (self.directory / "checkpoints" / str(step)).rename(target)
+
+        first_alone(move)
         self._manager.reload()
         previous = self._manager.latest_step()
         log.warning(
             "The checkpoint of step %d in %s is damaged (%s); it now lies in %s, and %s.",
             step,
             self.directory,
-            str(error).splitlines()[0][:200],
-            target,
+            first_line(error),
+            damaged,
             "nothing older is left: the stage starts again"
             if previous is None
             else f"step {previous} is read instead",

@@ -1,18 +1,19 @@
 """The training loop: one for every stage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import clu.metrics
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from guided_distill.config import Cadence
-from guided_distill.errors import UserError
+from guided_distill.errors import Interrupted, UserError
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.mesh import split_batch
 from guided_distill.training.metrics import MetricsLog
+from guided_distill.training.preemption import notices
 from guided_distill.training.progress import progress
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
@@ -42,19 +43,25 @@ def train(
     metrics_log: MetricsLog,
     mesh: Mesh,
     title: str,
+    unlogged: Sequence[float] = (),
 ) -> TrainState:
     """Run `step` from the state's own step to `total_steps`, saving and logging on the way.
 
     Each dispatch makes cadence.steps_per_dispatch updates; their boundaries are multiples of it, so a
     resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
-    while the next one runs. Raises UserError when cadence.max_nonfinite_steps updates in a row were
-    skipped.
+    while the next one runs. unlogged: the sums of figures that a pre-emption kept from being logged, as
+    the checkpoint holds them. Batches are this process's own parts of them. Raises UserError when
+    cadence.max_nonfinite_steps updates in a row were skipped, and Interrupted after a pre-emption notice,
+    when the state is saved.
     """
     now, size = int(state.step), cadence.steps_per_dispatch
     sharding = split_batch(mesh, axis=1)
     sums: clu.metrics.Collection | None = None
     unread: tuple[int, StepReport] | None = None
-    with progress(title, total=total_steps, unit="steps", done=now) as advance:
+    with (
+        progress(title, total=total_steps, unit="steps", done=now) as advance,
+        notices() as told_to_end,
+    ):
 
         def read(done: int, report: StepReport) -> None:
             """Wait for a dispatch, check it, and log what it measured."""
@@ -66,9 +73,11 @@ def train(
                     f"{done}: lower the stage's learning_rate, then run again to go on from the last "
                     f"checkpoint"
                 )
-            sums = report.metrics if sums is None else sums.merge(report.metrics)
+            metrics = jax.device_get(report.metrics)
+            sums = metrics if sums is None else sums.merge(metrics)
             if done % cadence.log_every == 0 or done == total_steps:
-                figures = {name: float(value) for name, value in sums.compute().items()}
+                with np.errstate(invalid="ignore"):  # Without a finite update there is no average.
+                    figures = {name: float(value) for name, value in sums.compute().items()}
                 metrics_log.write(done, {**figures, "skipped": int(report.skipped)})
                 sums = None
                 advance(done, f"loss {figures['loss']:.4g}")
@@ -76,17 +85,44 @@ def train(
         while now < total_steps:
             count = min(size - now % size, total_steps - now)
             stacked = _stack([next(batches) for _ in range(count)])
-            state, report = step(state, frozen, jax.device_put(stacked, sharding), key)
+            state, report = step(state, frozen, _on_devices(stacked, sharding), key)
+            if sums is None and unlogged:
+                sums = _like(report.metrics, unlogged)
+                unlogged = ()
             if unread:
                 read(*unread)
             now += count
             unread = (now, report)
-            if now % cadence.checkpoint_every == 0 or now == total_steps:
+            ending = told_to_end()
+            if ending or now % cadence.checkpoint_every == 0 or now == total_steps:
                 read(*unread)
                 unread = None
-                checkpoints.save(state, data_state=batches.get_state(), about=about)
+                checkpoints.save(
+                    state,
+                    data_state=batches.get_state(),
+                    about=about,
+                    unlogged=[float(each) for each in jax.tree.leaves(sums)],
+                )
+            if ending:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"{title}: told to end, and saved at step {now}; the same command goes on"
+                )
     checkpoints.wait()
     return state
+
+
+def _on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The global batch, of which this process holds `batch`."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, each) for name, each in batch.items()
+    }
+
+
+def _like(sums: clu.metrics.Collection, values: Sequence[float]) -> clu.metrics.Collection:
+    leaves, structure = jax.tree.flatten(sums)
+    same = [np.asarray(value, leaf.dtype) for value, leaf in zip(values, leaves, strict=True)]
+    return jax.tree.unflatten(structure, same)
 
 
 def _stack(batches: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

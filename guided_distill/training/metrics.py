@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from guided_distill.training.checkpoints import storage_error, write_text
+from guided_distill.training.processes import is_first
 
 
 class MetricsLog:
@@ -21,12 +22,15 @@ class MetricsLog:
 
     Opened at the step that a stage resumes from, it forgets what was logged beyond, so that a resumed
     run's log is that of an uninterrupted one. The file is written whole and renamed into place, for
-    object stores can't append.
+    object stores can't append. Of many processes, the first writes.
     """
 
     def __init__(self, directory: epath.Path, *, step: int) -> None:
         self._path = directory / "metrics.jsonl"
         self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
+        self._events: RecordWriter | None = None
+        if not is_first():
+            return
         folder = directory / "tensorboard"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +52,8 @@ class MetricsLog:
         self._add_event(Event(step=step, summary=Summary(value=values)))
 
     def _add_event(self, event: Event) -> None:
+        if self._events is None:
+            return
         # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be told.
         event.wall_time = time.time()
         try:
@@ -59,8 +65,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file of events. What was written is on disk already."""
-        with contextlib.suppress(OSError):
-            self._events.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from guided_distill.training.checkpoints import StageCheckpoints, abstract, writ
 from guided_distill.training.loop import train
 from guided_distill.training.mesh import split_weights
 from guided_distill.training.metrics import MetricsLog, parameter_table
+from guided_distill.training.processes import process_order
 from guided_distill.training.state import TrainState, initial_state
 from guided_distill.training.step import TrainStep
 
@@ -42,7 +43,8 @@ def train_in(
 
     seed draws the batches, key what the loss draws. about: what the checkpoints say of themselves.
     The folder then holds checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt. Raises UserError
-    if the disk is full, or the loss isn't finite for long.
+    if the disk is full, or the loss isn't finite for long, and Interrupted after saving if the machine
+    is to be taken away.
     """
     state = initial_state(params, optimizer, ema_decay=settings.ema_decay)
     state = jax.device_put(state, split_weights(mesh, state))
@@ -51,7 +53,7 @@ def train_in(
         batch_size=settings.batch_size // jax.process_count(),
         seed=seed,
         flip=flip,
-        process_index=jax.process_index(),
+        process_index=process_order(mesh).index(jax.process_index()),
         process_count=jax.process_count(),
     )
     with (
@@ -76,6 +78,7 @@ def train_in(
                 checkpoints=checkpoints,
                 about=about,
                 metrics_log=metrics_log,
+                unlogged=restored.unlogged if restored else (),
                 mesh=mesh,
                 title=title,
             )

@@ -5,7 +5,12 @@ from typing import Any
 
 from etils import epath
 
-from guided_distill.verbs.shared import add_sampling_arguments, command_of_run, parse_list
+from guided_distill.verbs.shared import (
+    add_process_arguments,
+    add_sampling_arguments,
+    command_of_run,
+    parse_list,
+)
 
 
 def add_verbs(verbs: Any) -> None:
@@ -22,6 +27,7 @@ def add_verbs(verbs: Any) -> None:
         "--labels", help="class numbers, separated by commas, gone through in turn (default: all)"
     )
     add_sampling_arguments(sample)
+    add_process_arguments(sample)
 
     transfer = command_of_run(
         verbs,
@@ -112,21 +118,24 @@ def add_verbs(verbs: Any) -> None:
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.samples import sample_to_files
+    from guided_distill.training.processes import connected, is_first
 
-    paths = sample_to_files(
-        options.workdir,
-        stage=options.stage,
-        count=options.num,
-        labels=parse_list("--labels", options.labels, int),
-        w=options.w,
-        num_steps=options.num_steps,
-        sampler=options.sampler,
-        seed=options.seed,
-        out=options.out or options.workdir / "samples",
-        allow_untrained=options.allow_untrained,
-    )
-    for path in paths:
-        print(path)
+    with connected(timeout=options.start_timeout):
+        paths = sample_to_files(
+            options.workdir,
+            stage=options.stage,
+            count=options.num,
+            labels=parse_list("--labels", options.labels, int),
+            w=options.w,
+            num_steps=options.num_steps,
+            sampler=options.sampler,
+            seed=options.seed,
+            out=options.out or options.workdir / "samples",
+            allow_untrained=options.allow_untrained,
+        )
+        if is_first():
+            for path in paths:
+                print(path)
 
 
 def _transfer(options: argparse.Namespace, _: list[str]) -> None:

@@ -14,7 +14,13 @@ from etils import epath
 from ml_collections import config_flags
 
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import CACHE, command, command_of_run, parse_list
+from guided_distill.verbs.shared import (
+    CACHE,
+    add_process_arguments,
+    command,
+    command_of_run,
+    parse_list,
+)
 
 
 def add_verbs(verbs: Any) -> None:
@@ -64,6 +70,7 @@ def add_verbs(verbs: Any) -> None:
         type=epath.Path,
         help="the run's folder (default: runs/ and the config's name)",
     )
+    add_process_arguments(train)
 
     evaluate = command_of_run(
         verbs,
@@ -143,9 +150,13 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config, pipeline
+    from guided_distill.training.preemption import stopping_at_once
+    from guided_distill.training.processes import connected, together
 
-    experiment = config.parse(_read_config(options.config, overrides))
-    pipeline.run(experiment, options.workdir or _default_workdir(options.config))
+    with connected(timeout=options.start_timeout), stopping_at_once():
+        with together():
+            experiment = config.parse(_read_config(options.config, overrides))
+        pipeline.run(experiment, options.workdir or _default_workdir(options.config))
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:

@@ -36,6 +36,17 @@ def command_of_run(
     return verb
 
 
+def add_process_arguments(verb: argparse.ArgumentParser) -> None:
+    """Those of every verb that many processes can run together."""
+    verb.add_argument(
+        "--start_timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="of many processes: how long to wait for the others to start (default: %(default)s)",
+    )
+
+
 def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
     """Those of every verb that samples."""
     verb.add_argument(

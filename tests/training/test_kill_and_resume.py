@@ -63,3 +63,20 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(
     assert "4/4" in said
     assert_same_runs(workdir, undisturbed)
     assert len(list(runs.cache.iterdir())) == compiled
+
+
+def test_a_terminated_run_saves_says_so_and_goes_on(tmp_path, runs, undisturbed, assert_same_runs):
+    for pattern in ("config.json", "guidance/checkpoints/2", "halving_ddim_2/checkpoints/2"):
+        process = runs.start(tmp_path)
+        while not list(tmp_path.glob(pattern)):
+            time.sleep(0.001)
+        began = time.monotonic()
+        os.kill(process, signal.SIGTERM)
+        status, said = runs.end()
+        assert status == 75, said
+        assert "the same command goes on" in said
+        assert time.monotonic() - began < 10
+    runs.start(tmp_path)
+    status, said = runs.end()
+    assert status == 0, said
+    assert_same_runs(tmp_path, undisturbed)

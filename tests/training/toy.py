@@ -92,5 +92,6 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             metrics_log=log,
             mesh=mesh,
             title="toy",
+            unlogged=restored.unlogged if restored else (),
         )
         return state, iterator.get_state()

@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# A TPU pod slice as a queued resource of Google Cloud, with guided-distill on every host of it.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: launch/queued_resource.sh ACTION --name NAME --project P --zone Z [options] [-- VERB ARGUMENTS...]
+
+  launch/queued_resource.sh start --name cifar --project my-project --zone us-west4-a \
+    --accelerator-type v5litepod-16 --spot -- \
+    train --config configs/cifar10.py --workdir gs://my-bucket/cifar10
+
+actions:
+  start   ask for the slice, wait for it, install this checkout's HEAD on every host, run the verb there.
+          A slice that is there is used; one that was pre-empted is asked for again: so this resumes, too
+  watch   follow the log of host 0
+  stop    SIGTERM to all hosts: they save at the same step and end
+  delete  give the slice back
+
+options:
+  --accelerator-type T  such as v5litepod-16, v4-32, v5p-32, v6e-16 (start needs it)
+  --runtime-version V   the hosts' image (default: the one for T)
+  --spot                a slice that can be taken away, for less
+  --wait S              seconds between looks at the queue (default: 30)
+  --dry-run             print the commands, and run none
+END
+}
+
+fail() {
+  echo "queued_resource.sh: $1" >&2
+  exit 2
+}
+
+action=${1-}
+case $action in
+  start | watch | stop | delete) shift ;;
+  -h | --help) usage && exit 0 ;;
+  *) fail "the action is '$action'; give start, watch, stop or delete, or see --help" ;;
+esac
+
+name="" project="" zone="" accelerator_type="" runtime_version="" spot="" wait=30 dry_run=""
+while (($#)); do
+  case $1 in
+    --name | --project | --zone | --accelerator-type | --runtime-version | --wait)
+      [[ -n ${2-} ]] || fail "$1 has no value"
+      variable=${1#--}
+      printf -v "${variable//-/_}" %s "$2"
+      shift 2
+      ;;
+    --spot) spot=--spot && shift ;;
+    --dry-run) dry_run=yes && shift ;;
+    --) shift && break ;;
+    *) fail "$1 is not an option: put -- before what guided-distill is to do, or see --help" ;;
+  esac
+done
+for needed in name project zone; do
+  [[ -n ${!needed} ]] || fail "--$needed is missing"
+done
+
+run() {
+  if [[ -n $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+where=(--project "$project" --zone "$zone")
+queue=(gcloud compute tpus queued-resources)
+
+on_hosts() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
+}
+
+state() {
+  # A dry run goes by what a first run finds: nothing.
+  [[ -n $dry_run ]] && return
+  "${queue[@]}" describe "$name" "${where[@]}" --format 'value(state.state)' 2>/dev/null || true
+}
+
+delete() {
+  run "${queue[@]}" delete "$name" "${where[@]}" --force --quiet
+}
+
+ask_for_slice() {
+  if [[ -z $runtime_version ]]; then
+    case $accelerator_type in
+      v5litepod-*) runtime_version=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime_version=v2-alpha-tpuv5 ;;
+      v6e-*) runtime_version=v2-alpha-tpuv6e ;;
+      v4-*) runtime_version=tpu-ubuntu2204-base ;;
+      *) fail "--accelerator-type is '$accelerator_type', whose image isn't known here: add --runtime-version" ;;
+    esac
+  fi
+  run "${queue[@]}" create "$name" --node-id "$name" "${where[@]}" \
+    --accelerator-type "$accelerator_type" --runtime-version "$runtime_version" ${spot:+"$spot"}
+}
+
+wait_for_slice() {
+  if [[ -n $dry_run ]]; then
+    echo "# wait until its state is ACTIVE, looking every $wait s:"
+    run "${queue[@]}" describe "$name" "${where[@]}" --format 'value(state.state)'
+    return
+  fi
+  local now
+  until now=$(state) && [[ $now == ACTIVE ]]; do
+    case $now in
+      FAILED | SUSPENDED | SUSPENDING) fail "$name is $now: run the same command to ask for it again" ;;
+    esac
+    echo "$name is ${now:-not there yet}" >&2
+    sleep "$wait"
+  done
+}
+
+install() {
+  local checkout archive=guided-distill.tar.gz
+  checkout=$(cd "$(dirname "$0")/.." && pwd)
+  run git -C "$checkout" archive --format tar.gz --prefix guided-distill/ --output "/tmp/$archive" HEAD
+  run gcloud compute tpus tpu-vm scp "/tmp/$archive" "$name:$archive" "${where[@]}" --worker all
+  # The images' own Python is older than ours.
+  on_hosts all "tar xzf $archive && python3 -m pip install --user --quiet uv && \
+python3 -m uv venv --quiet --clear --python 3.12 environment && \
+python3 -m uv pip install --quiet --python environment/bin/python './guided-distill[tpu]'"
+}
+
+case $action in
+  start)
+    [[ -n $accelerator_type ]] || fail "--accelerator-type is missing"
+    (($#)) || fail "nothing to run: add -- and a verb, such as -- train --config configs/cifar10.py"
+    case $(state) in
+      FAILED | SUSPENDED) delete && ask_for_slice ;;
+      "") ask_for_slice ;;
+    esac
+    wait_for_slice
+    install
+    # JAX finds the other hosts by itself.
+    on_hosts all "cd guided-distill && (setsid nohup ../environment/bin/guided-distill$(printf ' %q' "$@") \
+>>../guided-distill.log 2>&1 </dev/null & echo \$! >../guided-distill.pid)"
+    ;;
+  watch) on_hosts 0 "tail -n 50 -f guided-distill.log" ;;
+  stop) on_hosts all 'kill -TERM $(cat guided-distill.pid) && tail --pid $(cat guided-distill.pid) -f /dev/null' ;;
+  delete) delete ;;
+esac

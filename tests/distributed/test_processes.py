@@ -1,0 +1,173 @@
+"""Two processes on loopback train as one does, also when one is killed or both are told to end."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from machine import Machine, children, free_port, wait_for
+
+from guided_distill import cli
+from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.trained import load_finished
+
+STEPS = 48
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory, tiny_arguments):
+    machine = Machine(tmp_path_factory.mktemp("machine"), tiny_arguments)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture(scope="module")
+def arguments(machine):
+    return [
+        *machine.train,
+        "--config.stage=teacher",
+        f"--config.teacher.steps={STEPS}",
+        "--config.log_every=4",
+        "--config.checkpoint_every=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """The workdir of an undisturbed run by one process with eight devices."""
+    assert jax.device_count() == 8
+    workdir = tmp_path_factory.mktemp("whole")
+    assert cli.main([*arguments, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def disturbed(machine, arguments, tmp_path_factory):
+    """A run by two processes, one of which is killed; by two that are told to end; by one alone.
+
+    The last splits the weights over another number of devices.
+    """
+    workdir = tmp_path_factory.mktemp("disturbed")
+    command = [*arguments, "--workdir", str(workdir)]
+    teacher = epath.Path(workdir) / "teacher"
+
+    killed = machine.launch(*command, "--config.fsdp=8")
+    wait_for(lambda: (latest_step(teacher) or 0) >= 4, killed)
+    os.kill(children(killed)[1], signal.SIGKILL)
+    output = killed.communicate(timeout=60)[0]
+    assert killed.returncode == 128 + signal.SIGKILL, output
+    reached = latest_step(teacher)
+    assert reached < STEPS
+
+    told = machine.launch(*command, "--config.fsdp=8")
+    wait_for(lambda: latest_step(teacher) > reached, told)
+    told.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output = told.communicate(timeout=60)[0]
+    seconds = time.monotonic() - began
+    assert told.returncode == 75, output
+    saved = latest_step(teacher)
+    assert reached < saved < STEPS
+    assert output.count(f"told to end, and saved at step {saved}") == 2
+    assert seconds < 10
+
+    assert cli.main([*command, "--config.fsdp=2"]) == 0
+    return workdir
+
+
+def test_a_killed_and_terminated_run_ends_as_one_that_was_not(whole, disturbed):
+    expected, found = (load_finished(epath.Path(each) / "teacher") for each in (whole, disturbed))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5),
+        found.params,
+        expected.params,
+    )
+    logs = [(each / "teacher" / "metrics.jsonl").read_text() for each in (whole, disturbed)]
+    ours, theirs = ([json.loads(line) for line in log.splitlines()] for log in logs)
+    assert [row["step"] for row in theirs] == [row["step"] for row in ours]
+    np.testing.assert_allclose(
+        [row["loss"] for row in theirs], [row["loss"] for row in ours], rtol=1e-5
+    )
+
+
+def test_two_processes_draw_the_samples_of_one(machine, whole, tmp_path):
+    request = ["sample", "--workdir", str(whole), "--stage", "teacher", "--num", "5"]
+    request += ["--num_steps", "3", "--seed", "7"]
+    drawn = machine.launch(*request, "--out", str(tmp_path / "two"))
+    assert cli.main([*request, "--out", str(tmp_path / "one")]) == 0
+    output = drawn.communicate(timeout=100)[0]
+    assert drawn.returncode == 0, output
+    assert output.count(".npz") == 1
+    one, two = (np.load(tmp_path / name / "teacher_w1_seed7.npz") for name in ("one", "two"))
+    np.testing.assert_array_equal(one["label"], two["label"])
+    np.testing.assert_allclose(one["image"], two["image"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.seed=1", "config.seed is 1 in process 1 and 0 in process 0"),
+        ("--config.teacher.steps=x", "config.teacher.steps"),
+    ],
+)
+def test_another_config_is_refused_by_all(machine, tmp_path, override, said):
+    command, port = [*machine.train, "--workdir", str(tmp_path)], free_port()
+    first = machine.process(0, *command, port=port)
+    other = machine.process(1, *command, override, port=port)
+    for process in (first, other):
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 2, output
+        assert said in output
+        assert "Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_does_not_come_is_not_waited_for(machine, tmp_path):
+    ports = free_port(), free_port()
+    alone = [
+        machine.process(
+            index, *machine.train, "--workdir", str(tmp_path), "--start_timeout", "3", port=port
+        )
+        for index, port in enumerate(ports)
+    ]
+    for process, port in zip(alone, ports, strict=True):
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 2, output
+        assert output.startswith("guided-distill: ")
+        assert len(output.splitlines()) == 1
+        assert f"127.0.0.1:{port} within 3 s" in output
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "2"},
+        {"JAX_COORDINATOR_ADDRESS": "here", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+        {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "a", "JAX_PROCESS_ID": "0"},
+    ],
+    ids=str,
+)
+def test_variables_that_do_not_fit_are_named(arguments, tmp_path, monkeypatch, capsys, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*arguments, "--workdir", str(tmp_path)]) == 2
+    assert "JAX_PROCESS_ID" in capsys.readouterr().err
+
+
+def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys):
+    for size, accumulation, multiple in ((6, 1, 8), (8, 2, 16)):
+        overrides = [
+            f"--config.teacher.batch_size={size}",
+            f"--config.teacher.accumulation={accumulation}",
+        ]
+        assert cli.main([*arguments, "--workdir", str(tmp_path), *overrides]) == 2
+        said = capsys.readouterr().err
+        assert f"config.teacher.batch_size is {size}" in said
+        assert f"multiple of {multiple}" in said
+    assert not list(tmp_path.iterdir())

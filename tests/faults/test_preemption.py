@@ -1,0 +1,79 @@
+"""SIGTERM at any moment of a training: saved, told, and the same in the end."""
+
+import os
+import signal
+
+import pytest
+from etils import epath
+from toy import source, train_toy
+
+from guided_distill.data.pipeline import batches
+from guided_distill.errors import Interrupted
+from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.preemption import stopping_at_once
+
+LOG_EVERY = 4
+
+
+class Terminated:
+    """The batches of an iterator; the signal comes while the number `at` is read."""
+
+    def __init__(self, iterator, at):
+        self._iterator, self._left = iterator, at
+        self.get_state, self.set_state = iterator.get_state, iterator.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self._iterator)
+
+
+def train(directory, data):
+    return train_toy(directory, data=data, log_every=LOG_EVERY)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run: state, input pipeline's state, and its log."""
+    folder = tmp_path_factory.mktemp("whole")
+    state, place = train(epath.Path(folder), source(with_nan=True))
+    return state, place, (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 10, 12])
+def test_a_terminated_run_ends_as_one_that_was_not(tmp_path, whole, assert_same_weights, at):
+    directory, data = epath.Path(tmp_path), source(with_nan=True)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        train(directory, Terminated(batches(data, batch_size=8, seed=3), at))
+    assert signal.getsignal(signal.SIGTERM) == before
+    # Dispatches of two updates: the save comes with the end of the one that the signal fell into.
+    assert latest_step(directory) == at + at % 2
+    state, place = train(directory, data)
+    assert_same_weights(state, whole[0])
+    assert place == whole[1]
+    assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
+
+
+def test_twice_between_two_lines_of_the_log(tmp_path, whole):
+    directory, data = epath.Path(tmp_path), source(with_nan=True)
+    for _ in range(5):
+        with pytest.raises(Interrupted):
+            train(directory, Terminated(batches(data, batch_size=8, seed=3), 1))
+    train(directory, data)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
+
+
+def test_outside_a_training_it_stops_at_once():
+    with pytest.raises(Interrupted, match="stopped"):
+        end_oneself()
+
+
+def end_oneself():
+    with stopping_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")

@@ -1,0 +1,129 @@
+"""Storage that fails: tried again where that can help, and then told in one sentence."""
+
+import errno
+import time
+import types
+
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from toy import source, train_toy
+
+from guided_distill import cli
+from guided_distill.errors import UserError
+from guided_distill.training import checkpoints
+from guided_distill.training.checkpoints import persistently, write_text
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """The seconds that were waited, but for a tenth of a second each."""
+    seconds = []
+
+    def sleep(length):
+        seconds.append(length)
+        time.sleep(0.1)  # What a failed save still writes in the background has to end.
+
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(sleep=sleep))
+    return seconds
+
+
+def failing(error, times):
+    """Something to do that fails so many times."""
+    left = [error] * times
+
+    def write():
+        if left:
+            raise left.pop()
+
+    return write
+
+
+AWAY = (
+    OSError(errno.EIO, "Input/output error"),
+    ConnectionResetError("reset"),
+    ValueError("UNAVAILABLE: Error writing"),
+    ValueError("Error writing local file: write failed [OS error 116: ESTALE Stale file handle]"),
+)
+
+
+@pytest.mark.parametrize("error", AWAY, ids=str)
+def test_what_can_pass_is_tried_again_with_a_bound(waited, caplog, error):
+    path = epath.Path("here")
+    persistently(failing(error, 3), path)
+    assert waited == [1, 4, 15]
+    assert caplog.text.count("here can't be written") == 3
+    with pytest.raises(UserError, match="here can't be written"):
+        persistently(failing(error, 4), path)
+    assert len(waited) == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError(
+            "RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]"
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_pass_is_told_at_once(waited, error):
+    with pytest.raises(UserError, match="make room or choose another --workdir"):
+        persistently(failing(error, 1), epath.Path("here"))
+    assert waited == []
+
+
+def test_a_small_file_is_whole_after_a_failure(waited, monkeypatch, tmp_path):
+    replace, left = type(epath.Path(tmp_path)).replace, [OSError(errno.EIO, "Input/output error")]
+
+    def once(self, target):
+        if left:
+            raise left.pop()
+        return replace(self, target)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", once)
+    write_text(epath.Path(tmp_path) / "small.txt", "all of it")
+    assert waited == [1]
+    assert (tmp_path / "small.txt").read_text() == "all of it"
+
+
+class Away:
+    """A write in the background that fails."""
+
+    def result(self, timeout=None):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("failed_save", [1, 2, 3])
+def test_a_save_that_fails_in_the_background_is_made_again(
+    waited, monkeypatch, tmp_path, assert_same_weights, failed_save
+):
+    save, count = ocp.JsonCheckpointHandler.async_save, []
+
+    async def failing_save(self, *arguments, **options):
+        futures = await save(self, *arguments, **options)
+        count.append(1)
+        # Three items of each checkpoint are JSON; a run of twelve steps saves three times.
+        return [*futures, Away()] if len(count) == 3 * failed_save else futures
+
+    data = source(with_nan=False)
+    expected, _ = train_toy(epath.Path(tmp_path) / "whole", data=data)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", failing_save)
+    state, _ = train_toy(epath.Path(tmp_path) / "cut", data=data)
+    assert waited in ([1], [1, 4])
+    assert_same_weights(state, expected)
+    assert checkpoints.latest_step(epath.Path(tmp_path) / "cut") == 12
+    resumed, _ = train_toy(epath.Path(tmp_path) / "cut", data=data)
+    assert_same_weights(resumed, expected)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
+    tmp_path, tiny_arguments, capsys
+):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", *tiny_arguments, "--workdir", str(tmp_path / "file" / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json can't be written" in line
+    assert "another --workdir" in line
