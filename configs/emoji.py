@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.schedule = "scaled_linear"
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
     config.model.options = {
-        "block_out_channels": (48, 96),
+        "block_out_channels": (32, 64),
         "cross_attention_levels": (0, 1),
         "num_attention_heads": (2, 4),
         "layers_per_block": 1,
@@ -46,22 +46,22 @@ def get_config(variant: str = "") -> ConfigDict:
     # More than one update in a call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
     config.checkpoint_every = 500
-    config.autoencoder.steps = 3000
-    config.autoencoder.batch_size = 32
+    config.autoencoder.steps = 2000
+    config.autoencoder.batch_size = 16
     config.autoencoder.learning_rate = 1e-3
     config.autoencoder.learning_rate_schedule = "cosine"
     config.autoencoder.warmup_steps = 100
-    config.teacher.steps = 12_000
-    config.teacher.learning_rate = 6e-4
+    config.teacher.steps = 6000
+    config.teacher.learning_rate = 1e-3
     config.teacher.warmup_steps = 500
     config.teacher.ema_decay = 0.999
-    config.guidance.steps = 3000
-    config.guidance.learning_rate = 3e-4
+    config.guidance.steps = 1500
+    config.guidance.learning_rate = 5e-4
     config.guidance.ema_decay = 0.999
     config.guidance.weighting = "snr_plus_one"
     config.guidance.w_max = 6.0
-    config.halving.steps = 400
-    config.halving.learning_rate = 2e-4
+    config.halving.steps = 250
+    config.halving.learning_rate = 3e-4
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 32
         stage.learning_rate_schedule = "cosine"
