@@ -22,41 +22,55 @@ CompiledSampler = Callable[..., jax.Array]
 CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 
 
+def run_sampler(
+    network: Network,
+    sampler: str,
+    params: Params,
+    z: jax.Array,
+    keys: jax.Array,
+    condition: Condition,
+    null: Condition | None = None,
+    known: Known | None = None,
+    *,
+    w: jax.Array,
+    num_steps: jax.Array,
+    first: jax.Array,
+    clipped: bool,
+) -> jax.Array:
+    """From z [B, ...] at t = first/num_steps to x, keeping what is `known`; with samplers.ENCODE, back.
+
+    A network that doesn't take w [B] is guided by two calls in one batch. clipped: hold x to [-1, 1] at
+    every step.
+    """
+    denoiser = network.denoiser(params, null=null)
+    if not denoiser.guided:
+        denoiser = with_guidance(denoiser)
+    if clipped:
+        denoiser = with_clipping(denoiser, network.schedule)
+
+    def predict(z: jax.Array, t: jax.Array) -> Prediction:
+        return denoiser.predict(z, t, condition, w)
+
+    if sampler == samplers.ENCODE:
+        return samplers.encode(predict, network.schedule, z, num_steps)
+    kept = samplers.keeping(predict, known) if known else predict
+    return samplers.SAMPLERS[sampler](kept, network.schedule, z, keys, num_steps, first)
+
+
 @functools.cache
 def compiled_sampler(
     network: Network, sampler: str, mesh: Mesh, *, clipped: bool
 ) -> CompiledSampler:
-    """f(params, z, keys, condition, null, known, w, num_steps, first) -> [B, ...].
+    """f(params, z, keys, condition, null, known, w, num_steps, first) -> [B, ...], as `run_sampler`.
 
-    From z [B, ...] at t = first/num_steps to x, keeping what is `known`; with samplers.ENCODE, from x at
-    t = 0 to z. One compilation serves every num_steps, and all students of one network. A network that
-    doesn't take w [B] is guided by two calls in one batch. clipped: hold x to [-1, 1] at every step.
+    One compilation serves every num_steps, and all students of one network.
     """
 
-    def run(
-        params: Params,
-        z: jax.Array,
-        keys: jax.Array,
-        condition: Condition,
-        null: Condition,
-        known: Known | None,
-        w: jax.Array,
-        num_steps: jax.Array,
-        first: jax.Array,
-    ) -> jax.Array:
-        denoiser = network.denoiser(params, null=null)
-        if not denoiser.guided:
-            denoiser = with_guidance(denoiser)
-        if clipped:
-            denoiser = with_clipping(denoiser, network.schedule)
-
-        def predict(z: jax.Array, t: jax.Array) -> Prediction:
-            return denoiser.predict(z, t, condition, w)
-
-        if sampler == samplers.ENCODE:
-            return samplers.encode(predict, network.schedule, z, num_steps)
-        kept = samplers.keeping(predict, known) if known else predict
-        return samplers.SAMPLERS[sampler](kept, network.schedule, z, keys, num_steps, first)
+    def run(*arrays: Any) -> jax.Array:
+        *others, w, num_steps, first = arrays
+        return run_sampler(
+            network, sampler, *others, w=w, num_steps=num_steps, first=first, clipped=clipped
+        )
 
     whole, split = replicated(mesh), split_batch(mesh)
     return jax.jit(

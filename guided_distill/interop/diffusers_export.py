@@ -11,6 +11,7 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.interop.weights import load_one_stage
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.layouts.diffusers_configs import (
     NUM_TIMESTEPS,
@@ -33,9 +34,8 @@ from guided_distill.layouts.diffusers_folder import (
     write_json,
 )
 from guided_distill.layouts.torch_layout import to_tensors
-from guided_distill.pipeline import finished_stages
 from guided_distill.training.checkpoints import write_bytes, write_text
-from guided_distill.training.trained import Description, Trained, load_finished
+from guided_distill.training.trained import Description, Trained
 
 STOCHASTIC_SCHEDULER = "scheduling_guided_distill.py"
 _LABELS = "class_embedder."
@@ -49,18 +49,10 @@ def export_diffusers(
     stages: the one stage; None for the last finished one. Answers `out`. Raises UserError for what no
     pipeline of diffusers could load.
     """
-    names = list(stages or finished_stages(workdir)[-1:])
-    if len(names) != 1:
-        raise UserError(
-            f"--format diffusers writes one finished stage, and there are {len(names)}: name one with "
-            f"--stages"
-        )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: choose another folder")
     companions = _companions(workdir)
-    trained = load_finished(workdir / names[0])
+    trained = load_one_stage(workdir, out, stages)
     about = trained.description
-    check_exportable(about, names[0])
+    check_exportable(about, epath.Path(trained.path).name)
     copy_folder(companions, out, leave_out=(MODEL_INDEX,))
     index = read_json(companions / MODEL_INDEX)
     _write_denoiser(trained, out, index)

@@ -10,7 +10,7 @@ from guided_distill.layouts.companions import bring_companions
 from guided_distill.pipeline import claim, finished_stages, read_config
 from guided_distill.training.checkpoints import StageCheckpoints, write_text
 from guided_distill.training.metrics import read_metrics
-from guided_distill.training.trained import load_finished
+from guided_distill.training.trained import Trained, load_finished
 
 
 def export_weights(
@@ -36,3 +36,18 @@ def export_weights(
         rows = "".join(f"{json.dumps(row)}\n" for row in read_metrics(workdir / name))
         write_text(out / name / "metrics.jsonl", rows)
     return [out / name for name in names]
+
+
+def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
+    """The stage to write to `out`: the one that is named, or the last finished one.
+
+    Raises UserError unless it is one, and if `out` holds anything.
+    """
+    names = list(stages or finished_stages(workdir)[-1:])
+    if len(names) != 1:
+        raise UserError(
+            f"this format holds one finished stage, and there are {len(names)}: name one with --stages"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: choose another folder")
+    return load_finished(workdir / names[0])

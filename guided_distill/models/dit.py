@@ -209,5 +209,5 @@ class DiT(nn.Module):
         channels = (self.num_outputs + self.learned_sigma) * z.shape[-1]
         patches = dense(self.patch_size**2 * channels, dtype=jnp.float32, name="proj_out_2")(tokens)
         rows, columns = (side // self.patch_size for side in z.shape[1:3])
-        image = from_patches(patches.reshape(len(z), rows, columns, -1), self.patch_size)
+        image = from_patches(patches.reshape(z.shape[0], rows, columns, -1), self.patch_size)
         return image[..., : self.num_outputs * z.shape[-1]]

@@ -47,7 +47,7 @@ class MLP(nn.Module):
                 name="conditioning",
             )(log_snr, condition["label"], w)
         )
-        hidden = nn.Dense(self.width, dtype=self.dtype, name="input")(z.reshape(len(z), -1))
+        hidden = nn.Dense(self.width, dtype=self.dtype, name="input")(z.reshape(z.shape[0], -1))
         for index in range(self.depth):
             modulation = nn.Dense(2 * self.width, dtype=self.dtype, name=f"modulation_{index}")
             scale, shift = jnp.split(modulation(embedding), 2, axis=-1)

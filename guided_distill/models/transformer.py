@@ -94,7 +94,7 @@ class PatchTransformer(nn.Module):
         patches = to_patches(z, self.patch_size)
         grid = patches.shape[1:3]
         tokens = nn.Dense(self.width, dtype=self.dtype, name="input")(patches)
-        tokens = tokens.reshape(len(z), -1, self.width)
+        tokens = tokens.reshape(z.shape[0], -1, self.width)
         position = self.param(
             "position", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width)
         )
@@ -115,4 +115,4 @@ class PatchTransformer(nn.Module):
             dtype=jnp.float32,
             name="output",
         )(tokens)
-        return from_patches(output.reshape(len(z), *grid, -1), self.patch_size)
+        return from_patches(output.reshape(z.shape[0], *grid, -1), self.patch_size)

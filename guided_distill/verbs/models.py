@@ -44,13 +44,14 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint, to sample and train on with this program, or diffusers, one stage as a folder "
-        "that its pipelines load (default: %(default)s)",
+        help="checkpoint, to sample and train on with this program; diffusers, one stage as a folder "
+        "that its pipelines load; or stablehlo, one student as a program of its own "
+        "(default: %(default)s)",
     )
     export.add_argument(
         "--stages",
-        help="folders of stages, separated by commas (default: all that are finished; for diffusers "
-        "the last one)",
+        help="folders of stages, separated by commas (default: all that are finished; of the other "
+        "formats the last one)",
     )
     export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
 
@@ -73,9 +74,14 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.interop.diffusers_export import export_diffusers
+    from guided_distill.interop.stablehlo_export import export_stablehlo
     from guided_distill.interop.weights import export_weights
 
-    formats = {"checkpoint": export_weights, "diffusers": export_diffusers}
+    formats = {
+        "checkpoint": export_weights,
+        "diffusers": export_diffusers,
+        "stablehlo": export_stablehlo,
+    }
     if options.format not in formats:
         raise UserError(f"--format is {options.format!r}; choose one of {', '.join(formats)}")
     stages = parse_list("--stages", options.stages, str)

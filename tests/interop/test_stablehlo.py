@@ -1,0 +1,125 @@
+"""A student as a program: the same samples, by a script that knows nothing of this package."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from guided_distill import cli
+from guided_distill.config import parse
+from guided_distill.interop.stablehlo_export import export_sampler
+from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.training.trained import Description, load_finished
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny_arguments):
+    path = epath.Path(tmp_path_factory.mktemp("run"))
+    more = [
+        "--config.halving.samplers=('stochastic','encode')",
+        "--config.halving.last_num_steps=2",
+    ]
+    assert cli.main(["train", "--workdir", str(path), *tiny_arguments, *more]) == 0
+    return path
+
+
+def test_a_script_without_this_package_draws_the_same(workdir, tmp_path):
+    out = tmp_path / "student"
+    asked = ["--format", "stablehlo", "--stages", "halving_stochastic_2", "--out", str(out)]
+    assert cli.main(["export", "--workdir", str(workdir), *asked]) == 0
+    script = (out / "run_stablehlo.py").read_text()
+    assert "guided_distill" not in script
+    trained = load_finished(workdir / "halving_stochastic_2")
+    for count, w, seed in ((5, 1.5, 3), (12, 0.0, 0)):
+        subprocess.run(
+            [sys.executable, "run_stablehlo.py", f"--num={count}", f"--w={w}", f"--seed={seed}"],
+            cwd=out,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            check=True,
+        )
+        with np.load(out / "samples.npz") as drawn:
+            labels = cycling_labels(count, 10)
+            np.testing.assert_array_equal(drawn["label"], labels)
+            expected = sample(trained, condition=of_labels(labels), w=w, seed=seed)
+            np.testing.assert_allclose(drawn["image"], expected, atol=1e-5)
+            assert drawn["image"].std() > 0.1
+
+
+def test_it_is_for_every_platform(workdir, tmp_path):
+    out = tmp_path / "student"
+    asked = ["--format", "stablehlo", "--stages", "halving_stochastic_2", "--out", str(out)]
+    assert cli.main(["export", "--workdir", str(workdir), *asked]) == 0
+    program = jax.export.deserialize(bytearray((out / "sampler.stablehlo").read_bytes()))
+    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+    assert str(program.out_avals[0].shape) == "(B, 8, 8, 1)"
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("halving_encode_2", "no student that takes w and samples"),
+        ("teacher", "no student that takes w and samples"),
+        ("teacher,guidance", "there are 2: name one with --stages"),
+    ],
+)
+def test_what_cannot_be_a_sampler_is_refused(workdir, tmp_path, capsys, stages, said):
+    asked = ["--format", "stablehlo", "--stages", stages, "--out", str(tmp_path / "out")]
+    assert cli.main(["export", "--workdir", str(workdir), *asked]) == 2
+    assert said in capsys.readouterr().err
+
+
+NETWORKS = {
+    "unet": {
+        "width": 16,
+        "channel_multipliers": (1, 2),
+        "blocks_per_level": 1,
+        "attention_resolutions": (4,),
+        "head_width": 16,
+        "embedding_width": 16,
+        "patch_size": 2,
+    },
+    "transformer": {
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "patch_size": 4,
+        "embedding_width": 16,
+    },
+    "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+    "sd_unet": {
+        "block_out_channels": (16,),
+        "cross_attention_levels": (0,),
+        "num_attention_heads": (2,),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_exported_for_any_number_of_samples(name):
+    text = name == "sd_unet"
+    about = Description(
+        stage="halving",
+        total_steps=1,
+        num_steps=2,
+        sampler="ddim",
+        w_min=0.0,
+        w_max=4.0,
+        data_shape=(8, 8, 4),
+        class_names=() if text else ("0", "1"),
+        teacher=None,
+        package_version="0",
+        experiment=parse({"model": {"name": name, "options": NETWORKS[name]}}),
+        condition_shapes={"text": (3, 8)} if text else {"label": ()},
+        latent=True,
+    )
+    shapes = jax.eval_shape(about.network().init, jax.random.key(0))
+    program = export_sampler(about, flatten_dict(shapes, sep="/"))
+    assert str(program.out_avals[0].shape) == "(B, 8, 8, 4)"
