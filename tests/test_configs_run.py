@@ -68,7 +68,7 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_config_trains_and_samples_its_teacher(name, tmp_path):
-    changes = {"stage": "teacher", "teacher.batch_size": 4, **UNETS[name]}
+    changes = {"stage": "teacher", "teacher.batch_size": 8, **UNETS[name]}
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     where = ["--workdir", str(tmp_path)]
     assert cli.main(["train", "--config", f"{FOLDER / name}", *where, *overrides]) == 0
