@@ -6,6 +6,7 @@ Rows of several extractors, numbers of samples and seeds live beside each other.
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -94,19 +95,17 @@ def metric_name(column: str, extractor: str) -> str:
 
 
 def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
-    """The rows of one extractor, and of each thing measured only that of most samples.
+    """The rows of one extractor and one number of samples: distances fall with it.
 
-    extractor: the config's; if it has no rows, the one that measured last stands in.
+    extractor: the config's; if it has no rows, the one that measured last stands in. Of the numbers, the
+    one that most things were measured on, the larger of two; real images stay, whatever their number.
     """
     names = [each.extractor for each in results]
     own = [name for name in names if family(name) == family(extractor)]
-    chosen = (own or names)[-1:]
-    rows: dict[tuple[str, str | None, int | None, float | None], Result] = {}
-    for each in results:
-        what = each.key[:4]
-        if each.extractor in chosen and (what not in rows or each.n >= rows[what].n):
-            rows[what] = each
-    return list(rows.values())
+    chosen = [each for each in results if each.extractor in (own or names)[-1:]]
+    counts = Counter(each.n for each in chosen if each.stage != "real")
+    n = max(counts, key=lambda n: (counts[n], n), default=None)
+    return [each for each in chosen if each.stage == "real" or each.n == n]
 
 
 COLUMNS = tuple(field.name for field in fields(Result))

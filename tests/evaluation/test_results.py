@@ -77,14 +77,16 @@ def test_metrics_are_called_by_their_names(extractor, names):
     assert tuple(metric_name(column, extractor) for column in columns) == names
 
 
-def test_only_rows_of_one_extractor_and_most_samples_are_compared():
+def test_only_rows_of_one_extractor_and_number_of_samples_are_compared():
     few, many = row(extractor="lite0-64", n=300), row(extractor="lite0-64", n=9000)
     other_w = row(extractor="lite0-64", n=300, w=2.0)
-    results = [many, few, other_w, RESULT]
-    assert comparable(results, "lite0") == [many, other_w]
-    assert comparable(results[::-1], "lite0:some/file") == [other_w, many]
+    real = row(extractor="lite0-64", n=500, stage="real")
+    results = [many, few, real, other_w, RESULT]
+    assert comparable(results, "lite0") == [few, real, other_w]
+    assert comparable(results[::-1], "lite0:some/file") == [other_w, real, few]
+    assert comparable([many, few, RESULT], "lite0") == [many]
     assert comparable(results, "classifier") == [RESULT]
-    assert comparable([many, other_w], "classifier") == [many, other_w]
+    assert comparable([few, other_w], "classifier") == [few, other_w]
     points = row(extractor="coordinates")
     assert comparable([points, many], "classifier") == [points]
     assert comparable([row(extractor="lite0-224", w=3.0), many], "lite0") == [many]
