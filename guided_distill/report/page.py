@@ -100,12 +100,12 @@ def headline(results: list[Result]) -> str:
     best = min(teacher, key=lambda n: teacher[n])
     few = min(students[0], key=lambda n: abs(n - FEW_STEPS))
     at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
-    counts = sorted({result.n for result in results if result.stage != "real"})
+    count = next(result.n for result in results if result.stage != "real")
     return (
         f"The {few}-step student, with {few} network calls a sample: "
         f"{metric_name('fd', results[0].extractor)} {students[0][few]:.3f}. Its teacher: "
         f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. Means over the guidance "
-        f"weights, of n = {' or '.join(map(str, counts))} samples each."
+        f"weights, of n = {count} samples each."
     )
 
 
