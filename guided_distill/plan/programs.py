@@ -15,11 +15,10 @@ from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.models.registry import Network
 from guided_distill.stages import Stage, compiled_step
-from guided_distill.training.mesh import replicated, split_batch, split_weights
+from guided_distill.training.checkpoints import abstract
+from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.state import initial_state
 from guided_distill.training.trained import network_of
-
-OPTIMIZATION_LEVELS = ("O0", "O1", "O2", "O3")
 
 
 class Collective(NamedTuple):
@@ -129,7 +128,7 @@ def lower_step(
         outline.example,
     )
     return step.lower(  # type: ignore[attr-defined]
-        *(_placed(tree, split_weights(mesh, tree)) for tree in (state, frozen)), batch, key
+        abstract(state, mesh), abstract(frozen, mesh), batch, key
     )
 
 
@@ -150,14 +149,6 @@ def lower_call(
     split = split_batch(mesh)
     run = jax.jit(call, in_shardings=(replicated(mesh), split, split, split), out_shardings=split)
     return run.lower(_weights_of(network), examples, number, number)
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
 
 
 def fingerprint(lowered: jax.stages.Lowered) -> str:

@@ -18,7 +18,8 @@ class Chip:
     """A generation, by device as JAX counts them; peak figures as Google publishes them.
 
     flops: of bfloat16, a second. memory: bytes. memory_bandwidth, link_bandwidth: bytes a second, to its
-    memory and to its neighbours, all links together. side: chips in the largest slice, along each axis.
+    memory and to its neighbours, all links together. axes: of the grid that its slices are. options: what
+    get_topology_desc needs besides the name.
     """
 
     platform_name: str

@@ -45,7 +45,7 @@ TEXTS = ("data", "about", "layout", UNLOGGED)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree of weights, to be restored to where they live on the mesh."""
+    """The shapes of a tree of weights, and where they live on the mesh: to restore, or to compile for."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,

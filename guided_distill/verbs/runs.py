@@ -50,8 +50,7 @@ def add_verbs(verbs: Any) -> None:
         "--optimization_level",
         default="O0",
         choices=("O0", "O1", "O2", "O3"),
-        help="how hard the compiler tries: O0 takes minutes where O3 may take an hour, and what it "
-        "says of FLOPs is the same (default: %(default)s)",
+        help="how hard the compiler tries; O0 is by far the quickest (default: %(default)s)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON in place of a table")
     plan.add_argument("--cache", **CACHE)
