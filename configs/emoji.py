@@ -1,10 +1,10 @@
-"""Text to image, whole and small: captioned emoji of 64x64 pixels on two CPU cores.
+"""Text to image, whole and small: captioned emoji of 32x32 pixels on two CPU cores.
 
     guided-distill prepare emoji --out data/emoji3.npz
     guided-distill prepare minilm --out data/minilm
     guided-distill train --config configs/emoji.py --workdir runs/emoji
 
-Three styles of drawing, 5,664 images; a tenth of the names is held out. An autoencoder of 4 x 16 x 16
+Three styles of drawing, 5,664 images; a tenth of the names is held out. An autoencoder of 4 x 8 x 8
 latents comes first, then a teacher told of the captions by all-MiniLM-L6-v2, both in the layout of Stable
 Diffusion, so that the students run in its pipelines. Not in the paper.
 """
@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     config = default_config()
     config.data.name = "npz:data/emoji3.npz"
-    config.data.image_size = 64
+    config.data.image_size = 32
     config.data.channels = 3
     config.data.flip = True
     config.data.text_encoder = "minilm:data/minilm"
@@ -35,8 +35,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.schedule = "scaled_linear"
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
     config.model.options = {
-        "block_out_channels": (32, 64),
-        "cross_attention_levels": (0, 1),
+        "block_out_channels": (64, 128),
+        "cross_attention_levels": (1,),
         "num_attention_heads": (2, 4),
         "layers_per_block": 1,
         "cross_attention_dim": 384,
@@ -47,20 +47,21 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps_per_dispatch = 1
     config.checkpoint_every = 500
     config.autoencoder.steps = 2000
-    config.autoencoder.batch_size = 16
+    config.autoencoder.batch_size = 32
     config.autoencoder.learning_rate = 1e-3
     config.autoencoder.learning_rate_schedule = "cosine"
     config.autoencoder.warmup_steps = 100
-    config.teacher.steps = 6000
+    config.teacher.steps = 5000
     config.teacher.learning_rate = 1e-3
     config.teacher.warmup_steps = 500
     config.teacher.ema_decay = 0.999
-    config.guidance.steps = 1500
+    config.guidance.steps = 1200
     config.guidance.learning_rate = 5e-4
     config.guidance.ema_decay = 0.999
     config.guidance.weighting = "snr_plus_one"
     config.guidance.w_max = 6.0
-    config.halving.steps = 250
+    config.halving.first_num_steps = 64
+    config.halving.steps = 200
     config.halving.learning_rate = 3e-4
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 32

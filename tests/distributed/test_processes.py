@@ -59,7 +59,8 @@ def disturbed(machine, arguments, tmp_path_factory):
     wait_for(lambda: (latest_step(teacher) or 0) >= 4, killed)
     os.kill(children(killed)[1], signal.SIGKILL)
     output = killed.communicate(timeout=60)[0]
-    assert killed.returncode == 128 + signal.SIGKILL, output
+    # The other one may be the first to end, having lost this one.
+    assert killed.returncode in (128 + signal.SIGKILL, 75), output
     reached = latest_step(teacher)
     assert reached < STEPS
 
