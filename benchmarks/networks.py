@@ -51,7 +51,7 @@ def main() -> None:
             config.model.options = options
         config.evaluation.teacher_num_steps = (64,)
         experiment = parse(config)
-        _, update = measure(experiment, all_stages(experiment)[0])
+        update = measure(experiment, all_stages(experiment)[0]).update
         dispatch = config.steps_per_dispatch
         config.teacher.steps = max(1, round(seconds / update / dispatch)) * dispatch
         with tempfile.TemporaryDirectory() as folder:

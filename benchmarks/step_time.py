@@ -1,82 +1,107 @@
-"""Time of an update, by stage, for a config on the present machine.
+"""Time of an update and what of it waits for input, by stage, for a config on the present machine.
 
     python benchmarks/step_time.py configs/digits.py
 
-Prints a line a stage: seconds to compile, milliseconds an update, examples a second. The compiled step
-is the one that `guided-distill train` runs.
+Prints a line a stage: seconds of the first call, which compiles; milliseconds an update; examples a
+second; the share of the time in which the loop waits for the next batch. The compiled step and the input
+pipeline are those that `guided-distill train` runs.
 """
 
+import contextlib
 import runpy
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from guided_distill.config import Experiment, parse
-from guided_distill.data import sources
+from guided_distill.data.pipeline import batches
+from guided_distill.latent_space import open_data, outline_of
+from guided_distill.plan.programs import networks_of
 from guided_distill.stages import Stage, all_stages, compiled_step
 from guided_distill.training.mesh import data_mesh
-from guided_distill.training.state import initial_state
-from guided_distill.training.trained import network_of
+from guided_distill.training.state import split_initial_state
 
-REPEATS = 5
+CALLS = 20
 WARM_UP = 10
 
 
-def measure(experiment: Experiment, stage: Stage) -> tuple[float, float]:
-    """Seconds of a stage's first call, compiling included, and of an update after it."""
-    source = sources.load(experiment.data.name, image_size=experiment.data.image_size)
-    network = network_of(experiment.model, source.shape, num_classes=source.num_classes)
-    told_w = network.told_w()
-    student = told_w if stage.takes_w else network
-    teacher = told_w if stage.takes_w and stage.kind == "halving" else network
+class Times(NamedTuple):
+    """Seconds of a stage's first call, compiling included; of an update after it; of its input."""
+
+    first: float
+    update: float
+    input: float
+
+
+def measure(experiment: Experiment, stage: Stage) -> Times:
+    """Of a config whose data are diffused as they are."""
+    source = open_data(experiment)
+    student, teacher = networks_of(experiment, outline_of(source), stage)
+    mesh = data_mesh()
     step, optimizer = compiled_step(
         stage.kind,
         stage.settings,
         student=student,
         teacher=teacher,
-        mesh=data_mesh(),
+        mesh=mesh,
         total_steps=stage.total_steps,
         sampler=stage.sampler,
         w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
     )
     key = jax.random.key(0)
-    state = initial_state(jax.jit(student.init)(key), optimizer, ema_decay=stage.settings.ema_decay)
+    state = split_initial_state(
+        jax.jit(student.init)(key),
+        optimizer=optimizer,
+        ema_decay=stage.settings.ema_decay,
+        mesh=mesh,
+    )
     frozen = {
-        "params": jax.jit(teacher.init)(key),
+        "params": teacher.rounded(jax.jit(teacher.init)(key)),
         "num_steps": jnp.asarray(stage.num_steps or 0),
-        "null": None,
+        "null": source.null,
     }
-    size = (experiment.steps_per_dispatch, stage.settings.batch_size)
-    batch = {
-        "image": np.random.default_rng(0).normal(size=(*size, *source.shape)).astype(np.float32),
-        "label": np.zeros(size, np.int32),
-    }
+    iterator = batches(
+        source, batch_size=stage.settings.batch_size, seed=0, flip=experiment.data.flip
+    )
 
-    def seconds_of(calls: int) -> float:
+    def seconds_of(calls: int) -> tuple[float, float]:
+        """All of it, and of that what the loop spends on getting batches."""
         nonlocal state
-        start = time.perf_counter()
+        start, waited, last = time.perf_counter(), 0.0, None
         for _ in range(calls):
-            state, _ = step(state, frozen, batch, key)
+            asked = time.perf_counter()
+            taken = [next(iterator) for _ in range(experiment.steps_per_dispatch)]
+            batch = {name: np.stack([each[name] for each in taken]) for name in taken[0]}
+            waited += time.perf_counter() - asked
+            state, report = step(state, frozen, batch, key)
+            jax.block_until_ready(last)
+            last = report
         jax.block_until_ready(state)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, waited
 
-    first = seconds_of(1)
-    # The first updates square gradients too small for float32, which a CPU is slow with.
-    seconds_of(WARM_UP)
-    return first, seconds_of(REPEATS) / REPEATS / experiment.steps_per_dispatch
+    with contextlib.closing(iterator):
+        first, _ = seconds_of(1)
+        # The first updates square gradients too small for float32, which a CPU is slow with.
+        seconds_of(WARM_UP)
+        whole, waited = seconds_of(CALLS)
+    updates = CALLS * experiment.steps_per_dispatch
+    return Times(first, whole / updates, waited / updates)
 
 
 def main() -> None:
     file, _, variant = sys.argv[1].partition(":")
     experiment = parse(runpy.run_path(file)["get_config"](variant))
     for stage in {stage.kind: stage for stage in reversed(all_stages(experiment))}.values():
-        first, update = measure(experiment, stage)
+        times = measure(experiment, stage)
         print(
-            f"{stage.kind:10} first call {first:6.1f} s   update {1e3 * update:8.2f} ms   "
-            f"{stage.settings.batch_size / update:9.0f} examples/s"
+            f"{stage.kind:10} first call {times.first:6.1f} s   update {1e3 * times.update:8.2f} ms   "
+            f"{stage.settings.batch_size / times.update:9.0f} examples/s   "
+            f"input {times.input / times.update:6.1%}",
+            flush=True,
         )
 
 

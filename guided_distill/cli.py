@@ -5,9 +5,10 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.verbs import data, images, models, runs
+from guided_distill.verbs import data, images, machine, models, runs, studies
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [each for each in rest if not each.startswith("--config.")]
-    if unknown or (rest and options.verb not in ("plan", "train")):
+    if unknown or (rest and options.verb not in ("plan", "train", "sweep")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     try:
         options.run(options, rest)
@@ -51,8 +52,11 @@ def _hush_threads() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("guided-distill", description=DESCRIPTION)
+    parser.add_argument(
+        "--version", action="version", version=f"guided-distill {version('guided_distill')}"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for room in (runs, images, models, data):
+    for room in (runs, studies, images, models, data, machine):
         room.add_verbs(verbs)
     return parser
 

@@ -26,7 +26,7 @@ from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, storage_error, write_text
-from guided_distill.training.mesh import data_mesh
+from guided_distill.training.mesh import data_mesh, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
 from guided_distill.training.session import train_in
@@ -212,17 +212,19 @@ class Pipeline:
         order = all_stages(experiment)
         about = self._describe(stage, teacher)
         network = about.network()
+        tutor = teacher.description.network() if teacher else network
         given = self._given_weights(teacher)
-        if teacher is not None and teacher.description.network() == network:
+        if teacher is not None and tutor == network:
             params = given
         else:
-            params = jax.jit(network.init)(init_key)
+            places = split_weights(self._mesh, jax.eval_shape(network.init, init_key))
+            params = jax.jit(network.init, out_shardings=places)(init_key)
             params = student_params(params, given) if given else params
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
             student=network,
-            teacher=teacher.description.network() if teacher else network,
+            teacher=tutor,
             mesh=self._mesh,
             total_steps=stage.total_steps,
             sampler=stage.sampler,
@@ -240,7 +242,7 @@ class Pipeline:
             settings=stage.settings,
             total_steps=stage.total_steps,
             frozen={
-                "params": teacher.params if teacher else {},
+                "params": jax.jit(tutor.rounded)(teacher.params) if teacher else {},
                 "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
                 "null": self._source.null,
             },

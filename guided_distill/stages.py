@@ -80,8 +80,8 @@ def compiled_step(
 ) -> tuple[TrainStep, optax.GradientTransformation]:
     """The train step of a stage and its optimizer; halving rounds of equal length share one.
 
-    The step's frozen argument holds the teacher's "params", the student's "num_steps" and the "null"
-    condition.
+    The step's frozen argument holds the teacher's "params", rounded, the student's "num_steps" and the
+    "null" condition.
     """
     loss = _LOSSES[kind](settings, student, teacher, sampler=sampler, w_range=w_range)
     optimizer = make_optimizer(settings, steps=total_steps)
@@ -91,6 +91,7 @@ def compiled_step(
         ema_decay=settings.ema_decay,
         mesh=mesh,
         accumulation=settings.accumulation,
+        rounded=student.rounded,
     )
     return step, optimizer
 

@@ -98,6 +98,14 @@ class Network:
             one if self.w_conditioned else None,
         )["params"]
 
+    def rounded(self, params: Params) -> Params:
+        """The weights as a call uses them: kernels and tables in the precision that it computes in.
+
+        Biases and the scales of normalizations stay as they are.
+        """
+        dtype = self.module.dtype  # type: ignore[attr-defined]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+
     def denoiser(
         self,
         params: Params,
@@ -111,6 +119,7 @@ class Network:
         """
         if null is None:
             null = self.null
+        params = self.rounded(params)
 
         def predict(
             z: jax.Array, t: jax.Array, condition: Condition, w: jax.Array | None

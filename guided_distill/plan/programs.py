@@ -119,7 +119,9 @@ def lower_step(
         key,
     )
     frozen = {
-        "params": {} if stage.kind == "teacher" else jax.eval_shape(teacher.init, key),
+        "params": {}
+        if stage.kind == "teacher"
+        else jax.eval_shape(lambda key: teacher.rounded(teacher.init(key)), key),
         "num_steps": jax.ShapeDtypeStruct((), jnp.int32),
         "null": outline.null,
     }

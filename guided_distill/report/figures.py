@@ -80,10 +80,10 @@ def quality_figure(results: Sequence[Result]) -> Figure:
         for result in results:
             if result.stage == "real" and getattr(result, column) is not None:
                 axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
-        _step_axis(axes, {n for curve in curves.values() for n in curve})
+        step_axis(axes, {n for curve in curves.values() for n in curve})
         axes.set_ylabel(f"{words}, mean over w")
         axes.grid(alpha=0.3)
-    _plain_log_axis(figure.axes[0])
+    plain_log_axis(figure.axes[0])
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
@@ -103,12 +103,12 @@ def weight_figure(results: Sequence[Result]) -> Figure:
             curve = curves.get((stage, sampler), {})
             label = f"{_WORDS[stage]}, {sampler}"
             axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
-        _step_axis(axes, steps)
+        step_axis(axes, steps)
         axes.tick_params(labelsize=7)
         axes.set_title(f"w = {w:g}", fontsize=9)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{metric_name('fd', results[0].extractor)} (lower is better)")
-    _plain_log_axis(panels[0])
+    plain_log_axis(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
     return figure
@@ -127,15 +127,15 @@ def round_trip_figure(rows: Sequence[RoundTrip]) -> Figure:
         means = [float(np.mean(curve[n])) for n in steps]
         style, label = ("o-", "students") if by_students else ("s--", "plain DDIM")
         axes.plot(steps, means, style, label=label)
-    _step_axis(axes, {row.num_steps for row in rows})
+    step_axis(axes, {row.num_steps for row in rows})
     axes.set_ylabel("RMS error of a round trip, mean over w")
     axes.grid(alpha=0.3)
     axes.legend()
-    _plain_log_axis(axes)
+    plain_log_axis(axes)
     return figure
 
 
-def _step_axis(axes: Axes, steps: Iterable[int]) -> None:
+def step_axis(axes: Axes, steps: Iterable[int]) -> None:
     """A logarithmic x axis with a tick at each number of steps."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
@@ -143,7 +143,7 @@ def _step_axis(axes: Axes, steps: Iterable[int]) -> None:
     axes.set_xlabel("sampling steps")
 
 
-def _plain_log_axis(axes: Axes) -> None:
+def plain_log_axis(axes: Axes) -> None:
     """A logarithmic y axis with its ticks written as plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -163,7 +163,7 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.set_title(name, fontsize=9)
         # A stochastic student of one step has its teacher's own x as its target: no loss at all.
         if any(losses):
-            _plain_log_axis(axes)
+            plain_log_axis(axes)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     for axes in panels[len(logs) :]:

@@ -14,10 +14,9 @@ from guided_distill.data.pipeline import batches
 from guided_distill.data.source import Source
 from guided_distill.training.checkpoints import StageCheckpoints, abstract, write_text
 from guided_distill.training.loop import train
-from guided_distill.training.mesh import split_weights
 from guided_distill.training.metrics import MetricsLog, parameter_table
 from guided_distill.training.processes import process_order
-from guided_distill.training.state import TrainState, initial_state
+from guided_distill.training.state import TrainState, split_initial_state
 from guided_distill.training.step import TrainStep
 
 
@@ -46,8 +45,11 @@ def train_in(
     if the disk is full, or the loss isn't finite for long, and Interrupted after saving if the machine
     is to be taken away.
     """
-    state = initial_state(params, optimizer, ema_decay=settings.ema_decay)
-    state = jax.device_put(state, split_weights(mesh, state))
+    state = split_initial_state(
+        params, optimizer=optimizer, ema_decay=settings.ema_decay, mesh=mesh
+    )
+    # Python must not end, by an error, while JAX's threads still compute: they would abort it.
+    jax.block_until_ready(state)
     iterator = batches(
         source,
         batch_size=settings.batch_size // jax.process_count(),

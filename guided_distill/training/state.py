@@ -1,13 +1,16 @@
 """What training changes from step to step, and the optimizer that changes it."""
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from guided_distill.config import Optimization
+from guided_distill.training.mesh import split_weights
 
 
 @flax.struct.dataclass
@@ -61,3 +64,12 @@ def initial_state(
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "ema_decay", "mesh"))
+def split_initial_state(
+    params: Any, *, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh
+) -> TrainState:
+    """`initial_state` made where it will live, so that no device ever holds it whole."""
+    state = initial_state(params, optimizer, ema_decay=ema_decay)
+    return jax.lax.with_sharding_constraint(state, split_weights(mesh, state))

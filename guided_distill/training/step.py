@@ -44,6 +44,7 @@ def make_train_step(
     ema_decay: float,
     mesh: Mesh,
     accumulation: int = 1,
+    rounded: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """A compiled function that makes K updates in one call.
 
@@ -53,9 +54,13 @@ def make_train_step(
     finite is left out and counted. accumulation: in how many parts, one after the other, a batch's
     gradient is computed; it divides B, and the parts draw from keys of their own.
 
-    Weights live as `split_weights` says. A network sees them whole, gathered once an update, so that what
-    it computes stays split by example and the partitioner has nothing else to move.
+    Weights live as `split_weights` says, in float32. A network sees them whole and `rounded` to what it
+    computes in, gathered once an update, so that what it computes stays split by example and the
+    partitioner has nothing else to move.
     """
+
+    # In loops, XLA's CPU backend takes a hundred times longer for the gradient of a convolution's weights.
+    slow_loops = mesh.devices.flat[0].platform == "cpu"
 
     def whole(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
@@ -92,8 +97,10 @@ def make_train_step(
             )
             return jax.tree.map(jnp.add, total, gradient), figures
 
-        zero = split(jax.tree.map(jnp.zeros_like, params))
-        total, figures = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))
+        zero = split(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))
+        total, figures = jax.lax.scan(
+            add, zero, (parts, jnp.arange(accumulation)), unroll=slow_loops
+        )
         mean = jax.tree.map(lambda leaf: leaf / accumulation, total)
         return mean, jax.tree.map(jnp.mean, figures)
 
@@ -102,7 +109,8 @@ def make_train_step(
     ) -> tuple[TrainState, clu.metrics.Collection]:
         key = jax.random.fold_in(key, state.step)
         compute = gradient_of if accumulation == 1 else accumulated_gradient
-        gradient, figures = compute(whole(state.params), whole(frozen), batch, key)
+        gradient, figures = compute(whole(rounded(state.params)), whole(frozen), batch, key)
+        gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(norm)
         change, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
@@ -137,8 +145,7 @@ def make_train_step(
     ) -> tuple[TrainState, StepReport]:
         (count, *_) = batches["image"].shape
         if count == 1:
-            # Not a loop: in loops, XLA's CPU backend takes a hundred times longer for the gradient of a
-            # convolution's weights.
+            # Not a loop: see slow_loops.
             only = {name: each[0] for name, each in batches.items()}
             state, metrics = update(state, frozen, only, key)
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.resources
 import json
 import runpy
 import sys
@@ -19,6 +20,7 @@ from guided_distill.verbs.shared import (
     add_process_arguments,
     command,
     command_of_run,
+    keep_compiled_programs,
     parse_list,
 )
 
@@ -32,7 +34,7 @@ def add_verbs(verbs: Any) -> None:
         "compile a config's stages for a slice of TPUs that need not be there, and tell what they take",
         "guided-distill plan --config configs/cifar10.py --stage halving --topology v5e:4x4",
     )
-    _add_config(plan)
+    add_config(plan)
     plan.add_argument(
         "--topology",
         required=True,
@@ -63,12 +65,13 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill train --config configs/digits.py --workdir runs/digits "
         "--config.teacher.steps=100",
     )
-    _add_config(train)
+    add_config(train)
     train.add_argument(
         "--workdir",
         type=epath.Path,
         help="the run's folder (default: runs/ and the config's name)",
     )
+    train.add_argument("--cache", **CACHE)
     add_process_arguments(train)
 
     evaluate = command_of_run(
@@ -96,6 +99,8 @@ def add_verbs(verbs: Any) -> None:
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
 
+    evaluate.add_argument("--cache", **CACHE)
+
     command_of_run(
         verbs,
         "report",
@@ -105,7 +110,8 @@ def add_verbs(verbs: Any) -> None:
     )
 
 
-def _add_config(verb: argparse.ArgumentParser) -> None:
+def add_config(verb: argparse.ArgumentParser) -> None:
+    """The flag --config."""
     verb.add_argument(
         "--config",
         required=True,
@@ -125,7 +131,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.plan.topologies import find_topology
     from guided_distill.report.plans import plan_table, schedule_line
 
-    experiment = config.parse(_read_config(options.config, overrides))
+    experiment = config.parse(read_config(options.config, overrides))
     topology = find_topology(options.topology, slices=options.slices)
     level = options.optimization_level
     plans = make_plans(
@@ -152,9 +158,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, together
 
+    keep_compiled_programs(options.cache)
     with connected(timeout=options.start_timeout), stopping_at_once():
         with together():
-            experiment = config.parse(_read_config(options.config, overrides))
+            experiment = config.parse(read_config(options.config, overrides))
         pipeline.run(experiment, options.workdir or _default_workdir(options.config))
 
 
@@ -162,6 +169,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.evaluation.evaluate import evaluate
     from guided_distill.evaluation.tasks import Request
 
+    keep_compiled_programs(options.cache)
     request = Request(
         extractor=options.extractor,
         num_samples=options.num_samples,
@@ -186,11 +194,22 @@ def _default_workdir(config: str) -> epath.Path:
     return epath.Path("runs") / "_".join([epath.Path(file).stem, *filter(None, variant.split(","))])
 
 
-def _read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
+def find_config(file: str) -> str:
+    """The file itself, or the one of an installed package that configs/NAME.py stands for.
+
+    Raises UserError if there is none.
+    """
+    own = importlib.resources.files("guided_distill") / file
+    for place in (epath.Path(file), epath.Path(str(own))):
+        if place.is_file():
+            return str(place)
+    raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
+
+
+def read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does."""
-    file, _, variant = path.partition(":")
-    if not epath.Path(file).is_file():
-        raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
+    named, _, variant = path.partition(":")
+    file = find_config(named)
     try:
         config = runpy.run_path(file)["get_config"](variant)
     except Exception as error:  # Whatever the user's own code raises.

@@ -36,6 +36,14 @@ def command_of_run(
     return verb
 
 
+def keep_compiled_programs(cache: epath.Path) -> None:
+    """Let JAX look up in the folder what it compiled before, unless it was told of another."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+
+
 def add_process_arguments(verb: argparse.ArgumentParser) -> None:
     """Those of every verb that many processes can run together."""
     verb.add_argument(

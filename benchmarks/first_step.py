@@ -1,0 +1,28 @@
+"""Seconds from the start of `guided-distill train` to the end of its first update, cold and again.
+
+    python benchmarks/first_step.py configs/digits.py teacher
+
+The second run finds the first one's compiled programs in the cache.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    config, stage = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold", "cached"):
+            command = ["train", "--config", config, f"--config.stage={stage}"]
+            command += [f"--config.{stage}.steps=1", "--config.steps_per_dispatch=1"]
+            command += ["--cache", f"{folder}/cache", "--workdir", str(Path(folder, name))]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "guided_distill.cli", *command], check=True)
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

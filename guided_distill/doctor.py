@@ -1,0 +1,108 @@
+"""Whether the package works on this machine: what is installed, what there is, and a tiny run."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from rich.table import Table
+
+from guided_distill import pipeline
+from guided_distill.config import default_config, parse
+from guided_distill.errors import UserError
+from guided_distill.recipes import shrink
+from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.training.progress import console
+from guided_distill.training.trained import load_finished
+
+PACKAGES = (
+    "guided_distill",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "libtpu",
+)
+
+
+def installed() -> Table:
+    """Versions of what the package stands on, the devices and their memory, and room on the disk."""
+    table = Table(show_header=False, box=None)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    for kind, devices in _devices().items():
+        table.add_row("devices", f"{len(devices)} x {kind}{_memory_of(devices[0])}")
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    table.add_row("host", f"{os.cpu_count()} cores, {pages * size / 2**30:.1f} GiB of memory")
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    table.add_row("disk", f"{free / 2**30:.1f} GiB free in {tempfile.gettempdir()}")
+    return table
+
+
+def _devices() -> dict[str, list[Any]]:
+    kinds: dict[str, list[Any]] = {}
+    for device in jax.local_devices():
+        kinds.setdefault(device.device_kind, []).append(device)
+    return kinds
+
+
+def _memory_of(device: Any) -> str:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return f", {limit / 2**30:.1f} GiB each" if limit else ""
+
+
+def check_yourself() -> None:
+    """Compute on every device, then train, distill, resume and sample a tiny run, telling of each.
+
+    Raises UserError, naming the first that doesn't work.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = epath.Path(folder)
+        config = shrink(default_config())
+        # Every device gets an example.
+        for stage in (config.teacher, config.guidance, config.halving):
+            stage.batch_size = 8 * jax.device_count()
+        experiment = parse(config)
+        last = f"halving_ddim_{experiment.halving.last_num_steps}"
+
+        def draw() -> None:
+            student = load_finished(workdir / last)
+            labels = cycling_labels(4, len(student.description.class_names))
+            images = sample(student, condition=of_labels(labels), w=1.0, num_steps=1)
+            if not np.isfinite(images).all():
+                raise ValueError("samples aren't finite")
+
+        _try("a product of matrices on every device", _multiply)
+        _try("training and distilling in steps of a few", lambda: pipeline.run(experiment, workdir))
+        _try("finding the run again", lambda: pipeline.run(experiment, workdir))
+        _try("sampling in one step", draw)
+
+
+def _multiply() -> None:
+    for device in jax.local_devices():
+        ones = jax.device_put(jnp.ones((256, 256)), device)
+        if float((ones @ ones).mean()) != 256.0:
+            raise ValueError(f"{device} doesn't multiply")
+
+
+def _try(words: str, work: Callable[[], Any]) -> None:
+    start = time.perf_counter()
+    try:
+        work()
+    except Exception as error:  # Whatever is amiss with the machine or its packages.
+        raise UserError(f"{words} fails: {type(error).__name__}: {error}") from error
+    console.print(f"{words}: {time.perf_counter() - start:.1f} s", highlight=False)

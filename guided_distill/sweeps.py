@@ -1,0 +1,123 @@
+"""Studies: which configs to run, written down as lists of points.
+
+A point is a dictionary of overrides, {"guidance.w_max": 2.0}. A sweep is a function of the config that
+returns points, made of these three:
+
+    values("halving.steps", [100, 200])     a point for each value
+    product(a, b)                           every point of a with every point of b
+    zipped(a, b)                            the first of a with the first of b, and so on
+
+and of lists joined by `+`. It stands beside get_config in a config file, or in ABLATIONS, which serve any
+config.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from guided_distill.diffusion.process import PARAMETERIZATIONS
+from guided_distill.errors import UserError
+from guided_distill.objectives.weighting import WEIGHTINGS
+
+Point = Mapping[str, Any]
+Sweep = Callable[[ConfigDict], list[Point]]
+
+
+def values(key: str, choices: Iterable[Any]) -> list[Point]:
+    """A point for each value of a key, such as "guidance.w_max"."""
+    return [{key: choice} for choice in choices]
+
+
+def product(*sweeps: list[Point]) -> list[Point]:
+    """Every point of each with every point of the others; the last one changes fastest."""
+    return [_joined(points) for points in itertools.product(*sweeps)]
+
+
+def zipped(*sweeps: list[Point]) -> list[Point]:
+    """Points of the same place joined. Raises ValueError for sweeps of different lengths."""
+    return [_joined(points) for points in zip(*sweeps, strict=True)]
+
+
+def _joined(points: Iterable[Point]) -> Point:
+    return {key: value for point in points for key, value in point.items()}
+
+
+def name_of(point: Point) -> str:
+    """A folder's name for a point: the last parts of its keys with their values."""
+    parts = (f"{key.rpartition('.')[2]}={_words(value)}" for key, value in point.items())
+    return ",".join(parts) or "base"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "-".join(_words(each) for each in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isalnum() or letter in "._+-" else "_" for letter in text)
+
+
+def with_overrides(config: ConfigDict, point: Point) -> ConfigDict:
+    """A copy of the config with a point's values. Raises UserError for one that doesn't fit."""
+    changed = config.copy_and_resolve_references()
+    try:
+        changed.update_from_flattened_dict(dict(point))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the sweep's point {name_of(point)} doesn't fit the config: {error}"
+        ) from error
+    return changed
+
+
+def guidance_range(config: ConfigDict) -> list[Point]:
+    """The range of w that one student is trained for, all measured at w = 1."""
+    ranges = product(
+        values("guidance.w_min", [0.0, 1.0]), values("guidance.w_max", [1.0, 2.0, 4.0, 8.0])
+    )
+    return product(ranges, values("evaluation.weights", [(1.0,)]))
+
+
+def loss_weighting(config: ConfigDict) -> list[Point]:
+    """How stage one and stage two weigh errors at different noise levels."""
+    return values("guidance.weighting", WEIGHTINGS) + values("halving.weighting", WEIGHTINGS)
+
+
+def prediction_type(config: ConfigDict) -> list[Point]:
+    """What the networks predict, the teacher's too."""
+    return values("model.parameterization", PARAMETERIZATIONS)
+
+
+def updates_per_round(config: ConfigDict) -> list[Point]:
+    """A quarter, a half, once and twice the updates of each halving round."""
+    return values(
+        "halving.steps", [max(1, int(config.halving.steps * f)) for f in (0.25, 0.5, 1, 2)]
+    )
+
+
+def fewer_halvings(config: ConfigDict) -> list[Point]:
+    """Rounds left out: the student of stage one halved at once to N/2, N/4, ... and on from there."""
+    first, last = config.halving.first_num_steps, config.halving.last_num_steps
+    starts = [first >> shift for shift in range(first.bit_length()) if first >> shift >= last]
+    return values("halving.first_num_steps", starts)
+
+
+def student_sampler(config: ConfigDict) -> list[Point]:
+    """Students of the deterministic sampler, and of the stochastic one."""
+    return values("halving.samplers", [("ddim",), ("stochastic",)])
+
+
+def ablations(config: ConfigDict) -> list[Point]:
+    """All of the above, one after the other."""
+    return [point for sweep in _SINGLE for point in sweep(config)]
+
+
+_SINGLE: tuple[Sweep, ...] = (
+    guidance_range,
+    loss_weighting,
+    prediction_type,
+    updates_per_round,
+    fewer_halvings,
+    student_sampler,
+)
+ABLATIONS: dict[str, Sweep] = {sweep.__name__: sweep for sweep in (*_SINGLE, ablations)}
+"""Those that Meng et al. 2023 and their readers ask for, by name."""

@@ -1,0 +1,58 @@
+"""What people install, and the command that tells whether it works."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from guided_distill import cli
+from guided_distill.verbs.runs import read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_carries_configs_and_templates(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for file in [*ROOT.glob("configs/*.py"), *ROOT.glob("guided_distill/**/*.py")]:
+        path = file.relative_to(ROOT)
+        assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
+    assert {
+        "guided_distill/interop/model_card.md.jinja",
+        "guided_distill/report/page.html.jinja",
+    } < names
+    assert not [name for name in names if name.startswith(("tests", "docs", "configs"))]
+
+
+def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.resources.files", lambda _: ROOT)
+    monkeypatch.chdir(tmp_path)
+    assert read_config("configs/digits.py:runlocal", []).data.name == "digits"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("guided-distill 0.")
+
+
+def test_doctor_tells_what_there_is_and_tries_it(capsys):
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "all is well\n"
+    assert "8 x cpu" in told.err
+    assert "sampling in one step" in told.err
+
+
+def test_doctor_names_what_fails(capsys, monkeypatch):
+    monkeypatch.setattr("guided_distill.doctor.sample", lambda *_, **__: [float("nan")])
+    assert cli.main(["doctor"]) == 2
+    assert (
+        "sampling in one step fails: ValueError: samples aren't finite" in capsys.readouterr().err
+    )
