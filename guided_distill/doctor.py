@@ -72,7 +72,9 @@ def check_yourself() -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         workdir = epath.Path(folder)
-        config = shrink(default_config())
+        config = default_config()
+        config.model.options = {"width": 16, "depth": 1, "embedding_width": 16}
+        config = shrink(config)
         # Every device gets an example.
         for stage in (config.teacher, config.guidance, config.halving):
             stage.batch_size = 8 * jax.device_count()

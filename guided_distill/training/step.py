@@ -59,7 +59,7 @@ def make_train_step(
     partitioner has nothing else to move.
     """
 
-    # In loops, XLA's CPU backend takes a hundred times longer for the gradient of a convolution's weights.
+    # In loops, XLA's CPU backend takes a hundred times longer for the gradient of a convolution.
     slow_loops = mesh.devices.flat[0].platform == "cpu"
 
     def whole(tree: Any) -> Any:
