@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from guided_distill.config import (
@@ -26,7 +26,7 @@ from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, compiled_step
 from guided_distill.training.checkpoints import latest_step, storage_error, write_text
-from guided_distill.training.mesh import data_mesh, split_weights
+from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
 from guided_distill.training.session import train_in
@@ -243,8 +243,11 @@ class Pipeline:
             total_steps=stage.total_steps,
             frozen={
                 "params": jax.jit(tutor.rounded)(teacher.params) if teacher else {},
-                "num_steps": jnp.asarray(stage.num_steps or 0, jnp.int32),
-                "null": self._source.null,
+                # On the devices already, or they would be sent there at every step.
+                **jax.device_put(
+                    {"num_steps": np.int32(stage.num_steps or 0), "null": self._source.null},
+                    replicated(self._mesh),
+                ),
             },
             key=loop_key,
             cadence=experiment.cadence,

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -16,6 +17,9 @@ from guided_distill.evaluation.results import COLUMNS, Result, comparable, read_
 from guided_distill.sweeps import Point
 from guided_distill.training.checkpoints import latest_step, write_text
 from guided_distill.training.progress import console
+
+DONE = "done.json"
+"""The file of a point that was trained and measured: the config it was done by."""
 
 _AFTER_THE_TEACHER = ("start_from", "method", "guidance", "halving")
 """Keys of a config that its teacher doesn't depend on."""
@@ -40,10 +44,17 @@ def run_study(runs: Sequence[Run], folder: epath.Path) -> dict[str, str]:
     failed: dict[str, str] = {}
     for index, run in enumerate(runs):
         workdir = folder / run.name
-        console.print(f"{index + 1}/{len(runs)} {run.name}", highlight=False, markup=False)
+        place = f"{index + 1}/{len(runs)} {run.name}"
+        experiment = _with_teacher(run, runs[:index], folder)
+        done, told = workdir / DONE, json.dumps(asdict(experiment))
+        if done.exists() and done.read_text() == told:
+            console.print(f"{place} is done", highlight=False, markup=False)
+            continue
+        console.print(place, highlight=False, markup=False)
         try:
-            pipeline.run(_with_teacher(run, runs[:index], folder), workdir)
+            pipeline.run(experiment, workdir)
             evaluate(workdir)
+            write_text(done, told)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # Whatever it is, the other points can still be run.

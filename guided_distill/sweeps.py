@@ -45,9 +45,8 @@ def _joined(points: Iterable[Point]) -> Point:
 
 
 def name_of(point: Point) -> str:
-    """A folder's name for a point: the last parts of its keys with their values."""
-    parts = (f"{key.rpartition('.')[2]}={_words(value)}" for key, value in point.items())
-    return ",".join(parts) or "base"
+    """A folder's name for a point: its keys with their values."""
+    return ",".join(f"{key}={_words(value)}" for key, value in point.items()) or "base"
 
 
 def _words(value: Any) -> str:

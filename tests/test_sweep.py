@@ -1,6 +1,7 @@
 """Studies: sweeps as lists of overrides, run point by point."""
 
 import csv
+import functools
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from guided_distill import cli, config
 from guided_distill.errors import UserError
+from guided_distill.evaluation import evaluate, reference, registry
 from guided_distill.sweeps import ABLATIONS, name_of, product, values, with_overrides, zipped
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -18,14 +20,14 @@ from guided_distill.sweeps import values, zipped
 base = runpy.run_path({digits!r})["get_config"]
 
 def get_config(variant=""):
-    return base("runlocal")
+    config = base("runlocal")
+    config.evaluation.update({{"weights": (1.0,), "teacher_num_steps": ()}})
+    return config
 
 def ends(config):
     samplers = values("halving.samplers", [("ddim",), ("stochastic",)])
-    return zipped(samplers, values("halving.steps", [2, 3]))
-
-def one_fails(config):
-    return values("data.name", ["npz:missing.npz", "digits"])
+    absent = values("data.name", ["npz:missing.npz"])
+    return absent + zipped(samplers, values("halving.steps", [2, 3]))
 
 def twice(config):
     return values("halving.steps", [2, 2])
@@ -46,8 +48,8 @@ def test_products_and_zips():
     assert zipped(one, other) == [{"a.x": 1, "b.y": "u"}, {"a.x": 2, "b.y": (0.5, 2.0)}]
     with pytest.raises(ValueError):
         zipped(one, other[:1])
-    assert [name_of(point) for point in product(one, other)][1] == "x=1,y=0.5-2"
-    assert name_of({"data.name": "npz:/tmp/a b.npz"}) == "name=npz__tmp_a_b.npz"
+    assert [name_of(point) for point in product(one, other)][1] == "a.x=1,b.y=0.5-2"
+    assert name_of({"data.name": "npz:/tmp/a b.npz"}) == "data.name=npz__tmp_a_b.npz"
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -61,6 +63,15 @@ def test_every_ablation_fits_every_config(name, file):
         section, _, entry = key.rpartition(".")
         assert getattr(getattr(parsed[name_of(points[-1])], section), entry) == value
     assert config.parse(base) == config.parse(runpy.run_path(str(CONFIGS / file))["get_config"]())
+
+
+@pytest.fixture(autouse=True)
+def quick_measures(monkeypatch):
+    """The measure itself needs no training here, nor every image of the data."""
+    extractor = functools.partial(registry.train_extractor, steps=1)
+    monkeypatch.setattr(registry, "train_extractor", extractor)
+    for module in (evaluate, reference):
+        monkeypatch.setattr(module, "MAX_EXAMPLES", 64)
 
 
 @pytest.fixture(scope="module")
@@ -79,39 +90,32 @@ def checkpoints(workdir):
     return {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/checkpoints/*/*")}
 
 
-def test_shards_make_the_study_and_nothing_is_run_twice(sweeps, tmp_path, capsys):
-    assert sweep(sweeps, "ends", tmp_path, "--shard", "1/2") == 0
+def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, capsys):
+    assert sweep(sweeps, "ends", tmp_path, "--shard", "1/3") == 0
+    ddim, stochastic = (
+        f"halving.samplers={name},halving.steps={steps}"
+        for name, steps in (("ddim", 2), ("stochastic", 3))
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [ddim]
     alone = checkpoints(tmp_path)
-    assert {path.relative_to(tmp_path).parts[0] for path in alone} == {
-        "samplers=stochastic,steps=3"
-    }
-    assert sweep(sweeps, "ends", tmp_path) == 0
+
+    assert sweep(sweeps, "ends", tmp_path) == 2
+    failed = "1 of 3 points failed: data.name=npz_missing.npz (no file missing.npz"
+    assert failed in capsys.readouterr().err
     both = checkpoints(tmp_path)
-    assert alone.items() <= both.items()
-    assert sweep(sweeps, "ends", tmp_path) == 0
+    assert alone.items() < both.items()
+    # They have the same teacher, which is trained once.
+    assert (tmp_path / ddim / "teacher").exists()
+    assert not (tmp_path / stochastic / "teacher").exists()
+
+    assert sweep(sweeps, "ends", tmp_path) == 2
     assert checkpoints(tmp_path) == both
     with open(tmp_path / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
-    assert {(row["point"], row["halving.steps"]) for row in rows} == {
-        ("samplers=ddim,steps=2", "2"),
-        ("samplers=stochastic,steps=3", "3"),
-    }
+    students = {(row["point"], row["halving.steps"]) for row in rows if row["stage"] == "halving"}
+    assert students == {(ddim, "2"), (stochastic, "3")}
     assert all(float(row["fd"]) > 0 for row in rows)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_points_share_a_teacher(sweeps, tmp_path):
-    assert sweep(sweeps, "ends", tmp_path) == 0
-    first, second = tmp_path / "samplers=ddim,steps=2", tmp_path / "samplers=stochastic,steps=3"
-    assert (first / "teacher").exists()
-    assert not (second / "teacher").exists()
-    assert (second / "guidance").exists()
-
-
-def test_a_point_that_fails_stops_no_other(sweeps, tmp_path, capsys):
-    assert sweep(sweeps, "one_fails", tmp_path) == 2
-    assert "1 of 2 points failed: name=npz_missing.npz (missing.npz" in capsys.readouterr().err
-    assert (tmp_path / "name=digits" / "results.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,5 +136,5 @@ def test_bad_input(sweeps, tmp_path, capsys, name, more, said):
 
 def test_a_value_of_another_type_is_refused():
     base = runpy.run_path(str(CONFIGS / "digits.py"))["get_config"]()
-    with pytest.raises(UserError, match="steps=many"):
+    with pytest.raises(UserError, match=r"halving\.steps=many"):
         with_overrides(base, {"halving.steps": "many"})

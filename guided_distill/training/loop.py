@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from guided_distill.config import Cadence
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.training.checkpoints import StageCheckpoints
-from guided_distill.training.mesh import split_batch
+from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
 from guided_distill.training.preemption import notices
 from guided_distill.training.progress import progress
@@ -56,6 +56,7 @@ def train(
     """
     now, size = int(state.step), cadence.steps_per_dispatch
     sharding = split_batch(mesh, axis=1)
+    key = jax.device_put(key, replicated(mesh))
     sums: clu.metrics.Collection | None = None
     unread: tuple[int, StepReport] | None = None
     with (
@@ -66,6 +67,7 @@ def train(
         def read(done: int, report: StepReport) -> None:
             """Wait for a dispatch, check it, and log what it measured."""
             nonlocal sums
+            report = jax.device_get(report)
             in_a_row = int(report.skipped_in_a_row)
             if in_a_row >= cadence.max_nonfinite_steps:
                 raise UserError(
@@ -73,8 +75,7 @@ def train(
                     f"{done}: lower the stage's learning_rate, then run again to go on from the last "
                     f"checkpoint"
                 )
-            metrics = jax.device_get(report.metrics)
-            sums = metrics if sums is None else sums.merge(metrics)
+            sums = report.metrics if sums is None else sums.merge(report.metrics)
             if done % cadence.log_every == 0 or done == total_steps:
                 with np.errstate(invalid="ignore"):  # Without a finite update there is no average.
                     figures = {name: float(value) for name, value in sums.compute().items()}
