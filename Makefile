@@ -6,10 +6,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_TO_TEST := $(VENV)/.installed-to-test
+INSTALLED_TO_DOCUMENT := $(VENV)/.installed-to-document
 RUN := runs/digits
 COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
 
-.PHONY: demo test lint lock
+.PHONY: demo test lint docs lock
 
 # The main job on the built-in digits: train, evaluate, and a page to look at.
 demo: $(INSTALLED)
@@ -25,6 +26,10 @@ lint: $(INSTALLED_TO_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/.
+docs: $(INSTALLED_TO_DOCUMENT)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "guided_distill needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +41,12 @@ $(INSTALLED_TO_TEST): $(INSTALLED) requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	touch $@
 
+$(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock
+	touch $@
+
 # Resolve the newest dependencies for all supported Pythons at once.
 lock:
 	$(COMPILE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra docs --constraint requirements-dev.lock --output-file docs/site/requirements.lock pyproject.toml
