@@ -1,0 +1,57 @@
+"""Run notebooks and keep what they show: NAME.ipynb from NAME.py, in percent format.
+
+python notebooks/execute.py notebooks/01_distill_digits.py
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jupytext
+from nbclient import NotebookClient
+
+VARIANT = 'variant = ""'
+
+
+def read(source: Path) -> Any:
+    """The notebook that a .py file stands for, without outputs."""
+    notebook = jupytext.read(source)
+    notebook.metadata = {
+        "jupytext": {"formats": "ipynb,py:percent"},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{index}"
+        cell.metadata = {}
+    return notebook
+
+
+def execute(notebook: Any, folder: Path, *, variant: str = "") -> None:
+    """Run every cell in a folder; the outputs are then in the notebook. Raises if a cell does."""
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(VARIANT, f'variant = "{variant}"')
+    client = NotebookClient(
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        store_widget_state=False,
+    )
+    client.execute()
+    notebook.metadata["language_info"] = {"name": "python"}
+
+
+def main(sources: list[str]) -> None:
+    """Run each in a new folder, and write its .ipynb beside it."""
+    for source in map(Path, sources):
+        notebook = read(source)
+        with tempfile.TemporaryDirectory() as folder:
+            execute(notebook, Path(folder))
+        jupytext.write(notebook, source.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
