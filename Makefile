@@ -9,7 +9,7 @@ INSTALLED_TO_TEST := $(VENV)/.installed-to-test
 RUN := runs/digits
 COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
 
-.PHONY: demo test lint lock
+.PHONY: demo test lint lock notebooks
 
 # The main job on the built-in digits: train, evaluate, and a page to look at.
 demo: $(INSTALLED)
@@ -35,6 +35,10 @@ $(INSTALLED): pyproject.toml requirements.lock
 $(INSTALLED_TO_TEST): $(INSTALLED) requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	touch $@
+
+# Run the notebooks, and keep what they show in their .ipynb files.
+notebooks: $(INSTALLED_TO_TEST)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/execute.py notebooks/[0-9]*.py
 
 # Resolve the newest dependencies for all supported Pythons at once.
 lock:

@@ -41,7 +41,7 @@ if importlib.util.find_spec("guided_distill") is None:
 # %% [markdown]
 # ## Train
 #
-# One command trains the teacher, stage one, and the students of 16, 8, 4, 2 and 1 steps. Interrupt it
+# One command trains the teacher, stage one, and the students of 8, 4, 2 and 1 steps. Interrupt it
 # whenever you like: the same command goes on where it was. The numbers of updates are smaller here than
 # in `configs/digits.py`, to save time; without these overrides the students get closer to their
 # teacher.
@@ -50,8 +50,8 @@ if importlib.util.find_spec("guided_distill") is None:
 variant = ""  # "runlocal" makes everything tiny
 
 fewer = {
-    "": "--config.teacher.steps=2000 --config.guidance.steps=2000 "
-    "--config.halving.steps=400 --config.halving.first_num_steps=16",
+    "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
+    "--config.halving.steps=300 --config.halving.first_num_steps=8",
     "runlocal": "--config.halving.first_num_steps=4",
 }[variant]
 samples = 16 if variant else 512

@@ -65,11 +65,12 @@ for kind in ("disc", "square", "triangle"):
 
 # %%
 fewer = {
-    "": "--config.teacher.steps=3000 --config.guidance.steps=2000 "
-    "--config.halving.steps=400 --config.halving.first_num_steps=16",
+    "": "--config.teacher.steps=2000 --config.guidance.steps=1500 "
+    "--config.halving.steps=300 --config.halving.first_num_steps=8",
     "runlocal": "--config.halving.first_num_steps=4",
 }[variant]
-network = "--config.model.parameterization=x"  # noise of so many pixels is too much for it
+# A network this narrow can't carry the noise of so many pixels, as it must to predict v.
+network = "--config.model.parameterization=x"
 
 # %%
 # !guided-distill train --config configs/digits.py:{variant} --workdir runs/shapes --config.data.name=folder:{images} --config.data.image_size=16 {network} {fewer}
@@ -77,8 +78,9 @@ network = "--config.model.parameterization=x"  # noise of so many pixels is too 
 # %% [markdown]
 # ## Sample, and look at the page
 #
-# The picture and an `.npz` file lie in `samples/`, and `runs/shapes/report.html` shows the whole run: open
-# it in a browser. `guided-distill evaluate --workdir runs/shapes`, before `report`, adds measures to it.
+# The picture and an `.npz` file lie in `samples/`, and `runs/shapes/report.html` shows the whole run:
+# open it in a browser. `guided-distill evaluate --workdir runs/shapes`, before `report`, adds measures
+# to it.
 
 # %%
 # !guided-distill sample --workdir runs/shapes --stage halving_ddim_4 --w 1 --num 15 --out samples

@@ -29,8 +29,8 @@ if importlib.util.find_spec("ipywidgets") is None:
 variant = ""  # "runlocal" makes everything tiny
 
 fewer = {
-    "": "--config.teacher.steps=2000 --config.guidance.steps=2000 "
-    "--config.halving.steps=400 --config.halving.first_num_steps=16",
+    "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
+    "--config.halving.steps=300 --config.halving.first_num_steps=8",
     "runlocal": "--config.halving.first_num_steps=4",
 }[variant]
 

@@ -5,6 +5,7 @@ python notebooks/execute.py notebooks/01_distill_digits.py
 
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ def execute(notebook: Any, folder: Path, *, variant: str = "") -> None:
 
 
 def main(sources: list[str]) -> None:
-    """Run each in a new folder, and write its .ipynb beside it."""
-    for source in map(Path, sources):
-        notebook = read(source)
-        with tempfile.TemporaryDirectory() as folder:
+    """Run one after the other in one new folder, and write each .ipynb beside its source."""
+    with tempfile.TemporaryDirectory() as folder:
+        for source in map(Path, sources):
+            notebook, start = read(source), time.monotonic()
             execute(notebook, Path(folder))
-        jupytext.write(notebook, source.with_suffix(".ipynb"))
+            jupytext.write(notebook, source.with_suffix(".ipynb"))
+            print(f"{source}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
