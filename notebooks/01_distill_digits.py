@@ -60,38 +60,6 @@ samples = 16 if variant else 512
 # !guided-distill train --config configs/digits.py:{variant} --workdir runs/digits {fewer}
 
 # %% [markdown]
-# ## Look
-#
-# The same seeds and the same digits in every row. The teacher takes 64 steps of two calls; in 4 steps,
-# it is not what it was. The students start from the same noise, so each image has its counterpart in
-# the row above.
-
-# %%
-# %matplotlib inline
-import guided_distill
-from guided_distill.report.figures import image_rows
-
-teacher = guided_distill.load("runs/digits/teacher")
-students = {n: guided_distill.load(f"runs/digits/halving_ddim_{n}") for n in (4, 2, 1)}
-digits = list(range(10)) * 2
-
-rows = {
-    "teacher, 64 x 2 calls": teacher.sample(labels=digits, w=1.0, num_steps=64),
-    "teacher, 4 x 2 calls": teacher.sample(labels=digits, w=1.0, num_steps=4),
-}
-for n, student in students.items():
-    rows[f"student, {n} call{'s' if n > 1 else ''}"] = student.sample(labels=digits, w=1.0)
-image_rows(rows)
-
-# %% [markdown]
-# ## Turn the guidance weight
-#
-# One student, one set of seeds, four weights. A larger $w$ makes clearer digits that are more alike.
-
-# %%
-image_rows({f"w = {w}": students[4].sample(labels=digits, w=w) for w in (0, 1, 2, 4)})
-
-# %% [markdown]
 # ## Measure
 #
 # `evaluate` draws samples of every stage and compares them with the training data, in the features of a
@@ -100,6 +68,42 @@ image_rows({f"w = {w}": students[4].sample(labels=digits, w=w) for w in (0, 1, 2
 
 # %%
 # !guided-distill evaluate --workdir runs/digits --num_samples {samples} --num_steps 1,2,4,8,64 --w 0,1,4
+
+# %% [markdown]
+# ## Look
+#
+# The same seed and the same digits in every row. The teacher takes 64 steps of two calls; in 2 steps,
+# it is not what it was. The students start from the same noise, so each image has its counterpart in
+# the rows above.
+
+# %%
+# %matplotlib inline
+import guided_distill
+from guided_distill.report.figures import image_rows
+
+teacher = guided_distill.load("runs/digits/teacher")
+students = {n: guided_distill.load(f"runs/digits/halving_ddim_{n}") for n in (4, 2, 1)}
+digits = list(range(10))
+
+rows = {
+    "teacher, 64 x 2 calls": teacher.sample(labels=digits, w=1.0, num_steps=64),
+    "teacher, 2 x 2 calls": teacher.sample(labels=digits, w=1.0, num_steps=2),
+}
+for n, student in students.items():
+    rows[f"student, {n} call{'s' if n > 1 else ''}"] = student.sample(labels=digits, w=1.0)
+image_rows(rows)
+
+# %% [markdown]
+# ## Turn the guidance weight
+#
+# One student, one seed, four weights. A larger $w$ makes clearer digits that are more alike.
+
+# %%
+twos_and_eights = [2] * 6 + [8] * 6
+image_rows({f"w = {w}": students[4].sample(labels=twos_and_eights, w=w) for w in (0, 1, 2, 4)})
+
+# %% [markdown]
+# ## Quality against steps
 
 # %%
 from etils import epath

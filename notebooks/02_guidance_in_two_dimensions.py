@@ -20,6 +20,24 @@ if importlib.util.find_spec("guided_distill") is None:
     print("Installing guided_distill ...")
     # %pip install -q guided_distill
 
+# %% [markdown]
+# ## Train a teacher, and distill it
+#
+# One command: the teacher, stage one, and the students of 8, 4, 2 and 1 steps. They see points and
+# their classes only, nothing of the closed form below.
+
+# %%
+variant = ""  # "runlocal" makes everything tiny
+
+fewer = {
+    "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
+    "--config.halving.steps=400 --config.halving.first_num_steps=8",
+    "runlocal": "--config.halving.first_num_steps=4",
+}[variant]
+
+# %%
+# !guided-distill train --config configs/mixture2d.py:{variant} --workdir runs/mixture2d {fewer} --config.halving.samplers="('ddim',)"
+
 # %%
 # %matplotlib inline
 import jax
@@ -75,21 +93,21 @@ noise = np.random.default_rng(0).standard_normal((len(labels), 2), np.float32)
 exact_points = {w: flow(exact, noise, labels, w=w, num_steps=256)[-1] for w in weights}
 
 # %% [markdown]
-# At each noise level the guided denoiser climbs $p(z|c)^{1+w} / p(z)^w$. Above, this density for one
-# class, with little noise left: $w$ takes it away from where the other classes are, too. Below, where
-# the exact guided flow takes points of all four classes: $w = 0$ is the data; a larger $w$ parts the
-# classes, and narrows them.
+# At each noise level the guided denoiser climbs $p(z|c)^{1+w} / p(z)^w$. Above, this density for the
+# blue class, with little noise left: $w$ also takes it away from where the other classes are. Below,
+# where the exact guided flow takes points of all four classes: $w = 0$ is the data; a larger $w$ parts
+# the classes and narrows them.
 
 # %%
-side = np.linspace(-1.5, 1.5, 150, dtype=np.float32)
+side = np.linspace(-1.1, 1.1, 150, dtype=np.float32)
 grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
-level = alpha_sigma(schedule(jnp.full(len(grid), 0.15)))
+level = alpha_sigma(schedule(jnp.full(len(grid), 0.1)))
 log_any = mixture.log_density(grid, *level, jnp.full(len(grid), mixture.num_classes))
 log_one = mixture.log_density(grid, *level, jnp.zeros(len(grid), int))
 
 
 def plain(axes, *, title="", name=""):
-    axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
+    axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
     axes.set_title(title)
     axes.set_ylabel(name)
 
@@ -99,28 +117,12 @@ for (above, below), w in zip(panels.T, weights, strict=True):
     log_guided = np.asarray((1 + w) * log_one - w * log_any).reshape(150, 150)
     above.contourf(side, side, np.exp(log_guided - log_guided.max()), levels=12, cmap="Blues")
     below.scatter(*exact_points[w].T, c=colours[labels], s=2)
-    plain(above, title=f"w = {w:g}", name="density, one class" if w == 0 else "")
+    plain(above, title=f"w = {w:g}", name="density of the blue class" if w == 0 else "")
     plain(below, name="exact points" if w == 0 else "")
 
 # %% [markdown]
-# ## Train a teacher, and distill it
+# ## The networks' answer
 #
-# One command: the teacher, stage one, and the students of 8, 4, 2 and 1 steps. They are told nothing of
-# the closed form.
-
-# %%
-variant = ""  # "runlocal" makes everything tiny
-
-fewer = {
-    "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
-    "--config.halving.steps=400 --config.halving.first_num_steps=8",
-    "runlocal": "--config.halving.first_num_steps=4",
-}[variant]
-
-# %%
-# !guided-distill train --config configs/mixture2d.py:{variant} --workdir runs/mixture2d {fewer} --config.halving.samplers="('ddim',)"
-
-# %% [markdown]
 # All start from the same noise, so each point has its counterpart in every picture. The number in a
 # corner is how far points are from where the exact flow takes them (root mean square; the arms are
 # about 1 long).
@@ -149,7 +151,7 @@ for column, (name, of_weight) in zip(panels.T, points.items(), strict=True):
         plain(axes, title=name if w == 0 else "", name=f"w = {w:g}" if name == "exact" else "")
         if name != "exact":
             apart = np.sqrt(np.mean(np.sum((of_weight[w] - exact_points[w]) ** 2, axis=-1)))
-            axes.text(-1.4, -1.4, f"{apart:.3f}", fontsize=9)
+            axes.text(-1.05, -1.05, f"{apart:.3f}", fontsize=9)
 
 # %% [markdown]
 # ## Watch them flow

@@ -39,9 +39,10 @@ def execute(notebook: Any, folder: Path, *, variant: str = "") -> None:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        store_widget_state=False,
+        coalesce_streams=True,
     )
     client.execute()
+    notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
 
 

@@ -31,7 +31,7 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
-def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 4) -> Figure:
+def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
     """A row of images [n, H, W, C] in [-1, 1] for each name, as many in every row."""
     pictures = [image_grid(images, columns=len(images), scale=scale) for images in rows.values()]
     width, height = pictures[0].size
