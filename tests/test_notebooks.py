@@ -53,7 +53,6 @@ def test_what_is_kept_shows_pictures_and_no_machine(source):
 
 
 @every_notebook
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_runs(source, tmp_path, monkeypatch):
     # The kernel, and the commands it runs, are those of the environment that tests them.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
