@@ -72,9 +72,9 @@ samples = 16 if variant else 512
 # %% [markdown]
 # ## Look
 #
-# The same seed and the same digits in every row. The teacher takes 64 steps of two calls; in 2 steps,
-# it is not what it was. The students start from the same noise, so each image has its counterpart in
-# the rows above.
+# The same seed and the same digits in every row. The teacher takes 64 steps of two calls; in 2 steps it
+# falls behind, and the curve below tells by how much. The students start from the same noise, so each
+# image has its counterpart in the rows above.
 
 # %%
 # %matplotlib inline
@@ -116,8 +116,9 @@ quality_figure(results)
 
 # %% [markdown]
 # The teacher gets worse as its steps get fewer. The students' curve stays near the level of the
-# teacher's many steps. At $w = 0$ a student of one step loses some diversity, which the table's column
-# `recall` shows.
+# teacher's many steps. What a student of one step loses is diversity at $w = 0$: see `recall` below.
+# Accuracy alone misleads: in one step all of the teacher's digits are recognised, and they have no
+# variety at all.
 
 # %%
 print("stage      steps    w  distance  recall  accuracy")
