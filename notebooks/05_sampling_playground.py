@@ -60,7 +60,7 @@ def draw(w, steps, seed, digit):
 from IPython.display import display
 from ipywidgets import FloatSlider, IntSlider, SelectionSlider, interact
 
-interact(
+_ = interact(
     lambda **knobs: display(image_grid(draw(**knobs), columns=10, scale=8)),
     w=FloatSlider(1.0, min=0.0, max=4.0, step=0.25),
     steps=SelectionSlider(options=[1, 2, 4], value=4),
@@ -70,7 +70,7 @@ interact(
 # %% [markdown]
 # ## What they do
 #
-# From row to row one knob is turned at a time.
+# One student's images first; below, one knob turned at a time.
 
 # %%
 image_rows(

@@ -13,6 +13,7 @@ import jupytext
 from nbclient import NotebookClient
 
 VARIANT = 'variant = ""'
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def read(source: Path) -> Any:
@@ -42,7 +43,11 @@ def execute(notebook: Any, folder: Path, *, variant: str = "") -> None:
         coalesce_streams=True,
     )
     client.execute()
+    # Without its kernel a widget is only an error message.
     notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [each for each in cell.outputs if WIDGET not in each.get("data", {})]
     notebook.metadata["language_info"] = {"name": "python"}
 
 
