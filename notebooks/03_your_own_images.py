@@ -59,21 +59,19 @@ for kind in ("disc", "square", "triangle"):
 # %% [markdown]
 # ## Train
 #
-# `data.name` says where the images are and `data.image_size` how large to make them. A small network
-# and few updates suit 16 x 16 pixels. For photographs, start from `configs/photo10.py:unet` or
-# `configs/cifar10.py`, a GPU, and many thousands of images.
+# `data.name` says where the images are and `data.image_size` how large to make them. The network of
+# `configs/digits.py` and few updates suit 8 x 8 pixels. For photographs, start from
+# `configs/photo10.py:unet` or `configs/cifar10.py`, a GPU, and many thousands of images.
 
 # %%
 fewer = {
-    "": "--config.teacher.steps=2000 --config.guidance.steps=1500 "
-    "--config.halving.steps=300 --config.halving.first_num_steps=8",
+    "": "--config.teacher.steps=1500 --config.guidance.steps=1000 "
+    "--config.halving.steps=250 --config.halving.first_num_steps=4",
     "runlocal": "--config.halving.first_num_steps=4",
 }[variant]
-# A network this narrow can't carry the noise of so many pixels, as it must to predict v.
-network = "--config.model.parameterization=x"
 
 # %%
-# !guided-distill train --config configs/digits.py:{variant} --workdir runs/shapes --config.data.name=folder:{images} --config.data.image_size=16 {network} {fewer}
+# !guided-distill train --config configs/digits.py:{variant} --workdir runs/shapes --config.data.name=folder:{images} --config.data.image_size=8 {fewer}
 
 # %% [markdown]
 # ## Sample, and look at the page
@@ -106,7 +104,7 @@ teacher = guided_distill.load("runs/shapes/teacher")
 names = teacher.about.class_names
 labels = [name for name in names for _ in range(5)]
 folders = [epath.Path(images) / name for name in names]
-real = [read_images(folder, shape=(16, 16, 3), limit=5) for folder in folders]
+real = [read_images(folder, shape=(8, 8, 3), limit=5) for folder in folders]
 
 rows = {
     "real": np.concatenate(real),
