@@ -74,17 +74,13 @@ fewer = {
 # !guided-distill train --config configs/digits.py:{variant} --workdir runs/shapes --config.data.name=folder:{images} --config.data.image_size=8 {fewer}
 
 # %% [markdown]
-# ## Sample, and look at the page
+# ## Sample
 #
-# The picture and an `.npz` file lie in `samples/`, and `runs/shapes/report.html` shows the whole run:
-# open it in a browser. `guided-distill evaluate --workdir runs/shapes`, before `report`, adds measures
-# to it.
+# The picture and an `.npz` file lie in `samples/`. `guided-distill evaluate --workdir runs/shapes` and
+# then `guided-distill report --workdir runs/shapes` make a page of the whole run.
 
 # %%
 # !guided-distill sample --workdir runs/shapes --stage halving_ddim_4 --w 1 --num 15 --out samples
-
-# %%
-# !guided-distill report --workdir runs/shapes
 
 # %% [markdown]
 # ## In Python
