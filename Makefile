@@ -10,7 +10,7 @@ INSTALLED_TO_DOCUMENT := $(VENV)/.installed-to-document
 RUN := runs/digits
 COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
 
-.PHONY: demo test lint docs lock
+.PHONY: demo test lint docs notebooks lock
 
 # The main job on the built-in digits: train, evaluate, and a page to look at.
 demo: $(INSTALLED)
@@ -30,6 +30,10 @@ lint: $(INSTALLED_TO_TEST)
 docs: $(INSTALLED_TO_DOCUMENT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
+# Run the notebooks, and keep what they show in their .ipynb files.
+notebooks: $(INSTALLED_TO_TEST)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/execute.py notebooks/[0-9]*.py
+
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "guided_distill needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +48,7 @@ $(INSTALLED_TO_TEST): $(INSTALLED) requirements-dev.lock
 $(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock
 	touch $@
+
 
 # Resolve the newest dependencies for all supported Pythons at once.
 lock:

@@ -35,6 +35,11 @@ def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):
     assert read_config("configs/digits.py:runlocal", []).data.name == "digits"
 
 
+def test_a_checkout_finds_its_configs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_config("configs/digits.py:runlocal", []).data.name == "digits"
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

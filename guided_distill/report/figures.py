@@ -31,6 +31,20 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
+def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
+    """A row of images [n, H, W, C] in [-1, 1] for each name, as many in every row."""
+    pictures = [image_grid(images, columns=len(images), scale=scale) for images in rows.values()]
+    width, height = pictures[0].size
+    row_height = 8 * height / width
+    figure = Figure(figsize=(9, row_height * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axes, name, picture in zip(panels, rows, pictures, strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        axes.text(-0.01, 0.5, name, ha="right", va="center", transform=axes.transAxes)
+    return figure
+
+
 def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
     """Points [n, 2] in the plane, coloured by label [n]."""
     figure = Figure(figsize=(4, 4), layout="constrained")

@@ -1,5 +1,6 @@
 """Progress of long work: a bar with rate and time left, or plain lines where there is no terminal."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ Advance = Callable[[int, str], None]
 @contextmanager
 def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
     """Show work of `total` units, `done` of which an earlier call has made."""
-    show = _bar if console.is_terminal else _lines
+    # A notebook's ! passes for a terminal, but a bar that is drawn over itself can't be read there.
+    in_notebook = "JPY_PARENT_PID" in os.environ
+    show = _bar if console.is_terminal and not in_notebook else _lines
     with show(title, total=total, unit=unit, done=done) as advance:
         yield advance
 

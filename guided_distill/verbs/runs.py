@@ -195,12 +195,12 @@ def _default_workdir(config: str) -> epath.Path:
 
 
 def find_config(file: str) -> str:
-    """The file itself, or the one of an installed package that configs/NAME.py stands for.
+    """The file itself, or the one of the package, or beside it in a checkout, for configs/NAME.py.
 
     Raises UserError if there is none.
     """
-    own = importlib.resources.files("guided_distill") / file
-    for place in (epath.Path(file), epath.Path(str(own))):
+    package = epath.Path(str(importlib.resources.files("guided_distill")))
+    for place in (epath.Path(file), package / file, package.parent / file):
         if place.is_file():
             return str(place)
     raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")

@@ -45,7 +45,17 @@ def test_a_resumed_stage_with_nothing_done_has_no_rate_yet(monkeypatch, clock):
     assert out.getvalue() == "x 40/100 steps\n"
 
 
+def test_a_notebook_gets_lines(monkeypatch, clock):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    out = use_console(monkeypatch, terminal=True)
+    with progress.progress("x", total=100, unit="steps") as advance:
+        clock.now += 10
+        advance(100, "")
+    assert out.getvalue() == "x 100/100 steps  10 steps/s  0 s left\n"
+
+
 def test_a_terminal_gets_a_bar_with_the_rate(monkeypatch, clock):
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     out = use_console(monkeypatch, terminal=True)
     with progress.progress("[1/4] teacher", total=100, unit="steps") as advance:
         clock.now += 10

@@ -1,0 +1,85 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Sampling playground
+#
+# Turn the knobs of a trained student: guidance weight, steps, seed, digit. Without a kernel, the
+# picture at the end shows what they do.
+
+# %%
+import importlib.util
+
+if importlib.util.find_spec("guided_distill") is None:
+    print("Installing guided_distill ...")
+    # %pip install -q guided_distill
+if importlib.util.find_spec("ipywidgets") is None:
+    print("Installing ipywidgets ...")
+    # %pip install -q ipywidgets
+
+# %% [markdown]
+# The run of `01_distill_digits`. Where it has been trained already, this ends at once.
+
+# %%
+variant = ""  # "runlocal" makes everything tiny
+
+fewer = {
+    "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
+    "--config.halving.steps=300 --config.halving.first_num_steps=8",
+    "runlocal": "--config.halving.first_num_steps=4",
+}[variant]
+
+# %%
+# !guided-distill train --config configs/digits.py:{variant} --workdir runs/digits {fewer}
+
+# %%
+# %matplotlib inline
+import guided_distill
+from guided_distill.report.figures import image_grid, image_rows
+
+students = {n: guided_distill.load(f"runs/digits/halving_ddim_{n}") for n in (1, 2, 4)}
+
+
+def draw(w, steps, seed, digit):
+    """Ten images of a digit, float32 [10, 8, 8, 1]."""
+    return students[steps].sample(labels=[digit] * 10, w=w, seed=seed)
+
+
+# %% [markdown]
+# ## The knobs
+#
+# A student is called `steps` times; each number of steps is a student of its own. The same seed is the
+# same noise whatever the other knobs say.
+
+# %%
+from IPython.display import display
+from ipywidgets import FloatSlider, IntSlider, SelectionSlider, interact
+
+_ = interact(
+    lambda **knobs: display(image_grid(draw(**knobs), columns=10, scale=8)),
+    w=FloatSlider(1.0, min=0.0, max=4.0, step=0.25),
+    steps=SelectionSlider(options=[1, 2, 4], value=4),
+    seed=IntSlider(0, min=0, max=99),
+    digit=IntSlider(3, min=0, max=9),
+)
+# %% [markdown]
+# ## What they do
+#
+# One student's images first; below, one knob turned at a time.
+
+# %%
+image_rows(
+    {
+        "w = 1, 4 steps, seed 0": draw(w=1.0, steps=4, seed=0, digit=3),
+        "w = 0": draw(w=0.0, steps=4, seed=0, digit=3),
+        "w = 4": draw(w=4.0, steps=4, seed=0, digit=3),
+        "1 step": draw(w=1.0, steps=1, seed=0, digit=3),
+        "seed 1": draw(w=1.0, steps=4, seed=1, digit=3),
+        "digit 8": draw(w=1.0, steps=4, seed=0, digit=8),
+    }
+)
