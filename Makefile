@@ -49,7 +49,6 @@ $(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock
 	touch $@
 
-
 # Resolve the newest dependencies for all supported Pythons at once.
 lock:
 	$(COMPILE) --output-file requirements.lock pyproject.toml
