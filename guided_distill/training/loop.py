@@ -56,7 +56,8 @@ def train(
     """
     now, size = int(state.step), cadence.steps_per_dispatch
     sharding = split_batch(mesh, axis=1)
-    key = jax.device_put(key, replicated(mesh))
+    # By a program, for keys can't be put on the devices of other processes.
+    key = jax.jit(lambda key: key, out_shardings=replicated(mesh))(key)
     sums: clu.metrics.Collection | None = None
     unread: tuple[int, StepReport] | None = None
     with (

@@ -60,8 +60,8 @@ def source(*, with_nan):
 def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3):
     """Train, resuming what is there; answers the state and the input pipeline's."""
     mesh = data_mesh()
-    state, key = fresh_state(mesh), jax.random.key(KEY)
-    frozen = jax.device_put(FROZEN, replicated(mesh))
+    state = fresh_state(mesh)
+    frozen, key = jax.device_put((FROZEN, jax.random.key(KEY)), replicated(mesh))
     with contextlib.ExitStack() as stack:
         iterator = data
         if not hasattr(data, "__next__"):
