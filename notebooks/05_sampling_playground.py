@@ -57,16 +57,32 @@ def draw(w, steps, seed, digit):
 # same noise whatever the other knobs say.
 
 # %%
-from IPython.display import display
-from ipywidgets import FloatSlider, IntSlider, SelectionSlider, interact
+import io
 
-_ = interact(
-    lambda **knobs: display(image_grid(draw(**knobs), columns=10, scale=8)),
-    w=FloatSlider(1.0, min=0.0, max=4.0, step=0.25),
-    steps=SelectionSlider(options=[1, 2, 4], value=4),
-    seed=IntSlider(0, min=0, max=99),
-    digit=IntSlider(3, min=0, max=9),
-)
+from ipywidgets import FloatSlider, Image, IntSlider, SelectionSlider, VBox
+
+knobs = {
+    "w": FloatSlider(1.0, min=0.0, max=4.0, step=0.25, description="w"),
+    "steps": SelectionSlider(options=[1, 2, 4], value=4, description="steps"),
+    "seed": IntSlider(0, min=0, max=99, description="seed"),
+    "digit": IntSlider(3, min=0, max=9, description="digit"),
+}
+picture = Image(format="png")
+
+
+def redraw(_=None):
+    """Show what the knobs say."""
+    images = draw(**{name: knob.value for name, knob in knobs.items()})
+    file = io.BytesIO()
+    image_grid(images, columns=10, scale=8).save(file, format="png")
+    picture.value = file.getvalue()
+
+
+for knob in knobs.values():
+    knob.observe(redraw, names="value")
+redraw()
+VBox([*knobs.values(), picture])
+
 # %% [markdown]
 # ## What they do
 #

@@ -30,13 +30,16 @@ def read(source: Path) -> Any:
     return notebook
 
 
-def execute(notebook: Any, folder: Path, *, variant: str = "") -> None:
-    """Run every cell in a folder; the outputs are then in the notebook. Raises if a cell does."""
+def execute(notebook: Any, folder: Path, *, variant: str = "", timeout: int = 1800) -> None:
+    """Run every cell in a folder; the outputs are then in the notebook.
+
+    Raises if a cell does, or takes longer than the timeout, in seconds.
+    """
     for cell in notebook.cells:
         cell.source = cell.source.replace(VARIANT, f'variant = "{variant}"')
     client = NotebookClient(
         notebook,
-        timeout=1800,
+        timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,

@@ -61,4 +61,4 @@ def test_it_runs(source, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     notebook = read(source)
     assert sum(VARIANT in cell.source for cell in notebook.cells) == 1
-    execute(notebook, tmp_path, variant="runlocal")
+    execute(notebook, tmp_path, variant="runlocal", timeout=400)
