@@ -1,5 +1,6 @@
 """Runs of the tiny config by processes that train as one, on loopback."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -78,8 +79,12 @@ def children(process):
     """The guided-distill processes that a launcher has started, by JAX_PROCESS_ID."""
     found = {}
     for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        command = Path(f"/proc/{each}/cmdline").read_text()
-        if "guided_distill.cli" in command:
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # The launcher's sleep ends.
+            command = Path(f"/proc/{each}/cmdline").read_text()
+            if "guided_distill.cli" not in command:
+                continue
             variables = Path(f"/proc/{each}/environ").read_text().split("\0")
             values = dict(variable.split("=", 1) for variable in variables if "=" in variable)
             found[int(values["JAX_PROCESS_ID"])] = int(each)
