@@ -1,11 +1,14 @@
 """The command line: guided-distill and a verb."""
 
 import argparse
+import atexit
 import functools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.verbs import data, images, machine, models, runs, studies
@@ -37,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main`, and out at once: threads that libraries leave behind can abort a Python that ends."""
+    status = main(argv)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @functools.cache
 def _hush_threads() -> None:
     """Keep background threads from printing the errors that they hand to the main thread anyway.
@@ -62,4 +74,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

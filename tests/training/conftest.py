@@ -23,7 +23,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-        sys.exit(cli.main(arguments))
+        cli.run(arguments)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
