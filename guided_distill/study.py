@@ -85,12 +85,11 @@ def _with_teacher(run: Run, earlier: Sequence[Run], folder: epath.Path) -> Exper
 
 def measured(runs: Sequence[Run], folder: epath.Path) -> dict[str, list[Result]]:
     """The rows of each run that has any, by name, of one extractor and number of samples."""
-    rows = {
+    return {
         run.name: comparable(found, run.experiment.evaluation.extractor)
         for run in runs
         if (found := read_results(folder / run.name / "results.csv"))
     }
-    return rows
 
 
 def write_table(

@@ -48,8 +48,6 @@ def train_in(
     state = split_initial_state(
         params, optimizer=optimizer, ema_decay=settings.ema_decay, mesh=mesh
     )
-    # Python must not end, by an error, while JAX's threads still compute: they would abort it.
-    jax.block_until_ready(state)
     iterator = batches(
         source,
         batch_size=settings.batch_size // jax.process_count(),

@@ -98,7 +98,6 @@ def add_verbs(verbs: Any) -> None:
         type=epath.Path,
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
-
     evaluate.add_argument("--cache", **CACHE)
 
     command_of_run(
