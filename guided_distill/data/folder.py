@@ -6,9 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image
 
-from guided_distill.data.pixels import DAMAGED, crop_and_resize, from_uint8
+from guided_distill.data.pixels import (
+    DAMAGED,
+    crop_and_resize,
+    fitted,
+    from_uint8,
+    upright_over_white,
+)
 from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
 
@@ -72,9 +78,7 @@ def read_images(path: epath.Path, *, shape: tuple[int, ...], limit: int) -> np.n
     pixels = []
     for file in files[:limit]:
         _header_size(file)
-        image = Image.fromarray(_decode(file, (shape[1], shape[0]), resize=True))
-        gray = shape[-1] == 1
-        pixels.append(np.asarray(image.convert("L") if gray else image).reshape(shape))
+        pixels.append(fitted(_open(file), shape))
     return from_uint8(np.stack(pixels))
 
 
@@ -144,19 +148,19 @@ def _header_size(file: epath.Path) -> tuple[int, int]:
 
 def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarray:
     """Pixels uint8 [H, W, 3] of an upright image over white."""
-    try:
-        with file.open("rb") as stream, Image.open(stream) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except DAMAGED as error:
-        raise _damaged(file, error) from error
+    image = _open(file)
     if resize:
         image = crop_and_resize(image, size[0])
     _check_size(file, image.size, expected=size)
     return np.asarray(image)
+
+
+def _open(file: epath.Path) -> Image.Image:
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            return upright_over_white(image)
+    except DAMAGED as error:
+        raise _damaged(file, error) from error
 
 
 def _check_size(file: epath.Path, size: Sequence[int], *, expected: Sequence[int]) -> None:

@@ -1,7 +1,9 @@
 """The one rule between 8-bit images and the model's range, one way to resize, one idea of damage."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for damaged files."""
@@ -30,3 +32,21 @@ def crop_and_resize(image: Image.Image, image_size: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
+
+
+def upright_over_white(image: Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data say, its transparent pixels laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fitted(image: Image.Image, shape: Sequence[int]) -> np.ndarray:
+    """Pixels uint8 [*shape] of an RGB image as a model of that shape takes it.
+
+    shape: (size, size, 1 or 3); the image is centre-cropped to a square and resized.
+    """
+    image = crop_and_resize(image, shape[0])
+    return np.asarray(image.convert("L") if shape[-1] == 1 else image).reshape(shape)

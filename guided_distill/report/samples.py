@@ -107,8 +107,16 @@ def _draw(file: IO[bytes], samples: np.ndarray, colours: np.ndarray, *, columns:
 
 def last_finished(workdir: epath.Path) -> str:
     """The folder of the last finished stage that samples. Raises UserError if there is none."""
+    return finished_samplers(workdir)[-1]
+
+
+def finished_samplers(workdir: epath.Path) -> list[str]:
+    """Folders of the finished stages that sample, in the order of training.
+
+    Raises UserError if there is none.
+    """
     encoders = {stage.name for stage in all_stages(read_config(workdir)) if stage.sampler == ENCODE}
     names = [name for name in finished_stages(workdir) if name not in encoders]
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
-    return names[-1]
+    return names
