@@ -49,8 +49,8 @@ $(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock
 	touch $@
 
-# Resolve the newest dependencies for all supported Pythons at once.
+# Resolve the newest dependencies for all supported Pythons at once; the tests' first, for they have most.
 lock:
-	$(COMPILE) --output-file requirements.lock pyproject.toml
-	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra dev --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra docs --constraint requirements-dev.lock --output-file docs/site/requirements.lock pyproject.toml
