@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.verbs import data, images, machine, models, runs, studies
+from guided_distill.verbs import data, images, machine, models, pages, runs, studies
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"guided-distill {version('guided_distill')}"
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for room in (runs, studies, images, models, data, machine):
+    for room in (runs, studies, images, pages, models, data, machine):
         room.add_verbs(verbs)
     return parser
 

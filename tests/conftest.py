@@ -14,7 +14,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-from collections.abc import Callable
+import functools
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -52,3 +56,27 @@ def assert_same_weights() -> Callable[[object, object], None]:
             np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
     return check
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Callable[[Path], str]]:
+    """f(workdir): the address of the page that samples from a run, which a process of its own serves."""
+    servers: list[subprocess.Popen[str]] = []
+
+    @functools.cache
+    def serve(workdir: Path) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "guided_distill.cli", "serve", "--workdir", str(workdir)]
+        servers.append(
+            subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True)
+        )
+        url = servers[-1].stdout.readline().strip()
+        assert url == f"http://127.0.0.1:{port}/"
+        return url
+
+    yield serve
+    for server in servers:
+        server.terminate()
+        server.communicate()

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 from text_models import write_clip_of_both, write_minilm
 
 import guided_distill
 from guided_distill import cli
 from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
+from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import finished_stages
@@ -182,6 +185,42 @@ def test_a_loaded_run_does_the_same(workdir, model):
     ):
         with pytest.raises(UserError, match=message):
             request()
+
+
+def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path):
+    client = Client(served(Path(workdir)), verbose=False)
+    model = guided_distill.load(workdir / "halving_ddim_2")
+    image, mask = (np.full((1, SIDE, SIDE, 3), 200, np.uint8), np.zeros((SIDE, SIDE), np.uint8))
+    mask[4:12, 6:] = 255
+    for name, array in (("image", image[0]), ("mask", mask)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    image_file, mask_file = (handle_file(tmp_path / f"{name}.png") for name in ("image", "mask"))
+    drawing = {"background": image_file, "layers": [], "composite": None}
+    # Stage, w, steps, seed and number.
+    chosen = ("halving_ddim_2", 2.0, None, 5, 1)
+    asked = {"prompts": PROMPTS[:1], "w": 2.0, "seed": 5}
+    given = from_uint8(image)
+    for verb, inputs, expected in (
+        ("sample", (PROMPTS[0], False, 2), model.sample(**asked)),
+        ("edit", (image_file, PROMPTS[0], 0.5), model.edit(given, strength=0.5, **asked)),
+        (
+            "inpaint",
+            (drawing, mask_file, PROMPTS[0]),
+            model.inpaint(given, mask[None] > 0, **asked),
+        ),
+    ):
+        words, gallery, *_ = client.predict(*inputs, *chosen, api_name=f"/{verb}")
+        drawn = np.asarray(Image.open(gallery["value"][0]["image"])).astype(int)
+        assert np.abs(drawn - to_uint8(expected)[0]).max() <= 1
+        assert f"{1 if verb == 'edit' else 2} network call" in words
+    for verb, inputs, said in (
+        ("sample", (" ", False, 2), "there is no prompt"),
+        ("edit", (None, "a", 0.5), "there is no image"),
+        ("edit", (image_file, "a", 0.3), "give 0.5 to 1"),
+        ("inpaint", (drawing, None, "a"), "nothing is painted over"),
+    ):
+        with pytest.raises(AppError, match=said):
+            client.predict(*inputs, *chosen, api_name=f"/{verb}")
 
 
 @pytest.mark.parametrize(

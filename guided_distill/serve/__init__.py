@@ -1,0 +1,1 @@
+"""A local page to sample from a run: `guided-distill serve`."""

@@ -1,0 +1,48 @@
+"""The verb that serves a page: serve."""
+
+import argparse
+import importlib.util
+import os
+from typing import Any
+
+from guided_distill.errors import UserError
+from guided_distill.verbs.shared import CACHE, command_of_run, keep_compiled_programs
+
+
+def add_verbs(verbs: Any) -> None:
+    """Adds it to the parser's verbs."""
+    serve = command_of_run(
+        verbs,
+        "serve",
+        _serve,
+        "sample from a run on a web page of this machine, until Ctrl-C",
+        "guided-distill serve --workdir runs/digits --stage halving_ddim_4",
+    )
+    serve.add_argument(
+        "--stage", help="stage that the page begins with (default: the last one that is finished)"
+    )
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets in everybody who reaches this machine "
+        "(default: %(default)s)",
+    )
+    serve.add_argument("--port", type=int, default=7860, help="port (default: %(default)s)")
+    serve.add_argument("--cache", **CACHE)
+
+
+def _serve(options: argparse.Namespace, _: list[str]) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(
+            'serve needs Gradio, which isn\'t installed: pip install "guided_distill[serve]"'
+        )
+    # Gradio reads it when it is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from guided_distill.serve.page import build_page
+    from guided_distill.serve.server import check_free, launch
+
+    check_free(options.host, options.port)
+    keep_compiled_programs(options.cache)
+    page = build_page(options.workdir, stage=options.stage)
+    print(launch(page, host=options.host, port=options.port), flush=True)
+    page.block_thread()
