@@ -1,6 +1,8 @@
 """Samples from a trained stage, by what its checkpoint says of itself."""
 
+import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +23,13 @@ from guided_distill.training.trained import Description, Trained
 CompiledSampler = Callable[..., jax.Array]
 CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 
+_told: list[tuple[np.ndarray, np.ndarray]] = []
+"""(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_telling`.
+
+Not a list of each call's own: the compiled program, which all calls share, has its address.
+"""
+_telling = threading.Lock()
+
 
 def run_sampler(
     network: Network,
@@ -36,11 +45,12 @@ def run_sampler(
     num_steps: jax.Array,
     first: jax.Array,
     clipped: bool,
+    tell: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> jax.Array:
     """From z [B, ...] at t = first/num_steps to x, keeping what is `known`; with samplers.ENCODE, back.
 
     A network that doesn't take w [B] is guided by two calls in one batch. clipped: hold x to [-1, 1] at
-    every step.
+    every step. tell: is told t [B] and the predicted x of every step.
     """
     denoiser = network.denoiser(params, null=null)
     if not denoiser.guided:
@@ -54,12 +64,18 @@ def run_sampler(
     if sampler == samplers.ENCODE:
         return samplers.encode(predict, network.schedule, z, num_steps)
     kept = samplers.keeping(predict, known) if known else predict
-    return samplers.SAMPLERS[sampler](kept, network.schedule, z, keys, num_steps, first)
+    told = samplers.watched(kept, tell) if tell else kept
+    return samplers.SAMPLERS[sampler](told, network.schedule, z, keys, num_steps, first)
 
 
 @functools.cache
 def compiled_sampler(
-    network: Network, sampler: str, mesh: Mesh, *, clipped: bool
+    network: Network,
+    sampler: str,
+    mesh: Mesh,
+    *,
+    clipped: bool,
+    tell: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> CompiledSampler:
     """f(params, z, keys, condition, null, known, w, num_steps, first) -> [B, ...], as `run_sampler`.
 
@@ -69,7 +85,14 @@ def compiled_sampler(
     def run(*arrays: Any) -> jax.Array:
         *others, w, num_steps, first = arrays
         return run_sampler(
-            network, sampler, *others, w=w, num_steps=num_steps, first=first, clipped=clipped
+            network,
+            sampler,
+            *others,
+            w=w,
+            num_steps=num_steps,
+            first=first,
+            clipped=clipped,
+            tell=tell,
         )
 
     whole, split = replicated(mesh), split_batch(mesh)
@@ -162,6 +185,61 @@ def sample_batches(
         yield np.clip(samples, -1.0, 1.0) if of_images else samples
 
 
+def predictions(
+    trained: Trained,
+    *,
+    condition: Condition,
+    w: float,
+    null: Condition | None = None,
+    num_steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    allow_untrained: bool = False,
+) -> np.ndarray:
+    """The x that every step predicts on the way of `sample`, [num_steps, n, *data_shape].
+
+    The first is predicted at t = 1, and the last is the sample. For a few examples: they are one batch,
+    on one device. The program is another than that of `sample`, which tells the host nothing.
+    Raises UserError as `sample_batches`.
+    """
+    num_steps, sampler = check_request(
+        trained.description,
+        condition=condition,
+        w=w,
+        num_steps=num_steps,
+        sampler=sampler,
+        allow_untrained=allow_untrained,
+    )
+    mesh = data_mesh(jax.local_devices()[:1])
+    here = jax.device_put(trained.params, replicated(mesh))
+    with _telling:
+        _told.clear()
+        for _ in _run(
+            dataclasses.replace(trained, params=here),
+            sampler,
+            None,
+            condition=condition,
+            null=null,
+            known=None,
+            w=w,
+            num_steps=num_steps,
+            first=None,
+            seed=seed,
+            batch_size=_count(condition),
+            start=0,
+            clipped=trained.description.network().of_images,
+            mesh=mesh,
+            tell=_tell,
+        ):
+            jax.effects_barrier()
+        steps = sorted(_told, key=lambda step: -step[0][0])
+    return np.stack([x for _, x in steps])
+
+
+def _tell(t: jax.Array, x: jax.Array) -> None:
+    _told.append((np.asarray(t), np.asarray(x)))
+
+
 def encode(
     trained: Trained,
     images: np.ndarray,
@@ -215,11 +293,13 @@ def _run(
     batch_size: int,
     start: int,
     clipped: bool,
+    mesh: Mesh | None = None,
+    tell: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
-    network, mesh = trained.description.network(), data_mesh()
+    network, mesh = trained.description.network(), mesh or data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    run = compiled_sampler(network, sampler, mesh, clipped=clipped)
+    run = compiled_sampler(network, sampler, mesh, clipped=clipped, tell=tell)
     draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
     count = _count(condition)
     for begin in range(start, count, batch_size):

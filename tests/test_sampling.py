@@ -14,6 +14,7 @@ from guided_distill.sampling import (
     cycling_labels,
     encode,
     of_labels,
+    predictions,
     sample,
     sample_batches,
 )
@@ -72,6 +73,25 @@ def test_samples_from_an_index_on_are_those_of_the_whole():
     assert not list(
         sample_batches(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8, start=19)
     )
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_predictions_are_those_on_the_way_to_the_samples(sampler):
+    request = {
+        "condition": of_labels(cycling_labels(3, 3)),
+        "w": 1.0,
+        "sampler": sampler,
+        "seed": 5,
+        "allow_untrained": True,
+    }
+    x = predictions(TEACHER, num_steps=4, **request)
+    assert x.shape == (4, 3, 2)
+    # A sampler of one step answers what is predicted at t = 1.
+    for step, num_steps in ((0, 1), (3, 4)):
+        found = sample(TEACHER, num_steps=num_steps, **request)
+        np.testing.assert_allclose(x[step], found, atol=1e-4)
+    assert np.abs(np.diff(x, axis=0)).max(axis=(1, 2)).min() > 1e-3
+    assert predictions(TEACHER, num_steps=2, **request).shape == (2, 3, 2)
 
 
 @pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 from jax.typing import ArrayLike
 
 from guided_distill.diffusion.process import (
@@ -204,6 +205,17 @@ def keeping(predict: Predict, known: Known) -> Predict:
         )
 
     return kept
+
+
+def watched(predict: Predict, tell: Callable[[jax.Array, jax.Array], None]) -> Predict:
+    """`predict`, whose every call also tells the host its t [B] and its x, in any order."""
+
+    def told(z: jax.Array, t: jax.Array) -> Prediction:
+        prediction = predict(z, t)
+        io_callback(tell, None, t, prediction.x)
+        return prediction
+
+    return told
 
 
 Sampler = Callable[..., jax.Array]
