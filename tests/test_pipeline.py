@@ -403,6 +403,19 @@ def test_evaluate_and_report(finished, capsys):
         for w in (1.0, 3.0)
     }
     assert not list((finished / "evaluation").rglob("*.npz"))
+    events = list((finished / "tensorboard").rglob("events*"))
+    assert len(events) == len(with_flags)
+
+    drawn = {
+        name: np.load(finished / "samples" / f"{name}_w0_path.npz")
+        for name in ("halving_ddim_4", "halving_stochastic_2", "teacher_ddim_4")
+    }
+    for name, path in drawn.items():
+        steps = int(name.split("_")[2])
+        assert path["x"].shape == (steps, 2, 8, 8, 1)
+        np.testing.assert_array_equal(path["t"], 1 - np.arange(steps) / steps)
+        samples = np.load(finished / "samples" / f"{name}_w0.npz")["image"]
+        np.testing.assert_allclose(path["x"][-1], samples[:2], atol=1e-4)
 
     page = write_report(epath.Path(finished)).read_text()
     assert "Encoding and decoding" in page

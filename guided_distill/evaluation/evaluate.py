@@ -12,9 +12,11 @@ from guided_distill.data.source import Source
 from guided_distill.evaluation.alignment import Align, fit_alignment
 from guided_distill.evaluation.clip import ClipExtractor, clip_scores
 from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
+from guided_distill.evaluation.events import log_rows
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
+from guided_distill.evaluation.paths import draw_path, has_path
 from guided_distill.evaluation.reference import (
     MAX_EXAMPLES,
     Reference,
@@ -37,12 +39,13 @@ from guided_distill.pipeline import read_config
 from guided_distill.sampling import sample_batches
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.registry import load_text_encoder
+from guided_distill.training.checkpoints import write_bytes
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
 
 def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
-    """Write `results.csv` and `round_trip.csv`, row by row.
+    """Write `results.csv` and `round_trip.csv`, row by row, TensorBoard's events, and samples.
 
     Rows that are there already are kept; a row of results.csv that was cut goes on where it was.
 
@@ -77,17 +80,21 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     labels = wanted.labels
     latent = experiment.autoencoder.steps > 0 or experiment.data.name.startswith("encoded:")
     to_pixels = load_latent_space(workdir).to_images if latent else lambda samples: samples
-    loaded: Trained | None = None
+    load = functools.lru_cache(maxsize=1)(load_finished)
+    log_rows(workdir, table.results)
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
         for done, task in enumerate(tasks, start=1):
             words = ""
-            if not table.holds(task.row, len(labels)):
-                directory = workdir / task.stage.name
-                if loaded is None or loaded.path != str(directory):
-                    loaded = load_finished(directory)
+            directory = workdir / task.stage.name
+            path = workdir / "samples" / f"{task.file_stem}_path.npz"
+            to_measure = not table.holds(task.row, len(labels))
+            if has_path(task, settings) and (to_measure or not path.exists()):
+                drawn = draw_path(load(directory), task, wanted, settings, to_pixels)
+                write_bytes(path, drawn)
+            if to_measure:
                 folder = f"{task.file_stem}_seed{settings.seed}"
                 outputs = RowOutputs(
-                    _drawing(loaded, task, wanted, settings, to_pixels),
+                    _drawing(load(directory), task, wanted, settings, to_pixels),
                     labels,
                     extractor,
                     parts=workdir / "evaluation" / extractor.name / folder,
@@ -101,6 +108,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     network_calls=task.network_calls,
                 )
                 outputs.remove_parts()
+                log_rows(workdir, table.results)
                 words = (
                     f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}: "
                     f"{metric_name('fd', result.extractor)} {result.fd:.3f} of n={result.n}"

@@ -25,7 +25,11 @@ class Outputs(NamedTuple):
 
 
 class RowOutputs:
-    """The outputs of one row's samples, in order, made once; `seconds` is what the sampling took."""
+    """The outputs of one row's samples, in order, made once.
+
+    seconds: the wall clock that drawing them took, of all parts; neither the compilation nor the
+    extractor is in it, but the filling of the last batch is.
+    """
 
     def __init__(
         self,
@@ -96,10 +100,10 @@ class RowOutputs:
         self, start: int, features: list[np.ndarray], logits: list[np.ndarray], seconds: float
     ) -> None:
         arrays = {"features": np.concatenate(features), "logits": np.concatenate(logits)}
-        write_bytes(self._parts / _name(start), _npz(**arrays, seconds=np.asarray(seconds)))
+        write_bytes(self._parts / _name(start), npz_bytes(**arrays, seconds=np.asarray(seconds)))
 
     def _save_pictures(self, samples: np.ndarray) -> None:
-        arrays = _npz(image=samples, label=self._labels[: len(samples)])
+        arrays = npz_bytes(image=samples, label=self._labels[: len(samples)])
         write_bytes(self._pictures, arrays)
 
 
@@ -107,7 +111,8 @@ def _name(start: int) -> str:
     return f"from_{start}.npz"
 
 
-def _npz(**arrays: np.ndarray) -> bytes:
+def npz_bytes(**arrays: np.ndarray) -> bytes:
+    """An npz file of named arrays."""
     data = io.BytesIO()
     np.savez_compressed(data, allow_pickle=False, **arrays)
     return data.getvalue()

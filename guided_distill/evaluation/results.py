@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,11 +26,11 @@ class Result:
     """A row. Fields that don't apply (the real data has no sampler) are None and written empty.
 
     fd: Fréchet distance of features to the training data; kid: kernel distance (unbiased, may be below
-    0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: sampling
-    time, compilation apart; network_calls: calls for one sample; extractor: the feature space, with
-    @FILE where statistics of other data took the training data's place; alignment, caption_recall: how
-    well samples show their captions, cosine and recall at 10 of `alignment.py`, or of `clip.py`, where
-    the cosine is the CLIP score.
+    0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: wall clock
+    of drawing all n in batches, compilation apart; network_calls: calls for one sample; extractor: the
+    feature space, with @FILE where statistics of other data took the training data's place; alignment,
+    caption_recall: how well samples show their captions, cosine and recall at 10 of `alignment.py`, or
+    of `clip.py`, where the cosine is the CLIP score.
     """
 
     stage: str
@@ -63,6 +63,22 @@ class Result:
             self.seed,
             self.extractor,
         )
+
+    @property
+    def seconds_per_sample(self) -> float | None:
+        """Of drawing it in a batch of many; a sample alone takes longer."""
+        return None if self.seconds is None else self.seconds / self.n
+
+    @property
+    def file_stem(self) -> str:
+        """The name of files about it, whatever its n, seed and extractor."""
+        return file_stem(self.stage, self.sampler, self.num_steps, self.w)
+
+
+def file_stem(stage: str, sampler: str | None, num_steps: int | None, w: float | None) -> str:
+    """The name of a row's files in the run's folder."""
+    parts = (stage, sampler, num_steps, None if w is None else f"w{w:g}")
+    return "_".join(str(part) for part in parts if part is not None)
 
 
 _NAMES = {
@@ -108,6 +124,20 @@ def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
     return [each for each in chosen if each.stage == "real" or each.n == n]
 
 
+def shared_weights(results: Sequence[Result]) -> set[float]:
+    """Those w that everything was measured at: means over others don't compare."""
+    measured: dict[tuple[str, str | None, int | None], set[float]] = {}
+    for each in results:
+        if each.w is not None:
+            measured.setdefault((each.stage, each.sampler, each.num_steps), set()).add(each.w)
+    return set.intersection(*measured.values()) if measured else set()
+
+
+def at_weights(results: Sequence[Result], weights: Collection[float]) -> list[Result]:
+    """The rows at one of these w, and those without; all of them, if there are no such w."""
+    return [each for each in results if not weights or each.w is None or each.w in weights]
+
+
 COLUMNS = tuple(field.name for field in fields(Result))
 
 
@@ -137,12 +167,12 @@ def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
-    """What `write_rows` wrote; nothing where there is no file."""
+    """What `write_rows` wrote; nothing where there is no file. A column that isn't there is None."""
     if not path.exists():
         return []
     kinds = {field.name: str(field.type) for field in fields(kind)}
     return [
-        kind(**{name: _parse(kinds[name], text) for name, text in row.items()})
+        kind(**{name: _parse(kind_of, row.get(name, "")) for name, kind_of in kinds.items()})
         for row in csv.DictReader(io.StringIO(path.read_text()))
     ]
 

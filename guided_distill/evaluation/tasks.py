@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.evaluation.results import file_stem
 from guided_distill.stages import Stage, all_stages
 
 FEWEST_SAMPLES = 4
@@ -58,7 +59,7 @@ class Task:
     @property
     def file_stem(self) -> str:
         """The name of files about it."""
-        return f"{self.stage.kind}_{self.sampler}_{self.num_steps}_w{self.w:g}"
+        return file_stem(*self.row)
 
     @property
     def network_calls(self) -> int:

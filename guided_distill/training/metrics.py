@@ -17,6 +17,40 @@ from guided_distill.training.checkpoints import storage_error, write_text
 from guided_distill.training.processes import is_first
 
 
+class EventFile:
+    """A file of TensorBoard's events in a folder; each is on disk as soon as it is added.
+
+    Raises UserError if it can't be written.
+    """
+
+    # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be told.
+    def __init__(self, folder: epath.Path, suffix: str) -> None:
+        """suffix: the end of the file's name, after the time."""
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time())}.{suffix}"
+            self._records = RecordWriter(str(folder / name))
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self.add(Event(file_version="brain.Event:2"))
+
+    def add(self, event: Event) -> None:
+        """Write an event, with the present time."""
+        event.wall_time = time.time()
+        try:
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            self.close()
+            raise storage_error(self._folder, error) from error
+
+    def close(self) -> None:
+        """Close the file. What was added is on disk already."""
+        with contextlib.suppress(OSError):
+            self._records.close()
+
+
 class MetricsLog:
     """The log of one stage: `metrics.jsonl`, one object a line, and TensorBoard's events.
 
@@ -28,19 +62,11 @@ class MetricsLog:
     def __init__(self, directory: epath.Path, *, step: int) -> None:
         self._path = directory / "metrics.jsonl"
         self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
-        self._events: RecordWriter | None = None
-        if not is_first():
-            return
-        folder = directory / "tensorboard"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"events.out.tfevents.{int(time.time())}.{step}"
-            self._events = RecordWriter(str(folder / name))
-        except OSError as error:
-            raise storage_error(folder, error) from error
-        self._add_event(Event(file_version="brain.Event:2"))
-        # Tells TensorBoard to forget the steps beyond.
-        self._add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._events = EventFile(directory / "tensorboard", str(step)) if is_first() else None
+        if self._events is not None:
+            # Tells TensorBoard to forget the steps beyond.
+            start = SessionLog(status=SessionLog.START)
+            self._events.add(Event(step=step + 1, session_log=start))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Log named figures at a step. A figure that isn't finite is left out of the events."""
@@ -48,26 +74,14 @@ class MetricsLog:
         row: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in figures}
         self._rows.append(row)
         write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in self._rows))
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-        self._add_event(Event(step=step, summary=Summary(value=values)))
-
-    def _add_event(self, event: Event) -> None:
-        if self._events is None:
-            return
-        # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be told.
-        event.wall_time = time.time()
-        try:
-            self._events.write(event.SerializeToString())
-            self._events.flush()
-        except OSError as error:
-            self.close()
-            raise storage_error(self._path.parent, error) from error
+        if self._events is not None:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+            self._events.add(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
         """Close the file of events. What was written is on disk already."""
         if self._events is not None:
-            with contextlib.suppress(OSError):
-                self._events.close()
+            self._events.close()
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:

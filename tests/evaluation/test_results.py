@@ -8,9 +8,11 @@ from etils import epath
 from guided_distill.evaluation.results import (
     COLUMNS,
     Result,
+    at_weights,
     comparable,
     metric_name,
     read_results,
+    shared_weights,
     write_results,
 )
 
@@ -53,6 +55,31 @@ def test_files_without_the_newest_columns_are_read(tmp_path, count):
     file.write_text("\n".join(lines) + "\n")
     kept = {"alignment": 0.5, "caption_recall": 0.25} | dict.fromkeys(newest[-count:])
     assert read_results(file) == [row(**kept)]
+
+
+def test_a_file_that_does_not_know_the_seconds_is_read(tmp_path):
+    file = epath.Path(tmp_path / "results.csv")
+    write_results(file, [RESULT])
+    place = COLUMNS.index("seconds")
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    file.write_text("\n".join(",".join(line[:place] + line[place + 1 :]) for line in lines) + "\n")
+    (read,) = read_results(file)
+    assert read == row(seconds=None)
+    assert read.seconds_per_sample is None
+    assert RESULT.seconds_per_sample == 2.5 / 1024
+
+
+def test_means_are_over_the_weights_that_everything_was_measured_at():
+    real = row(stage="real", sampler=None, num_steps=None, w=None)
+    few = [row(w=0.0), row(w=1.0), row(w=2.0)]
+    many = [row(w=w, num_steps=8) for w in (1.0, 2.0, 4.0)]
+    results = [real, *few, *many]
+    assert shared_weights(results) == {1.0, 2.0}
+    assert at_weights(results, {1.0, 2.0}) == [real, *few[1:], *many[:2]]
+    apart = [real, few[0], many[0]]
+    assert shared_weights(apart) == set()
+    assert at_weights(apart, set()) == apart
+    assert shared_weights([real]) == set()
 
 
 @pytest.mark.parametrize("field", ["extractor", "n", "seed", "w", "stage"])

@@ -2,13 +2,13 @@
 
 import json
 import math
-import struct
 
 import numpy as np
 import pytest
 from etils import epath
+from event_files import read_events
 from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from guided_distill.errors import UserError
 from guided_distill.training.metrics import MetricsLog, parameter_table, read_metrics
@@ -20,14 +20,10 @@ def directory(tmp_path):
 
 
 def events(directory):
-    """The events of the newest file, from records [length, 4 bytes, event, 4 bytes]."""
-    path = max((directory / "tensorboard").iterdir(), key=lambda path: path.stat().mtime)
-    data, found = path.read_bytes(), []
-    while data:
-        (length,) = struct.unpack("Q", data[:8])
-        found.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
-    return found
+    """The events of the newest file."""
+    return read_events(
+        max((directory / "tensorboard").iterdir(), key=lambda path: path.stat().mtime)
+    )
 
 
 def test_rows_beyond_the_restored_step_are_forgotten(directory):

@@ -1,0 +1,64 @@
+"""The rows of `results.csv` as TensorBoard's events, in the run's folder `tensorboard/`.
+
+A folder, a run of TensorBoard's, for each extractor, number of samples and seed; the steps are sampling
+steps. Each row has a file of its own, so that none is written twice.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+
+from guided_distill.evaluation.results import Result, file_stem
+from guided_distill.pictures import grid_or_plot, png
+from guided_distill.training.metrics import EventFile
+
+MEASURES = (
+    *("fd", "kid", "precision", "recall", "accuracy", "inception_score"),
+    *("alignment", "caption_recall", "seconds_per_sample"),
+)
+COLUMNS_OF_IMAGES = 8
+
+
+def log_rows(workdir: epath.Path, results: Sequence[Result]) -> None:
+    """Write the rows that have no events yet, each with the picture of its samples if it is there.
+
+    Raises UserError if they can't be written.
+    """
+    newest = {each.file_stem: each for each in results}
+    for result in results:
+        group = f"{result.extractor}_n{result.n}_seed{result.seed}".replace("/", "_")
+        folder = workdir / "tensorboard" / group
+        if folder.exists() and any(folder.glob(f"*.{result.file_stem}")):
+            continue
+        # The file of samples is the newest row's, whatever its n and seed.
+        file = workdir / "samples" / f"{result.file_stem}.npz"
+        picture = _picture(file) if newest[result.file_stem] is result and file.exists() else None
+        _log(folder, result, picture)
+
+
+def _log(folder: epath.Path, result: Result, picture: bytes | None) -> None:
+    curve = file_stem(result.stage, result.sampler, None, result.w)
+    values = [
+        Summary.Value(tag=f"{name}/{curve}", simple_value=value)
+        for name in MEASURES
+        if (value := getattr(result, name)) is not None
+    ]
+    if picture is not None:
+        width, height = Image.open(io.BytesIO(picture)).size
+        image = Summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=picture
+        )
+        values.append(Summary.Value(tag=f"samples/{curve}", image=image))
+    file = EventFile(folder, result.file_stem)
+    file.add(Event(step=result.num_steps or 0, summary=Summary(value=values)))
+    file.close()
+
+
+def _picture(file: epath.Path) -> bytes:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+        return png(grid_or_plot(arrays["image"], arrays["label"], columns=COLUMNS_OF_IMAGES))

@@ -1,0 +1,66 @@
+"""Samples as pictures: grids of images by Pillow, points in the plane by matplotlib."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from guided_distill.data.pixels import to_uint8
+
+GAP = 8
+"""Pixels between the images of a grid."""
+
+SIDE, WIDTH = 64, 1600
+
+
+def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
+    """Images [n, H, W, C] in [-1, 1], row by row, each pixel drawn as scale x scale."""
+    pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, channels = pixels.shape
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8
+    )
+    for index, image in enumerate(pixels):
+        top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
+    """Points [n, 2] in the plane, coloured by label [n]."""
+    return point_plots(points[None], labels, size=4)
+
+
+def point_plots(points: np.ndarray, labels: np.ndarray, *, size: float) -> Figure:
+    """Sets of points [k, n, 2] beside each other, `size` inches each, coloured by label [n]."""
+    figure = Figure(figsize=(size * len(points), size), layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, each in zip(panels, points, strict=True):
+        axes.scatter(each[:, 0], each[:, 1], c=labels, s=6, cmap="tab10")
+        axes.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
+    return figure
+
+
+def grid_or_plot(samples: np.ndarray, labels: np.ndarray, *, columns: int) -> Image.Image | Figure:
+    """Samples of any kind: a grid of images [n, H, W, C] of moderate size, or a plot of points [n, 2].
+
+    Small images are drawn at a whole multiple of their size that is at least SIDE pixels; of large
+    ones, the grid is drawn at most WIDTH wide.
+    """
+    if samples.ndim == 2:
+        return point_plot(samples, labels)
+    grid = image_grid(samples, columns=columns, scale=-(-SIDE // samples.shape[1]))
+    grid.thumbnail((WIDTH, grid.height))
+    return grid
+
+
+def png(picture: Image.Image | Figure, *, dpi: int = 130) -> bytes:
+    """The picture as a file; dpi is for figures, whose sizes are in inches."""
+    data = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(data, format="png", dpi=dpi)
+    else:
+        picture.save(data, "PNG")
+    return data.getvalue()
