@@ -40,7 +40,8 @@ fewer = {
 # %%
 # %matplotlib inline
 import guided_distill
-from guided_distill.report.figures import image_grid, image_rows
+from guided_distill.pictures import image_grid
+from guided_distill.report.figures import image_rows
 
 students = {n: guided_distill.load(f"runs/digits/halving_ddim_{n}") for n in (1, 2, 4)}
 

@@ -24,7 +24,10 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
         assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
     assert {
         "guided_distill/interop/model_card.md.jinja",
-        "guided_distill/report/page.html.jinja",
+        *(
+            f"guided_distill/report/{name}.html.jinja"
+            for name in ("base", "parts", "page", "compare")
+        ),
     } < names
     assert not [name for name in names if name.startswith(("tests", "docs", "configs"))]
 

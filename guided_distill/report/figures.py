@@ -1,34 +1,21 @@
-"""Pictures of a run: curves by matplotlib, grids of samples by Pillow."""
+"""Figures of a run, and of several."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from PIL import Image
 
-from guided_distill.data.pixels import to_uint8
-from guided_distill.evaluation.results import Result, metric_name
+from guided_distill.evaluation.results import (
+    Result,
+    at_weights,
+    metric_name,
+    shared_weights,
+)
 from guided_distill.evaluation.round_trip import RoundTrip
-
-GAP = 8
-"""Pixels between the images of a grid."""
-
-
-def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
-    """Images [n, H, W, C] in [-1, 1], row by row, each pixel drawn as scale x scale."""
-    pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, channels = pixels.shape
-    rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8
-    )
-    for index, image in enumerate(pixels):
-        top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
-        canvas[top : top + height, left : left + width] = image
-    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+from guided_distill.pictures import image_grid
 
 
 def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
@@ -42,15 +29,6 @@ def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         axes.text(-0.01, 0.5, name, ha="right", va="center", transform=axes.transAxes)
-    return figure
-
-
-def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
-    """Points [n, 2] in the plane, coloured by label [n]."""
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(points[:, 0], points[:, 1], c=labels, s=6, cmap="tab10")
-    axes.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
     return figure
 
 
@@ -68,63 +46,112 @@ def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str],
     }
 
 
+def words_of_weights(weights: Collection[float]) -> str:
+    """What figures say of the w that they are means over; of none, that each point has its own."""
+    listed = ", ".join(f"{w:g}" for w in sorted(weights))
+    if not weights:
+        return "mean over the w that were measured"
+    return f"at w = {listed}" if len(weights) == 1 else f"mean over w = {listed}"
+
+
+WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
 _STYLES = {"teacher": "s--", "guidance": "D", "halving": "o-"}
-_WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
 _FAITHFULNESS = ("accuracy", "alignment", "inception_score")
+_PANEL = (5.0, 4.3)
+
+
+def told_faithfulness(results: Sequence[Result]) -> str | None:
+    """The column that tells best how faithful samples are to their condition, of those that tell it."""
+    told = (
+        name
+        for name in _FAITHFULNESS
+        if any(getattr(each, name) is not None for each in results if each.stage != "real")
+    )
+    return next(told, None)
 
 
 def quality_figure(results: Sequence[Result]) -> Figure:
-    """Distance, and faithfulness to the condition, against steps, averaged over w; real images dotted.
-
-    Results are of one extractor. Faithfulness is the first of _FAITHFULNESS that it tells.
-    """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    extractor = results[0].extractor
-    told = [
-        name for name in _FAITHFULNESS if any(getattr(each, name) is not None for each in results)
-    ]
-    columns = {"fd": f"{metric_name('fd', extractor)} (lower is better)"}
-    columns |= {name: metric_name(name, extractor) for name in told[:1]}
+    """Distance, and faithfulness to the condition, against steps, a panel each; see `panel_figure`."""
+    columns = ["fd", *filter(None, [told_faithfulness(results)])]
+    figure = Figure(figsize=(_PANEL[0] * len(columns), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axes, (column, words) in zip(panels, columns.items(), strict=True):
-        curves = mean_over_w(results, column)
-        for (stage, sampler), curve in curves.items():
-            label = f"{_WORDS[stage]}, {sampler}"
-            axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
-        for result in results:
-            if result.stage == "real" and getattr(result, column) is not None:
-                axes.axhline(getattr(result, column), color="gray", ls=":", label="real images")
-        step_axis(axes, {n for curve in curves.values() for n in curve})
-        axes.set_ylabel(f"{words}, mean over w")
-        axes.grid(alpha=0.3)
-    plain_log_axis(figure.axes[0])
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for axes, column in zip(panels, columns, strict=True):
+        _draw_panel(axes, results, column, against="num_steps")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def panel_figure(results: Sequence[Result], column: str, *, against: str = "num_steps") -> Figure:
+    """A column against num_steps or seconds_per_sample, a curve for each sampler; real images dotted.
+
+    Results are of one extractor. The means are over the w that everything was measured at.
+    """
+    figure = Figure(figsize=_PANEL, layout="constrained")
+    axes = figure.subplots()
+    _draw_panel(axes, results, column, against=against)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
+    return figure
+
+
+def _draw_panel(axes: Axes, results: Sequence[Result], column: str, *, against: str) -> None:
+    weights = shared_weights(results)
+    results = at_weights(results, weights)
+    curves = mean_over_w(results, column)
+    places = mean_over_w(results, against)
+    for (stage, sampler), curve in curves.items():
+        x, y = list(places[stage, sampler].values()), list(curve.values())
+        axes.plot(x, y, _STYLES[stage], label=f"{WORDS[stage]}, {sampler}")
+        for n, place in zip(curve, zip(x, y, strict=True), strict=True):
+            if against != "num_steps" and np.isfinite(place).all():
+                axes.annotate(str(n), place, (4, 4), textcoords="offset points", fontsize=8)
+    real = [getattr(each, column) for each in results if each.stage == "real"]
+    for value in filter(None, real[:1]):
+        axes.axhline(value, color="gray", ls=":", label="real images")
+    if against == "num_steps":
+        step_axis(axes, {n for curve in curves.values() for n in curve})
+    else:
+        axes.set_xscale("log")
+        axes.margins(x=0.1)
+        axes.set_xlabel("seconds a sample; numbers at points are sampling steps")
+    better = " (lower is better)" if column == "fd" else ""
+    axes.set_ylabel(
+        f"{metric_name(column, results[0].extractor)}{better}\n{words_of_weights(weights)}"
+    )
+    axes.grid(alpha=0.3)
+    if column == "fd":
+        plain_log_axis(axes)
 
 
 def weight_figure(results: Sequence[Result]) -> Figure:
     """Distance against steps at every w, a small panel each. Results are of one extractor."""
     weights = sorted({result.w for result in results if result.w is not None})
-    figure = Figure(figsize=(2.6 * len(weights), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+    columns = min(2, len(weights))
+    rows = -(-len(weights) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.7 + 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = grid.ravel()
     names = list(mean_over_w(results, "fd"))
     steps = {result.num_steps for result in results if result.num_steps is not None}
-    for axes, w in zip(panels, weights, strict=True):
+    for axes, w in zip(panels, weights, strict=False):
         curves = mean_over_w([result for result in results if result.w == w], "fd")
         # A curve that isn't there has its place in the legend, and every curve its own colour.
         for stage, sampler in names:
             curve = curves.get((stage, sampler), {})
-            label = f"{_WORDS[stage]}, {sampler}"
+            label = f"{WORDS[stage]}, {sampler}"
             axes.plot(list(curve), list(curve.values()), _STYLES[stage], label=label)
         step_axis(axes, steps)
         axes.tick_params(labelsize=7)
         axes.set_title(f"w = {w:g}", fontsize=9)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"{metric_name('fd', results[0].extractor)} (lower is better)")
+        axes.label_outer()
+    for axes in panels[len(weights) :]:
+        axes.set_axis_off()
+    figure.supylabel(f"{metric_name('fd', results[0].extractor)} (lower is better)", fontsize=10)
     plain_log_axis(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
     return figure
 
 
@@ -134,7 +161,7 @@ def round_trip_figure(rows: Sequence[RoundTrip]) -> Figure:
     for row in rows:
         by_students = row.encoder != row.decoder
         curves[by_students].setdefault(row.num_steps, []).append(row.rms_error)
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = Figure(figsize=_PANEL, layout="constrained")
     axes = figure.subplots()
     for by_students, curve in curves.items():
         steps = sorted(curve)
@@ -167,9 +194,9 @@ def plain_log_axis(axes: Axes) -> None:
 
 def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """The loss of every stage against its updates, one small panel each."""
-    columns = 4
+    columns = min(3, len(logs))
     rows = -(-len(logs) // columns)
-    figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, log) in zip(panels, logs.items(), strict=False):
         losses = [row["loss"] for row in log]

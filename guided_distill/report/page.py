@@ -1,47 +1,43 @@
 """One self-contained page that shows a run: `report.html`."""
 
-import base64
-import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
-import jinja2
-import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
-from PIL import Image
 
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import (
     COLUMNS,
     Result,
+    at_weights,
     comparable,
     metric_name,
     read_results,
     read_rows,
+    shared_weights,
 )
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pipeline import read_config
 from guided_distill.report.figures import (
-    image_grid,
     loss_figure,
     mean_over_w,
-    point_plot,
-    quality_figure,
+    panel_figure,
     round_trip_figure,
+    told_faithfulness,
     weight_figure,
+    words_of_weights,
 )
+from guided_distill.report.grids import FEW_STEPS, frames, middle_weight, paths, rounds
+from guided_distill.report.html import cell, data_url, render
+from guided_distill.report.shortfalls import shortfalls
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
 from guided_distill.training.metrics import read_metrics
 
-PIXELS = 8
-"""How large a sample's pixel is drawn."""
-
-ROW_IMAGES = 10
-FEW_STEPS = 4
+Logs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def write_report(workdir: epath.Path) -> epath.Path:
@@ -62,145 +58,134 @@ def write_report(workdir: epath.Path) -> epath.Path:
         if (log := read_metrics(workdir / stage.name))
     }
     round_trips = read_rows(workdir / "round_trip.csv", RoundTrip)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guided_distill.report", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("page.html.jinja").render(
+    middle = middle_weight(shown)
+    path_weight, steps = paths(workdir, shown)
+    across = frames({"": (workdir, shown)})
+    page = render(
+        "page.html.jinja",
         title=f"guided_distill: {experiment.data.name}",
         headline=headline(shown),
+        tiles=tiles(shown),
+        shortfalls=shortfalls(workdir, experiment, shown, logs),
+        weights=words_of_weights(shared_weights(shown)),
+        timed=timed(shown),
+        panels=_panels(shown),
+        by_weight=None if middle is None else data_url(weight_figure(shown)),
+        rounds=rounds(workdir, shown),
+        middle=cell(middle),
+        frames=across,
+        start=(len(across) - 1) // 2,
+        paths=steps,
+        path_weight=cell(path_weight),
+        round_trips=data_url(round_trip_figure(round_trips)) if round_trips else None,
         config=experiment,
         config_text=json.dumps(asdict(experiment), indent=2),
         stages=_stages(experiment, logs),
-        quality=_figure_url(quality_figure(shown)),
-        by_weight=_figure_url(weight_figure(shown)),
-        losses=_figure_url(loss_figure(logs)),
-        grids=_grids(workdir, shown),
-        round_trips=_figure_url(round_trip_figure(round_trips)) if round_trips else None,
+        losses=data_url(loss_figure(logs)) if logs else None,
         columns=COLUMNS,
-        results=[[_cell(value) for value in astuple(result)] for result in results],
+        results=[list(map(cell, astuple(result))) for result in results],
     )
     path = workdir / "report.html"
     write_text(path, page)
     return path
 
 
-def headline(results: list[Result]) -> str:
-    """The run in a sentence: a few-step student beside its teacher at most steps, mean over w.
+def headline(results: Sequence[Result]) -> str:
+    """The run in a sentence: a few-step student beside its teacher at most steps.
 
-    results: those of one extractor (`comparable`).
+    results: those of one extractor (`comparable`). Means are over the w that everything was measured at.
     """
-    distances = mean_over_w(results, "fd")
+    weights = shared_weights(results)
+    distances = mean_over_w(at_weights(results, weights), "fd")
     teacher = distances.get(("teacher", "ddim"), {})
     students = [curve for (stage, _), curve in distances.items() if stage == "halving"]
     if not teacher or not students:
         return "Distances to the training data, and samples, of what was trained so far."
     most = max(teacher)
     best = min(teacher, key=lambda n: teacher[n])
-    few = min(students[0], key=lambda n: abs(n - FEW_STEPS))
+    few = few_steps(students[0])
     at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
     count = next(result.n for result in results if result.stage != "real")
     return (
-        f"The {few}-step student, with {few} network calls a sample: "
+        f"The {few}-step student, with {_calls(results, 'halving', few)} network calls a sample: "
         f"{metric_name('fd', results[0].extractor)} {students[0][few]:.3f}. Its teacher: "
-        f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. Means over the guidance "
-        f"weights, of n = {count} samples each."
+        f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. "
+        f"{_sentence(words_of_weights(weights))}, of n = {count} samples each."
     )
 
 
-def _stages(experiment: Experiment, logs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def few_steps(curve: Mapping[int, Any]) -> int:
+    """The number of steps to speak of, of those that students have."""
+    return min(curve, key=lambda n: (abs(n - FEW_STEPS), n))
+
+
+def tiles(results: Sequence[Result]) -> list[dict[str, str]]:
+    """What distillation bought, in figures: the few-step student's, each beside its teacher's.
+
+    None unless both were measured; of the teacher those at most steps, means as in `headline`.
+    """
+    results = at_weights(results, shared_weights(results))
+    distances = mean_over_w(results, "fd")
+    teacher = distances.get(("teacher", "ddim"), {})
+    students = [name for name in distances if name[0] == "halving"]
+    if not teacher or not students:
+        return []
+    most, few = max(teacher), few_steps(distances[students[0]])
+    seconds = mean_over_w(results, "seconds_per_sample")
+    own, its = distances[students[0]][few], teacher[most]
+    found = [
+        ("Network calls a sample", str(_calls(results, "halving", few)), f"teacher: {2 * most}"),
+        (metric_name("fd", results[0].extractor), f"{own:.4g}", f"teacher: {its:.4g}"),
+    ]
+    if timed(results):
+        own, its = seconds[students[0]][few], seconds["teacher", "ddim"][most]
+        if own > 0 and its > 0:
+            ratio = f"teacher: {_duration(its)}, {its / own:.3g} times as long"
+            found.append(("Time a sample", _duration(own), ratio))
+    return [{"name": name, "value": value, "words": words} for name, value, words in found]
+
+
+def timed(results: Sequence[Result]) -> bool:
+    """Whether it is known how long any sampling took."""
+    return any(result.seconds for result in results)
+
+
+def _calls(results: Sequence[Result], stage: str, num_steps: int) -> int | None:
+    found = (each for each in results if (each.stage, each.num_steps) == (stage, num_steps))
+    return next(found).network_calls
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.2g} ms"
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
+    """The curves: distance and faithfulness against steps, and distance against seconds if known."""
+    if middle_weight(results) is None:
+        return []
+    panels = [("fd", "num_steps", "Distance to the training data against sampling steps")]
+    if timed(results):
+        words = "Distance to the training data against seconds a sample"
+        panels.append(("fd", "seconds_per_sample", words))
+    if column := told_faithfulness(results):
+        words = f"{metric_name(column, results[0].extractor)} against sampling steps"
+        panels.append((column, "num_steps", _sentence(words)))
+    return [
+        {"image": data_url(panel_figure(results, column, against=against)), "alt": words}
+        for column, against, words in panels
+    ]
+
+
+def _stages(experiment: Experiment, logs: Logs) -> list[list[str]]:
+    """Of each stage: its name, updates, batch, and last loss."""
     rows = []
     for stage in all_stages(experiment):
-        last = logs.get(stage.name, [{}])[-1]
-        rows.append(
-            {
-                "name": stage.name,
-                "done": last.get("step", 0),
-                "total": stage.total_steps,
-                "batch": stage.settings.batch_size,
-                "loss": _cell(last.get("loss")),
-            }
-        )
+        last = logs[stage.name][-1] if stage.name in logs else {}
+        updates = f"{last.get('step', 0)} of {stage.total_steps}"
+        batch = str(stage.settings.batch_size)
+        rows.append([stage.name, updates, batch, cell(last.get("loss"))])
     return rows
-
-
-def _grids(workdir: epath.Path, results: list[Result]) -> list[dict[str, Any]]:
-    """Down the rounds at the middle w, and across w for a few-step student and its teacher."""
-    measured = [result for result in results if result.w is not None and result.num_steps]
-    weights = sorted({result.w for result in measured if result.w is not None})
-    if not weights:
-        return []
-    middle = weights[(len(weights) - 1) // 2]
-    rounds = [result for result in measured if result.w == middle and result.stage != "guidance"]
-    rounds.sort(key=lambda result: (result.stage != "teacher", -(result.num_steps or 0)))
-    few = min(
-        (
-            abs((result.num_steps or 0) - FEW_STEPS)
-            for result in rounds
-            if result.stage == "halving"
-        ),
-        default=None,
-    )
-    across = [
-        result
-        for result in measured
-        if result.stage == "halving" and abs((result.num_steps or 0) - FEW_STEPS) == few
-    ]
-    grids = [
-        {
-            "title": "The same seeds down the rounds",
-            "words": f"Guidance weight w = {middle:g}. A column has one seed and one label.",
-            "rows": _rows(workdir, rounds, weights=False),
-        },
-        {
-            "title": "The same seeds across the guidance weight",
-            "words": "A few-step student: one network for every w.",
-            "rows": _rows(workdir, across, weights=True),
-        },
-    ]
-    return [grid for grid in grids if grid["rows"]]
-
-
-def _rows(workdir: epath.Path, results: list[Result], *, weights: bool) -> list[dict[str, str]]:
-    rows = []
-    for result in results:
-        name = f"{result.stage}_{result.sampler}_{result.num_steps}_w{result.w:g}.npz"
-        path = workdir / "samples" / name
-        if path.exists():
-            who = "teacher" if result.stage == "teacher" else "student"
-            steps = f"{who}, {result.num_steps} {'step' if result.num_steps == 1 else 'steps'}"
-            title = f"{steps}, w = {result.w:g}" if weights else f"{steps}, {result.sampler}"
-            rows.append({"title": title, "image": _samples_url(path)})
-    return rows
-
-
-def _samples_url(path: epath.Path) -> str:
-    with path.open("rb") as file, np.load(file) as arrays:
-        samples, labels = arrays["image"], arrays["label"]
-    if samples.ndim == 2:
-        return _figure_url(point_plot(samples, labels))
-    images = samples[:ROW_IMAGES]
-    return _picture_url(image_grid(images, columns=len(images), scale=PIXELS))
-
-
-def _picture_url(picture: Image.Image) -> str:
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    return _url(data.getvalue())
-
-
-def _figure_url(figure: Figure) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return _url(data.getvalue())
-
-
-def _url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -22,7 +22,7 @@ from guided_distill.applications.text_to_image import (
 from guided_distill.data.folder import read_images
 from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
-from guided_distill.report.figures import image_grid
+from guided_distill.pictures import image_grid
 from guided_distill.report.samples import last_finished
 from guided_distill.sampling import given_or_trained
 from guided_distill.training.checkpoints import storage_error

@@ -9,8 +9,8 @@ from etils import epath
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
+from guided_distill.pictures import image_grid, point_plot
 from guided_distill.pipeline import finished_stages, read_config
-from guided_distill.report.figures import image_grid, point_plot
 from guided_distill.sampling import of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import storage_error

@@ -1,26 +1,37 @@
-"""A study's picture: the points of a sweep side by side."""
+"""A figure of several runs: the points of a sweep, or the runs of a comparison."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
-from guided_distill.evaluation.results import Result, metric_name
-from guided_distill.report.figures import mean_over_w, plain_log_axis, step_axis
+from guided_distill.evaluation.results import Result, at_weights, metric_name, shared_weights
+from guided_distill.report.figures import (
+    mean_over_w,
+    plain_log_axis,
+    step_axis,
+    words_of_weights,
+)
+
+_MARKERS = "osD^v<>PX*"
 
 
-def study_figure(results: Mapping[str, Sequence[Result]]) -> bytes:
-    """A PNG: distance against steps, averaged over w, a line for each point's students.
+def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
+    """Distance against steps, a line for each run's students; their own teachers are drawn pale.
 
-    results: rows by the point's name. The points' own teachers are drawn, pale, where they were measured.
+    results: rows by the run's name, of one extractor and number of samples. The means are over the w that
+    everything was measured at.
     """
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    weights = shared_by_all(results)
+    figure = Figure(figsize=(6.5, 4.2 + 0.2 * len(results)), layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.colormaps["viridis"].resampled(max(2, len(results)))
+    # The map's far end is too bright for lines on white.
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(results)))
     steps: set[int] = set()
     for index, (name, rows) in enumerate(results.items()):
-        for (stage, sampler), curve in mean_over_w(rows, "fd").items():
+        marker = _MARKERS[index % len(_MARKERS)]
+        for (stage, sampler), curve in mean_over_w(at_weights(rows, weights), "fd").items():
             if stage == "guidance":
                 continue
             steps |= curve.keys()
@@ -28,17 +39,25 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> bytes:
             axes.plot(
                 list(curve),
                 list(curve.values()),
-                "o-" if student else "s:",
-                color=colours(index),
+                f"{marker}-" if student else f"{marker}:",
+                color=colours[index],
                 alpha=1.0 if student else 0.3,
                 label=f"{name}, {sampler}" if student else None,
             )
     step_axis(axes, steps)
     extractor = next(iter(results.values()))[0].extractor
-    axes.set_ylabel(f"{metric_name('fd', extractor)}, mean over w (lower is better)")
+    axes.set_ylabel(
+        f"{metric_name('fd', extractor)} (lower is better)\n{words_of_weights(weights)}"
+    )
     axes.grid(alpha=0.3)
     plain_log_axis(axes)
-    figure.legend(loc="outside right upper", fontsize=8)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    return drawn.getvalue()
+    if axes.get_legend_handles_labels()[0]:
+        title = "students; pale: their teachers"
+        figure.legend(loc="outside lower left", fontsize=8, title=title)
+    return figure
+
+
+def shared_by_all(results: Mapping[str, Sequence[Result]]) -> set[float]:
+    """Those w that everything of every run was measured at."""
+    each = [shared_weights(rows) for rows in results.values()]
+    return set.intersection(*each) if each else set()

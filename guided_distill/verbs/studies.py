@@ -1,4 +1,4 @@
-"""The verb of many runs: sweep."""
+"""The verbs of many runs: sweep, compare."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds it to the parser's verbs."""
+    """Adds them to the parser's verbs."""
     sweep = command(
         verbs,
         "sweep",
@@ -40,9 +40,25 @@ def add_verbs(verbs: Any) -> None:
     )
     sweep.add_argument("--cache", **CACHE)
 
+    compare = command(
+        verbs,
+        "compare",
+        _compare,
+        "write one page that puts runs side by side",
+        "guided-distill compare runs/range/* --out compare.html",
+    )
+    compare.add_argument("runs", nargs="+", type=epath.Path, metavar="RUN", help="a run's folder")
+    compare.add_argument(
+        "--out",
+        type=epath.Path,
+        default=epath.Path("compare.html"),
+        help="the page's file (default: %(default)s)",
+    )
+
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config
+    from guided_distill.pictures import png
     from guided_distill.report.studies import study_figure
     from guided_distill.study import Run, measured, run_study, write_table
     from guided_distill.sweeps import name_of, with_overrides
@@ -66,11 +82,17 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     results = measured(runs, folder)
     write_table(folder / "sweep.csv", runs, results)
     if results:
-        write_bytes(folder / "sweep.png", study_figure(results))
+        write_bytes(folder / "sweep.png", png(study_figure(results), dpi=150))
     print(folder / "sweep.csv")
     if failed:
         told = "; ".join(f"{name} ({why})" for name, why in failed.items())
         raise UserError(f"{len(failed)} of {len(runs[index::count])} points failed: {told}")
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.report.compare import write_comparison
+
+    print(write_comparison(options.runs, options.out))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,0 +1,35 @@
+"""What pages are made of: templates, and pictures and numbers as HTML takes them."""
+
+import base64
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+from PIL import Image
+
+from guided_distill.pictures import png
+
+DPI = 150
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a page; its values are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("guided_distill.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def data_url(picture: Image.Image | Figure) -> str:
+    """The picture itself as an address, so that a page is one file."""
+    return f"data:image/png;base64,{base64.b64encode(png(picture, dpi=DPI)).decode()}"
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it; None is empty."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

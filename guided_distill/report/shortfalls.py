@@ -1,0 +1,72 @@
+"""What failed in a run, or isn't there: for its page to say."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from guided_distill.config import Experiment
+from guided_distill.evaluation.results import Result
+from guided_distill.evaluation.tasks import Request, tasks_of
+from guided_distill.report.figures import WORDS
+from guided_distill.stages import Stage, all_stages
+from guided_distill.training.checkpoints import latest_step
+
+
+def shortfalls(
+    workdir: epath.Path,
+    experiment: Experiment,
+    results: Sequence[Result],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[str]:
+    """A sentence for each: updates skipped, stages unfinished, rows of finished ones not measured.
+
+    results: those that the page shows. logs: rows of metrics by the stage's name.
+    """
+    stages = _expected(workdir, experiment)
+    done = {stage.name: latest_step(workdir / stage.name) for stage in stages}
+    lines = [*_skipped(stages, logs)]
+    for stage in stages:
+        step = done[stage.name]
+        if step not in (None, stage.total_steps):
+            lines.append(f"{stage.name} is not finished: {step} of {stage.total_steps} updates.")
+    if absent := [name for name, step in done.items() if step is None]:
+        lines.append(f"Not trained in this folder: {', '.join(absent)}.")
+    finished = {stage.name for stage in stages if done[stage.name] == stage.total_steps}
+    return [*lines, *_unmeasured(workdir, experiment, results, finished)]
+
+
+def _expected(workdir: epath.Path, experiment: Experiment) -> list[Stage]:
+    """The stages that the config asks for; of a run that starts from another's, those after it."""
+    stages = [stage for stage in all_stages(experiment) if experiment.stage in ("all", stage.kind)]
+    if experiment.start_from:
+        begun = [index for index, each in enumerate(stages) if (workdir / each.name).exists()]
+        stages = stages[min(begun, default=0) :]
+    return stages
+
+
+def _skipped(
+    stages: Sequence[Stage], logs: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Iterator[str]:
+    for stage in stages:
+        last = logs[stage.name][-1] if logs.get(stage.name) else {}
+        if skipped := last.get("skipped", 0):
+            yield (
+                f"{stage.name} skipped {skipped} of its first {last['step']} updates, whose loss or "
+                f"gradient was not finite."
+            )
+
+
+def _unmeasured(
+    workdir: epath.Path, experiment: Experiment, results: Sequence[Result], finished: set[str]
+) -> Iterator[str]:
+    if not finished:
+        return
+    measured = {(each.stage, each.sampler, each.num_steps, each.w) for each in results}
+    missing: dict[str, list[str]] = {}
+    for task in tasks_of(experiment, experiment.evaluation, Request(), workdir):
+        if task.stage.name in finished and tuple(task.row) not in measured:
+            name = f"{WORDS[task.stage.kind]}, {task.num_steps} steps ({task.sampler})"
+            missing.setdefault(name, []).append(f"{task.w:g}")
+    for name, weights in missing.items():
+        yield f"Not measured, though the config asks for it: {name} at w = {', '.join(weights)}."
