@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -60,7 +61,10 @@ def logged(workdir):
     return found
 
 
-def test_a_row_is_written_once_with_its_measures_and_samples(workdir):
+def test_a_row_is_written_once_with_its_measures_and_samples(workdir, monkeypatch):
+    # Files of one second have one name.
+    clock = itertools.count(1_000_000_000).__next__
+    monkeypatch.setattr("guided_distill.training.metrics.time.time", clock)
     for results in ([REAL], [REAL, STUDENT], [REAL, STUDENT]):
         log_rows(workdir, results)
     assert logged(workdir) == {
