@@ -1,13 +1,12 @@
 """Both pages as a browser shows them: from disk, with no network, on a phone, by keyboard."""
 
 import pytest
+from browser import opened_page, serious_findings
 from etils import epath
 from run_folder import WEIGHTS, make_run, rows_of
 
 from guided_distill.report.compare import write_comparison
 from guided_distill.report.page import write_report
-
-browser = pytest.importorskip("browser", reason="tests/browser.py isn't there")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def addresses(tmp_path_factory):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_fit_their_screen_and_axe_finds_nothing_serious(addresses, scheme, width):
     screen = {"width": width, "height": 844}
-    with browser.opened_page(color_scheme=scheme, viewport=screen, offline=True) as page:
+    with opened_page(color_scheme=scheme, viewport=screen, offline=True) as page:
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         for address in addresses:
@@ -31,12 +30,12 @@ def test_pages_fit_their_screen_and_axe_finds_nothing_serious(addresses, scheme,
             sizes = "[document.documentElement.scrollWidth, window.innerWidth]"
             wide, window = page.evaluate(sizes)
             assert wide <= window
-            assert browser.serious_findings(page) == []
+            assert serious_findings(page) == []
         assert errors == []
 
 
 def test_the_slider_goes_by_keyboard_and_says_where_it_is(addresses):
-    with browser.opened_page(offline=True) as page:
+    with opened_page(offline=True) as page:
         for address in addresses:
             page.goto(address)
             knob = page.get_by_label("Guidance weight w")
@@ -51,7 +50,7 @@ def test_the_slider_goes_by_keyboard_and_says_where_it_is(addresses):
 
 
 def test_without_script_every_grid_is_there(addresses):
-    with browser.opened_page(java_script_enabled=False) as page:
+    with opened_page(java_script_enabled=False) as page:
         for address in addresses:
             page.goto(address)
             assert page.locator("[data-frame]:visible").count() == len(WEIGHTS)
