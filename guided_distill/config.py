@@ -27,6 +27,7 @@ AUTOENCODER = "autoencoder"
 METHODS = ("guided", "naive", "two_student")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+W_EMBEDDINGS = ("fourier", "scalar")
 EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH", "clip:PATH")
 
 
@@ -119,6 +120,8 @@ class Teacher(Optimization):
 class Guidance(Optimization):
     """Stage one. The w range is the student's for good: the later rounds and samplers keep to it.
 
+    w_embedding, the student's for good too: how the network is told w, "fourier" as it is told time (the
+    paper's way, and the one that diffusers knows), or "scalar" as the number itself.
     clipped, here and in Halving: distill the teacher as samplers of images use it, with its x held to
     [-1, 1]; not in the papers.
     """
@@ -127,6 +130,7 @@ class Guidance(Optimization):
     clipped: bool = False
     w_min: float = 0.0
     w_max: float = 4.0
+    w_embedding: str = _one_of(*W_EMBEDDINGS)
 
 
 @dataclass(frozen=True)

@@ -332,6 +332,8 @@ class Pipeline:
         if about.w_min is not None:
             here = (ours.guidance.w_min, ours.guidance.w_max)
             same["w range"] = ((about.w_min, about.w_max), here)
+            theirs = about.experiment.guidance.w_embedding
+            same["w_embedding"] = (theirs, ours.guidance.w_embedding)
         if about.stage == "halving":
             first = chain[-1].sampler, 2 * ours.halving.first_num_steps
             same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from guided_distill.config import W_EMBEDDINGS
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.errors import UserError
 from guided_distill.objectives.weighting import WEIGHTINGS
@@ -76,6 +77,11 @@ def guidance_range(config: ConfigDict) -> list[Point]:
     return product(ranges, values("evaluation.weights", [(1.0,)]))
 
 
+def w_embedding(config: ConfigDict) -> list[Point]:
+    """How the student is told w; the paper's way is a Fourier embedding, like time's."""
+    return values("guidance.w_embedding", W_EMBEDDINGS)
+
+
 def loss_weighting(config: ConfigDict) -> list[Point]:
     """How stage one and stage two weigh errors at different noise levels."""
     return values("guidance.weighting", WEIGHTINGS) + values("halving.weighting", WEIGHTINGS)
@@ -112,6 +118,7 @@ def ablations(config: ConfigDict) -> list[Point]:
 
 _SINGLE: tuple[Sweep, ...] = (
     guidance_range,
+    w_embedding,
     loss_weighting,
     prediction_type,
     updates_per_round,

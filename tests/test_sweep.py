@@ -27,7 +27,7 @@ def get_config(variant=""):
 def ends(config):
     samplers = values("halving.samplers", [("ddim",), ("stochastic",)])
     absent = values("data.name", ["npz:missing.npz"])
-    return absent + zipped(samplers, values("halving.steps", [2, 3]))
+    return absent + zipped(samplers, values("guidance.w_embedding", ["fourier", "scalar"]))
 
 def twice(config):
     return values("halving.steps", [2, 2])
@@ -93,8 +93,8 @@ def checkpoints(workdir):
 def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, capsys):
     assert sweep(sweeps, "ends", tmp_path, "--shard", "1/3") == 0
     ddim, stochastic = (
-        f"halving.samplers={name},halving.steps={steps}"
-        for name, steps in (("ddim", 2), ("stochastic", 3))
+        f"halving.samplers={name},guidance.w_embedding={embedding}"
+        for name, embedding in (("ddim", "fourier"), ("stochastic", "scalar"))
     )
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [ddim]
     alone = checkpoints(tmp_path)
@@ -112,8 +112,9 @@ def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, cap
     assert checkpoints(tmp_path) == both
     with open(tmp_path / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
-    students = {(row["point"], row["halving.steps"]) for row in rows if row["stage"] == "halving"}
-    assert students == {(ddim, "2"), (stochastic, "3")}
+    halving = [row for row in rows if row["stage"] == "halving"]
+    students = {(row["point"], row["guidance.w_embedding"]) for row in halving}
+    assert students == {(ddim, "fourier"), (stochastic, "scalar")}
     assert all(float(row["fd"]) > 0 for row in rows)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

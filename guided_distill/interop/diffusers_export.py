@@ -84,6 +84,12 @@ def check_exportable(about: Description, stage: str) -> None:
             f"{stage} is a DiT that takes the guidance weight, which no class of diffusers does: use "
             f"--format checkpoint"
         )
+    embedding = about.experiment.guidance.w_embedding
+    if about.w_min is not None and embedding != "fourier":
+        raise UserError(
+            f"config.guidance.w_embedding is {embedding}, but the U-Net of diffusers takes a Fourier "
+            f"embedding of the guidance weight: use --format checkpoint"
+        )
     if about.sampler == ENCODE:
         raise UserError(
             f"{stage} encodes images to noise, which no pipeline of diffusers does: choose a stage of "

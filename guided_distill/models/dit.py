@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import SinusoidMLP
+from guided_distill.models.embeddings import W_FEATURES, EmbeddingMLP
 from guided_distill.models.patches import from_patches
 from guided_distill.models.remat import rematerialized
 from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
@@ -137,9 +137,9 @@ class DiT(nn.Module):
 
     Fields have diffusers' names, but for attention_head_dim: it is the width of one head here as there.
     learned_sigma: whether the weights answer the variance too, as the published ones do; the network
-    then keeps them and leaves their half of the answer out. The embedding of w, a perceptron of a
-    sinusoid, is not diffusers'; it is added to every block's embedding of time and starts at zero.
-    remat: one of models/remat.py's KINDS.
+    then keeps them and leaves their half of the answer out. The embedding of w, a perceptron of
+    W_FEATURES[w_embedding], is not diffusers'; it is added to every block's embedding of time and starts
+    at zero. remat: one of models/remat.py's KINDS.
     """
 
     takes_timesteps: ClassVar[bool] = True
@@ -152,6 +152,7 @@ class DiT(nn.Module):
     patch_size: int = 2
     learned_sigma: bool = True
     w_conditioned: bool = False
+    w_embedding: str = "fourier"
     w_embedding_width: int = 256
     num_outputs: int = 1
     dropout: float = 0.0
@@ -176,14 +177,8 @@ class DiT(nn.Module):
         check_w(w, w_conditioned=self.w_conditioned)
         width = self.num_attention_heads * self.attention_head_dim
         if w is not None:
-            w = SinusoidMLP(
-                width,
-                self.w_embedding_width,
-                scale=1000.0,
-                zero_output=True,
-                dtype=self.dtype,
-                name="w",
-            )(w)
+            features = W_FEATURES[self.w_embedding](w, self.w_embedding_width, scale=1000.0)
+            w = EmbeddingMLP(width, zero_output=True, dtype=self.dtype, name="w")(features)
         embedded_time = time_sinusoid(time, _TIME_WIDTH, frequency_shift=1)
         tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="pos_embed")(z)
         block = rematerialized(DiTBlock, self.remat)

@@ -1,6 +1,7 @@
 """Embeddings of time, class and guidance weight, summed to one vector that conditions a network."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -25,27 +26,32 @@ def sinusoid(value: jax.Array, width: int, *, scale: float, max_period: float = 
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-class SinusoidMLP(nn.Module):
-    """A number embedded as sinusoid [sinusoid_width] -> Dense -> swish -> Dense."""
+W_FEATURES: dict[str, Callable[..., jax.Array]] = {
+    "fourier": sinusoid,
+    "scalar": lambda w, width, *, scale: w[:, None],
+}
+"""How a network sees w before its layers: as it sees time (Meng et al. 2023), or as the number itself."""
+
+
+class EmbeddingMLP(nn.Module):
+    """Dense -> swish -> Dense."""
 
     width: int
-    sinusoid_width: int
-    scale: float
     zero_output: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, value: jax.Array) -> jax.Array:
-        """[B] -> [B, width]."""
-        hidden = sinusoid(value, self.sinusoid_width, scale=self.scale)
-        hidden = nn.swish(nn.Dense(self.width, dtype=self.dtype, name="hidden")(hidden))
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[B, D] -> [B, width]."""
+        hidden = nn.swish(nn.Dense(self.width, dtype=self.dtype, name="hidden")(features))
         init = nn.initializers.zeros if self.zero_output else nn.linear.default_kernel_init
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="output")(hidden)
 
 
 class Conditioning(nn.Module):
-    """Time, class and (where w_conditioned) guidance weight, embedded alike and added.
+    """Time, class and (where w_conditioned) guidance weight, embedded and added.
 
+    w_embedding: a name of W_FEATURES; by "fourier", w is embedded as time is.
     The projection of w starts at zero, so that a student begins as its teacher at every w
     (Meng et al. 2023, section 3.1: w enters as the time step does).
     """
@@ -54,6 +60,7 @@ class Conditioning(nn.Module):
     num_classes: int
     w_conditioned: bool
     sinusoid_width: int
+    w_embedding: str
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -65,13 +72,13 @@ class Conditioning(nn.Module):
         """
         if self.w_conditioned != (w is not None):
             raise ValueError(f"w_conditioned is {self.w_conditioned}, but w is {w}")
-        sinusoid_mlp = functools.partial(
-            SinusoidMLP, self.width, self.sinusoid_width, dtype=self.dtype
-        )
-        embedding = sinusoid_mlp(scale=1000.0, name="time")(inverse_cosine_time(log_snr))
+        mlp = functools.partial(EmbeddingMLP, self.width, dtype=self.dtype)
+        time = sinusoid(inverse_cosine_time(log_snr), self.sinusoid_width, scale=1000.0)
+        embedding = mlp(name="time")(time)
         embedding += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label")(
             label
         )
         if w is not None:
-            embedding += sinusoid_mlp(scale=1000.0 / 16.0, zero_output=True, name="w")(w)
+            features = W_FEATURES[self.w_embedding](w, self.sinusoid_width, scale=1000.0 / 16.0)
+            embedding += mlp(zero_output=True, name="w")(features)
         return embedding

@@ -22,6 +22,7 @@ class MLP(nn.Module):
     embedding_width: int
     num_classes: int
     w_conditioned: bool = False
+    w_embedding: str = "fourier"
     num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -43,6 +44,7 @@ class MLP(nn.Module):
                 self.num_classes,
                 self.w_conditioned,
                 sinusoid_width=self.embedding_width,
+                w_embedding=self.w_embedding,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)

@@ -38,6 +38,7 @@ LABEL: tuple[tuple[str, tuple[int, ...]], ...] = (("label", ()),)
 _NOT_OPTIONS = (
     "num_classes",
     "w_conditioned",
+    "w_embedding",
     "num_outputs",
     "dropout",
     "dtype",
@@ -71,8 +72,8 @@ class Network:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its weights are made for, by name: two networks alike in this can share them."""
-        how = ("w_conditioned", "dropout", "dtype", "remat", "parent", "name")
+        """What its weights are made for, by name: two networks alike in this can share all but w's."""
+        how = ("w_conditioned", "w_embedding", "dropout", "dtype", "remat", "parent", "name")
         fields = [each.name for each in dataclasses.fields(self.module) if each.name not in how]
         return {
             "network": type(self.module).__name__,
@@ -141,9 +142,10 @@ class Network:
             predict, guided=self.w_conditioned, null=None if self.w_conditioned else null
         )
 
-    def told_w(self) -> "Network":
-        """The same network with the guidance weight as one more input."""
-        return replace(self, module=self.module.clone(w_conditioned=True), w_conditioned=True)
+    def told_w(self, embedding: str = "fourier") -> "Network":
+        """The same network with the guidance weight as one more input, by a name of W_FEATURES."""
+        module = self.module.clone(w_conditioned=True, w_embedding=embedding)
+        return replace(self, module=module, w_conditioned=True)
 
     def with_dropout(self, rate: float) -> "Network":
         """The same network, dropping out at `rate` where it is given a dropout key."""

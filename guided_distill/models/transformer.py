@@ -63,6 +63,7 @@ class PatchTransformer(nn.Module):
     num_classes: int
     mlp_ratio: int = 4
     w_conditioned: bool = False
+    w_embedding: str = "fourier"
     num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -87,6 +88,7 @@ class PatchTransformer(nn.Module):
                 self.num_classes,
                 self.w_conditioned,
                 sinusoid_width=self.embedding_width,
+                w_embedding=self.w_embedding,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)

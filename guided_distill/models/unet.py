@@ -105,6 +105,7 @@ class UNet(nn.Module):
     patch_size: int = 1
     remat: str = "none"
     w_conditioned: bool = False
+    w_embedding: str = "fourier"
     num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -133,6 +134,7 @@ class UNet(nn.Module):
                 self.num_classes,
                 self.w_conditioned,
                 sinusoid_width=self.width,
+                w_embedding=self.w_embedding,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)

@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 def student_of(experiment: Experiment, outline: Outline) -> Network:
     """The network of stage one and of the halving rounds."""
-    return _teacher_of(experiment, outline).told_w()
+    return _teacher_of(experiment, outline).told_w(experiment.guidance.w_embedding)
 
 
 def networks_of(experiment: Experiment, outline: Outline, stage: Stage) -> tuple[Network, Network]:

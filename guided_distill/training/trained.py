@@ -57,7 +57,9 @@ class Description:
             condition_shapes=self.condition_shapes,
             latent=self.latent,
         )
-        return network if self.w_min is None else network.told_w()
+        if self.w_min is None:
+            return network
+        return network.told_w(self.experiment.guidance.w_embedding)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_json` is its inverse."""

@@ -14,6 +14,7 @@ import tiny
 from etils import epath
 
 from guided_distill import cli
+from guided_distill.config import Guidance
 from guided_distill.errors import UserError
 from guided_distill.interop.diffusers_export import check_exportable
 from guided_distill.layouts.diffusers_folder import WEIGHTS
@@ -178,10 +179,13 @@ def test_a_dit_goes_in_and_out(tmp_path, assert_same_weights):
         ({}, {"schedule": "cosine"}, r"config\.model\.schedule"),
         ({}, {"name": "unet"}, r"config\.model\.name"),
         ({"w_min": 0.0}, {"name": "dit"}, "no class of diffusers"),
+        ({"w_min": 0.0}, {}, r"config\.guidance\.w_embedding is scalar"),
     ],
 )
 def test_stages_without_a_place_are_refused(run, changes, model, words):
     about = load_finished(run / "teacher").description
+    experiment = replace(about.experiment, guidance=Guidance(w_embedding="scalar"))
+    about = replace(about, experiment=experiment)
     check_exportable(about, "S")
     experiment = replace(about.experiment, model=replace(about.model, **model))
     with pytest.raises(UserError, match=words):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from guided_distill.config import W_EMBEDDINGS
 from guided_distill.errors import UserError
+from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.registry import build_network, student_params
 
@@ -119,6 +121,26 @@ def test_output_depends_on_every_input(name):
     ):
         moved = predict(student, params, *changed).eps - base
         assert np.abs(moved).reshape(4, -1).max(axis=1).min() > 1e-5
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_scalar_w_enters_as_the_number_itself(name):
+    student = make(name).told_w("scalar")
+    params = flatten_dict(random_params(student))
+    entry = W_PROJECTION.get(name, ("conditioning", "w", "output", "kernel"))
+    entry = tuple("hidden" if part == "output" else part for part in entry)
+    w = jnp.array([0.5, 1.0, 2.5, 4.0])
+    base = predict(student, unflatten_dict(params), *inputs(), w).x
+    doubled = predict(student, unflatten_dict(params), *inputs(), 2 * w).x
+    params[entry] /= 2
+    np.testing.assert_allclose(
+        predict(student, unflatten_dict(params), *inputs(), 2 * w).x, base, atol=1e-5
+    )
+    assert np.abs(doubled - base).reshape(4, -1).max(axis=1).min() > 1e-3
+
+
+def test_every_embedding_of_w_that_a_config_names_exists():
+    assert tuple(W_FEATURES) == W_EMBEDDINGS
 
 
 @pytest.mark.parametrize("name", OPTIONS)

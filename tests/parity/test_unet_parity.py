@@ -53,7 +53,9 @@ def test_attention_block(golden):
 
 
 def test_conditioning(golden):
-    module = Conditioning(cases.EMBEDDING, cases.CLASSES, True, sinusoid_width=cases.WIDTH)
+    module = Conditioning(
+        cases.EMBEDDING, cases.CLASSES, True, sinusoid_width=cases.WIDTH, w_embedding="fourier"
+    )
     found = output(module, "conditioning", log_snr(), cases.LABEL, cases.W)
     assert_meets(found, golden["conditioning"])
 

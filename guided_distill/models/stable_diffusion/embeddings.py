@@ -32,7 +32,7 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, time: jax.Array, w: jax.Array | None = None) -> jax.Array:
-        """time [B, D] and w [B, E], embedded as sinusoids -> [B, width]."""
+        """time [B, D] and w [B, E], as sinusoids or as W_FEATURES has it -> [B, width]."""
         if w is not None:
             time += nn.Dense(
                 time.shape[-1],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import sinusoid
+from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.models.remat import rematerialized
 from guided_distill.models.stable_diffusion.attention import SpatialTransformer
 from guided_distill.models.stable_diffusion.blocks import (
@@ -33,7 +33,8 @@ class UNet2DCondition(nn.Module):
     cross_attention_levels: indices into block_out_channels, from full resolution down; the middle
     always attends. num_attention_heads: at each level (diffusers writes it as attention_head_dim).
     A label becomes a context of length one and width cross_attention_dim; label num_classes is the null
-    label. w_embedding_width: diffusers' time_cond_proj_dim. remat: one of models/remat.py's KINDS.
+    label. w_embedding: "fourier" is diffusers'; w_embedding_width is its time_cond_proj_dim. remat: one
+    of models/remat.py's KINDS.
     """
 
     takes_timesteps: ClassVar[bool] = True
@@ -48,6 +49,7 @@ class UNet2DCondition(nn.Module):
     norm_num_groups: int = 32
     num_classes: int = 0
     w_conditioned: bool = False
+    w_embedding: str = "fourier"
     w_embedding_width: int = 256
     num_outputs: int = 1
     dropout: float = 0.0
@@ -145,7 +147,8 @@ class UNet2DCondition(nn.Module):
         """[B, 4 block_out_channels[0]], as every residual block adds it."""
         width = self.block_out_channels[0]
         if w is not None:
-            w = sinusoid(w.astype(jnp.float32), self.w_embedding_width, scale=1000.0)
+            features = W_FEATURES[self.w_embedding]
+            w = features(w.astype(jnp.float32), self.w_embedding_width, scale=1000.0)
         embed = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")
         return nn.swish(embed(time_sinusoid(time, width), w))
 
