@@ -13,7 +13,7 @@ from etils import epath
 from guided_distill.config import Data, Experiment, Model, Teacher
 from guided_distill.errors import UserError
 from guided_distill.interop.single_file import read_single_file, write_folder
-from guided_distill.layouts.companions import COMPANIONS, read_autoencoder, read_text_encoder
+from guided_distill.layouts.companions import COMPANIONS, read_autoencoder
 from guided_distill.layouts.diffusers_configs import (
     Chain,
     Denoiser,
@@ -32,6 +32,7 @@ from guided_distill.layouts.diffusers_folder import (
 )
 from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
 from guided_distill.pipeline import claim
+from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.trained import Description, package_version
 
@@ -165,9 +166,7 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
         class_names = tuple(map(str, range(len(table) - 1)))
         denoiser = replace(denoiser, num_classes=len(class_names))
         return _Model(denoiser, chain, tensors, class_names, {"label": ()})
-    config = folder / "text_encoder" / "config.json"
-    length = read_json(config).get("max_position_embeddings", 77)
-    shapes: dict[str, tuple[int, ...]] = {"text": (length, denoiser.options["cross_attention_dim"])}
+    shapes: dict[str, tuple[int, ...]] = {"text": load_text_encoder(f"companions:{folder}").shape}
     if denoiser.inpaint:
         height, width, channels = denoiser.data_shape
         shapes["inpaint"] = (height, width, 1 + channels)
@@ -211,8 +210,6 @@ def _check_companions(folder: epath.Path, index: Mapping[str, Any]) -> None:
                 f"{folder / MODEL_INDEX} names {name}, which is not there: get the whole folder"
             )
     read_autoencoder(folder / "vae")
-    if _in_use(index, "text_encoder"):
-        read_text_encoder(folder / "text_encoder")
 
 
 def _copy_companions(folder: epath.Path, index: Mapping[str, Any], target: epath.Path) -> None:

@@ -12,12 +12,15 @@ import pytest
 import safetensors.numpy
 import tiny
 from etils import epath
+from text_models import write_minilm
 
 from guided_distill import cli
 from guided_distill.config import Guidance
 from guided_distill.errors import UserError
 from guided_distill.interop.diffusers_export import check_exportable
 from guided_distill.layouts.diffusers_folder import WEIGHTS
+from guided_distill.text.minilm import LENGTH
+from guided_distill.text.registry import copy_text_encoder
 from guided_distill.training.trained import load_finished
 
 
@@ -70,6 +73,19 @@ def test_companions_are_all_but_the_denoiser_byte_for_byte(source, run):
     assert companions == {
         name: each for name, each in whole.items() if not name.startswith("unet/")
     }
+
+
+def test_a_model_told_by_minilm_comes_back(source, tmp_path):
+    write_minilm(tmp_path / "minilm", hidden_size=tiny.WIDTH, num_attention_heads=1)
+    folder = tmp_path / "own"
+    shutil.copytree(source, folder)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    copy_text_encoder(f"minilm:{tmp_path / 'minilm'}", epath.Path(folder))
+    run = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", str(folder), "--workdir", str(run)]) == 0
+    about = load_finished(run / "teacher").description
+    assert about.condition_shapes == {"text": (LENGTH, tiny.WIDTH)}
 
 
 def test_a_teacher_goes_out_as_it_came_in(source, run, tmp_path):

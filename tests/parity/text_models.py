@@ -44,18 +44,19 @@ def write_clip(folder, pads="sd1", **changes):
     return network, params
 
 
-def write_minilm(folder):
+def write_minilm(folder, **changes):
     """A small model with random weights, in a published one's files."""
+    sizes = {**BERT, **changes}
     folder.mkdir(parents=True)
     write_words(folder / "vocab.txt")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **BERT}))
-    network = Bert(**BERT)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    network = Bert(**sizes)
     tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (int, bool))
     params = random_params(network, tokens, mask)
     tensors = {
         name.replace("layers", "layer"): tensor for name, tensor in to_tensors(params).items()
     }
-    tensors |= {"pooler.dense.weight": np.zeros((24, 24), np.float32)}
+    tensors |= {"pooler.dense.weight": np.zeros((sizes["hidden_size"],) * 2, np.float32)}
     tensors |= {"embeddings.position_ids": np.arange(40)[None]}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
