@@ -10,6 +10,7 @@ import jupytext
 import nbformat
 import pytest
 from execute import VARIANT, execute, read
+from text_models import write_minilm
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +60,8 @@ def test_it_runs(source, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Eight simulated devices would only make one small program after another slower.
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    # Its weights would have to be fetched: any of the width that the emoji teacher is told of will do.
+    write_minilm(tmp_path / "data" / "minilm", hidden_size=384)
     notebook = read(source)
     assert sum(VARIANT in cell.source for cell in notebook.cells) == 1
     execute(notebook, tmp_path, variant="runlocal", timeout=400)

@@ -1,0 +1,207 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # From a Stable Diffusion folder to a student of four calls, and back
+#
+# A folder that diffusers wrote goes in, and one that diffusers loads comes out: import, distill, export.
+# It takes a few minutes on two CPU cores, with a model that small: pictures of 32 x 32 pixels, in the
+# layout of Stable Diffusion.
+
+# %%
+import importlib.util
+
+if importlib.util.find_spec("guided_distill") is None:
+    print("Installing guided_distill ...")
+    # %pip install -q guided_distill
+
+# %%
+variant = ""  # "runlocal" makes everything tiny
+
+updates, pictures = {"": ((120, 60), 64), "runlocal": ((2, 2), 8)}[variant]
+
+# %% [markdown]
+# ## The folder
+#
+# In place of Stable Diffusion stands the teacher of `docs/results/emoji`, which a clone of this
+# repository has: a U-Net in latent space that is told of texts. Its text encoder, all-MiniLM-L6-v2, is
+# fetched once. What comes out is a folder like any that diffusers wrote.
+#
+# With Stable Diffusion 1.5 the folder would be the one that `save_pretrained` wrote, or `--from hub:ID`
+# in the next cell but one would fetch it; `configs/sd15_laion512.py` is its config.
+
+# %%
+import shutil
+import warnings
+from pathlib import Path
+
+from etils import epath
+
+import guided_distill
+from guided_distill.text.registry import copy_text_encoder
+
+# JAX warns of commands that a notebook runs once it is loaded; these don't touch it.
+warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+
+clone = Path(guided_distill.__file__).parents[1]  # Elsewhere? Then say where.
+trained = clone / "docs" / "results" / "emoji"
+if not trained.is_dir():
+    raise SystemExit("Clone the repository, and let `clone` be the path of its folder.")
+shutil.copytree(trained, "runs/emoji", dirs_exist_ok=True)
+
+# %%
+# !test -d data/minilm || guided-distill prepare minilm --out data/minilm
+
+# %%
+copy_text_encoder("minilm:data/minilm", epath.Path("runs/emoji/companions"))
+
+# %%
+# !guided-distill export --workdir runs/emoji --stages teacher --format diffusers --out teacher_folder
+
+# %% [markdown]
+# ## Import it
+#
+# The U-Net becomes a teacher like any that was trained here. The rest, autoencoder, text encoder,
+# tokenizer and scheduler, lies beside it, byte for byte.
+
+# %%
+# !guided-distill import --from teacher_folder --workdir runs/imported
+
+# %% [markdown]
+# ## Data
+#
+# A data set would be a folder of images with captions, encoded once. Here the teacher draws its own,
+# of sixteen captions, and these are all that the students will know. `w` is the paper's:
+# `guidance_scale` of diffusers is $1 + w$.
+
+# %%
+import numpy as np
+
+things = ("red heart", "yellow heart", "green heart", "purple heart")
+things += ("red circle", "blue circle", "grinning face", "crying face")
+captions = [f"{thing}, flat {style} style" for thing in things for style in ("Noto", "Twemoji")]
+
+teacher = guided_distill.load("runs/imported/teacher")
+asked = [captions[number % len(captions)] for number in range(pictures)]
+drawn = teacher.sample(prompts=asked, w=1.0, num_steps=8)
+np.savez("data/drawn.npz", image=np.uint8(127.5 * (drawn + 1)), caption=asked)
+
+# %%
+# !guided-distill encode --data npz:data/drawn.npz --image_size 32 --out data/drawn --autoencoder runs/imported/companions/vae --text_encoder companions:runs/imported/companions
+
+# %% [markdown]
+# ## Distill
+#
+# The config names the data, the network of the folder, and what is different from the defaults.
+# `start_from` skips the training of a teacher. Stage one puts both calls of a step into one network that
+# is told $w$; one round of stage two then halves 8 steps to 4. These are few updates: thousands would
+# bring the student closer to its teacher.
+
+# %%
+# %%writefile emoji_distilled.py
+from guided_distill.config import default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.data.name = "encoded:data/drawn"
+    config.start_from = "runs/imported/teacher"
+    config.model.name = "sd_unet"
+    config.model.schedule = "scaled_linear"
+    config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
+    config.model.options = {
+        "block_out_channels": (64, 128),
+        "cross_attention_levels": (1,),
+        "num_attention_heads": (2, 4),
+        "layers_per_block": 1,
+        "cross_attention_dim": 384,
+        "norm_num_groups": 8,
+    }
+    config.guidance.w_max = 6.0
+    config.guidance.weighting = "snr_plus_one"
+    config.halving.first_num_steps = config.halving.last_num_steps = 4
+    for stage in (config.guidance, config.halving):
+        stage.batch_size = 16
+        stage.learning_rate = 3e-4
+        stage.learning_rate_schedule = "cosine"
+    config.steps_per_dispatch = 1
+    config.log_every = 20
+    return config
+
+
+# %%
+# !guided-distill train --config emoji_distilled.py --workdir runs/distilled --config.guidance.steps={updates[0]} --config.halving.steps={updates[1]}
+
+# %% [markdown]
+# ## Look
+#
+# The same noise in every row. This small teacher loses little in four steps of two calls; the student
+# makes one call a step. Few updates leave their mark on it: colours stronger than its teacher's.
+
+# %%
+# %matplotlib inline
+from guided_distill.report.figures import image_rows
+
+w, seed = 2.0, 1
+student = guided_distill.load("runs/distilled/halving_ddim_4")
+shown = captions[::2]
+
+ours = student.sample(prompts=shown, w=w, seed=seed)
+rows = {
+    "teacher, 16 x 2 calls": teacher.sample(prompts=shown, w=w, seed=seed, num_steps=16),
+    "teacher, 4 x 2 calls": teacher.sample(prompts=shown, w=w, seed=seed, num_steps=4),
+    "student, 4 calls": ours,
+}
+image_rows(rows)
+
+# %% [markdown]
+# ## Give it to diffusers
+#
+# The student is a folder again. Its README says which steps and guidance scales it was trained for.
+
+# %%
+# !guided-distill export --workdir runs/distilled --stages halving_ddim_4 --format diffusers --out student_folder
+
+# %% [markdown]
+# Nothing in the next cell but the noise is ours. The hook counts the calls of the U-Net.
+
+# %%
+from guided_distill.sampling import initial_noise
+
+if all(map(importlib.util.find_spec, ("diffusers", "torch", "transformers"))):
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    pipeline = StableDiffusionPipeline.from_pretrained("student_folder")
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    noise = initial_noise(student.about, len(shown), seed=seed)
+    theirs = pipeline(
+        shown,
+        num_inference_steps=4,
+        guidance_scale=1 + w,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        output_type="np",
+    ).images
+    rows["the same in diffusers"] = 2 * theirs - 1
+    difference = np.abs(rows["the same in diffusers"] - ours).max() * 127.5
+    print(f"{len(calls)} calls of the U-Net; pixels differ by at most {difference:.2f} of 255")
+else:
+    print("pip install diffusers torch transformers, and this cell draws them there too.")
+
+# %%
+image_rows({name: row for name, row in rows.items() if "teacher" not in name})
+
+# %% [markdown]
+# ## Next
+#
+# `docs/stable_diffusion.md` has the same with Stable Diffusion, editing and in-painting;
+# `configs/emoji.py` trains a model such as this one from the first pixel on.
