@@ -12,7 +12,7 @@ from PIL import Image
 from guided_distill.data.encoded import INPAINT
 from guided_distill.data.pixels import crop_and_resize, fitted, from_uint8, upright_over_white
 from guided_distill.errors import UserError
-from guided_distill.report.figures import image_grid, point_plot
+from guided_distill.pictures import image_grid, point_plot
 from guided_distill.serve.run import TEACHER, Drawn, OpenRun, Request, calls_in_a_step
 from guided_distill.training.trained import Description
 
