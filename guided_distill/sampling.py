@@ -211,7 +211,7 @@ def predictions(
         allow_untrained=allow_untrained,
     )
     mesh = data_mesh(jax.local_devices()[:1])
-    here = jax.device_put(trained.params, replicated(mesh))
+    here = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
     with _telling:
         _told.clear()
         for _ in _run(

@@ -47,7 +47,8 @@ from guided_distill.training.trained import Trained, load_finished
 def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
     """Write `results.csv` and `round_trip.csv`, row by row, TensorBoard's events, and samples.
 
-    Rows that are there already are kept; a row of results.csv that was cut goes on where it was.
+    Rows that are there already are kept; a row of results.csv that was cut goes on where it was. Of many
+    processes, all sample, and each looks at its share of the samples.
 
     Raises UserError if the folder holds no run or an unfinished one, or for what the request names.
     """

@@ -16,6 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from guided_distill.evaluation.results import Result, file_stem
 from guided_distill.pictures import grid_or_plot, png
 from guided_distill.training.metrics import EventFile
+from guided_distill.training.processes import is_first
 
 MEASURES = (
     *("fd", "kid", "precision", "recall", "accuracy", "inception_score"),
@@ -27,8 +28,10 @@ COLUMNS_OF_IMAGES = 8
 def log_rows(workdir: epath.Path, results: Sequence[Result]) -> None:
     """Write the rows that have no events yet, each with the picture of its samples if it is there.
 
-    Raises UserError if they can't be written.
+    Of many processes, the first writes. Raises UserError if they can't be written.
     """
+    if not is_first():
+        return
     newest = {each.file_stem: each for each in results}
     for result in results:
         group = f"{result.extractor}_n{result.n}_seed{result.seed}".replace("/", "_")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
+from guided_distill.training.processes import on_all_processes, to_host
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
 """f(params, samples [B, ...]) -> (features [B, D], logits [B, K])."""
@@ -45,12 +46,14 @@ class Extractor:
         if samples.ndim == 4:
             samples = from_uint8(to_uint8(samples))
         batch_size = -(-self.batch_size // self.mesh.size) * self.mesh.size
-        chunks = [
-            self._run(self._placed, _pad(samples[start : start + batch_size], batch_size))
+        split = split_batch(self.mesh)
+        batches = (
+            on_all_processes(_pad(samples[start : start + batch_size], batch_size), split)
             for start in range(0, len(samples), batch_size)
-        ]
+        )
+        chunks = [self._run(self._placed, batch) for batch in batches]
         features, logits = (
-            np.concatenate([np.asarray(part) for part in parts])[: len(samples)]
+            np.concatenate([to_host(part) for part in parts])[: len(samples)]
             for parts in zip(*chunks, strict=True)
         )
         return features, logits

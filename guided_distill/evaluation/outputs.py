@@ -10,6 +10,7 @@ from etils import epath
 
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.training.checkpoints import write_bytes
+from guided_distill.training.processes import is_first
 
 SECONDS_BETWEEN_PARTS = 60.0
 KEPT_SAMPLES = 64
@@ -62,8 +63,8 @@ class RowOutputs:
         yield from self._compute(done)
 
     def remove_parts(self) -> None:
-        """Forget what was kept: the row is measured."""
-        if self._parts.exists():
+        """Forget what was kept: the row is measured. Of many processes, the first does it."""
+        if is_first() and self._parts.exists():
             self._parts.rmtree()
 
     def _compute(self, done: int) -> Iterator[Outputs]:

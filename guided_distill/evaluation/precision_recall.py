@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from guided_distill.errors import UserError
 from guided_distill.evaluation.frechet import check_same_width, feature_matrix
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
+from guided_distill.training.processes import on_all_processes
 
 _BLOCK_ROWS = 512
 _SPARE_NEIGHBOURS = 6
@@ -50,14 +51,14 @@ class Manifold:
     def from_features(cls, features: ArrayLike, k: int = 3, mesh: Mesh | None = None) -> Manifold:
         """The manifold of features [N, D], N > k, with balls up to the k-th nearest neighbour.
 
-        mesh: the devices to use, all of them unless given.
+        mesh: the devices to use, all of this process unless given.
 
         Raises:
           UserError: `k` < 1, or see `feature_matrix`.
         """
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}.")
-        mesh = mesh or data_mesh()
+        mesh = mesh or data_mesh(jax.local_devices())
         matrix = feature_matrix(features, min_rows=k + 1)
         points = _centred(matrix, matrix)
         nearest = _compiled_nearest(min(k + _SPARE_NEIGHBOURS, len(matrix)), mesh)
@@ -79,13 +80,13 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of `generated` against `real`; the surface of a ball belongs to it.
 
-    mesh: the devices to use, all of them unless given.
+    mesh: the devices to use, all of this process unless given.
 
     Raises:
       UserError: the feature dimensions differ.
     """
     check_same_width(real.features.shape[1], generated.features.shape[1])
-    mesh = mesh or data_mesh()
+    mesh = mesh or data_mesh(jax.local_devices())
     inside = _compiled_inside(mesh)
     placed, radii = jax.device_put(
         (_centred(real.features, real.features), real.squared_radii.astype(np.float32)),
@@ -119,7 +120,7 @@ def _centred(x: np.ndarray, around: np.ndarray) -> np.ndarray:
 
 def _blocks(
     x: np.ndarray, of_each: np.ndarray, mesh: Mesh
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, Any, Any]]:
     """Yields (indices of rows, these rows of x, and of `of_each`), the last two filled up to one size.
 
     Rows that fill up have `of_each` -1, which is no point's index, and no ball's squared radius.
@@ -128,11 +129,9 @@ def _blocks(
     for start in range(0, len(x), size):
         rows = np.arange(start, min(start + size, len(x)))
         missing = size - len(rows)
-        yield (
-            rows,
-            np.pad(x[rows], [(0, missing), (0, 0)]),
-            np.pad(of_each[rows].astype(np.float32), (0, missing), constant_values=-1),
-        )
+        block = np.pad(x[rows], [(0, missing), (0, 0)])
+        of_rows = np.pad(of_each[rows].astype(np.float32), (0, missing), constant_values=-1)
+        yield rows, *on_all_processes((block, of_rows), split_batch(mesh))
 
 
 def _approximate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

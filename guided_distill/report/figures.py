@@ -23,12 +23,13 @@ def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
     pictures = [image_grid(images, columns=len(images), scale=scale) for images in rows.values()]
     width, height = pictures[0].size
     row_height = 8 * height / width
-    figure = Figure(figsize=(9, row_height * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, row_height * len(rows)), layout="compressed")
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, name, picture in zip(panels, rows, pictures, strict=True):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        axes.set_axis_off()
-        axes.text(-0.01, 0.5, name, ha="right", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 

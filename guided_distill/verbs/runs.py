@@ -99,6 +99,7 @@ def add_verbs(verbs: Any) -> None:
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
     evaluate.add_argument("--cache", **CACHE)
+    add_process_arguments(evaluate)
 
     command_of_run(
         verbs,
@@ -167,6 +168,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.evaluation.evaluate import evaluate
     from guided_distill.evaluation.tasks import Request
+    from guided_distill.training.processes import connected, is_first
 
     keep_compiled_programs(options.cache)
     request = Request(
@@ -177,8 +179,10 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
         num_steps=parse_list("--num_steps", options.num_steps, int),
         reference=options.reference,
     )
-    evaluate(options.workdir, request)
-    print(options.workdir / "results.csv")
+    with connected(timeout=options.start_timeout):
+        evaluate(options.workdir, request)
+        if is_first():
+            print(options.workdir / "results.csv")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:

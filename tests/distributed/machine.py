@@ -26,17 +26,16 @@ class Machine:
         self.train = ["train", *arguments]
         self._started = []
         self._environment = os.environ | {
-            "GUIDED_DISTILL": " ".join(PROGRAM),
             "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
 
-    def launch(self, *arguments, options=()):
+    def launch(self, *arguments, options=(), program=PROGRAM):
         """Two processes by launch/multiprocess.sh."""
         command = [str(LAUNCHER), "--processes", "2", "--grace", "5", *options, "--", *arguments]
-        return self._popen(command, {})
+        return self._popen(command, {"GUIDED_DISTILL": " ".join(program)})
 
     def process(self, index, *arguments, port, count=2):
         """One of them, by hand."""

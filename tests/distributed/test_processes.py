@@ -1,8 +1,11 @@
 """Two processes on loopback train as one does, also when one is killed or both are told to end."""
 
+import functools
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 
 import jax
@@ -12,10 +15,20 @@ from etils import epath
 from machine import Machine, children, free_port, wait_for
 
 from guided_distill import cli
+from guided_distill.evaluation import registry
+from guided_distill.evaluation.results import read_results
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.trained import load_finished
 
 STEPS = 48
+
+QUICK = """
+import functools, sys
+from guided_distill import cli
+from guided_distill.evaluation import registry
+registry.train_extractor = functools.partial(registry.train_extractor, steps=1)
+cli.run(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +119,33 @@ def test_two_processes_draw_the_samples_of_one(machine, whole, tmp_path):
     one, two = (np.load(tmp_path / name / "teacher_w1_seed7.npz") for name in ("one", "two"))
     np.testing.assert_array_equal(one["label"], two["label"])
     np.testing.assert_allclose(one["image"], two["image"], atol=1e-5)
+
+
+def test_two_processes_measure_what_one_does(machine, whole, tmp_path, monkeypatch):
+    # The measure itself needs no training here.
+    quick = functools.partial(registry.train_extractor, steps=1)
+    monkeypatch.setattr(registry, "train_extractor", quick)
+    program = tmp_path / "quick.py"
+    program.write_text(QUICK)
+    one, two = tmp_path / "one", tmp_path / "two"
+    request = ["evaluate", "--num_samples", "20", "--num_steps", "2", "--w", "1"]
+    shutil.copytree(whole, one)
+    assert cli.main([*request, "--workdir", str(one)]) == 0
+    measured = ("*.csv", "reference", "samples", "tensorboard")
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns(*measured))
+    command = [sys.executable, str(program)]
+    together = machine.launch(*request, "--workdir", str(two), program=command)
+    output = together.communicate(timeout=100)[0]
+    assert together.returncode == 0, output
+    assert output.count("results.csv") == 1
+    rows = [read_results(epath.Path(each) / "results.csv") for each in (one, two)]
+    assert [row.key for row in rows[0]] == [row.key for row in rows[1]]
+    for ours, theirs in zip(*rows, strict=True):
+        for name in ("fd", "kid", "precision", "recall", "accuracy"):
+            np.testing.assert_allclose(getattr(theirs, name), getattr(ours, name), rtol=1e-3)
+    files = [{str(path.relative_to(each)) for path in each.rglob("*.npz")} for each in (one, two)]
+    assert files[0] == files[1]
+    assert len(list(two.glob("tensorboard/*/*"))) == len(rows[1])
 
 
 @pytest.mark.parametrize(
