@@ -10,7 +10,7 @@
 # # From a Stable Diffusion folder to a student of four calls, and back
 #
 # A folder that diffusers wrote goes in, and one that diffusers loads comes out: import, distill, export.
-# It takes a few minutes on two CPU cores, with a model that small: pictures of 32 x 32 pixels, in the
+# It runs on two CPU cores, with a model that small: pictures of 32 x 32 pixels, in the
 # layout of Stable Diffusion.
 
 # %%
