@@ -1,4 +1,4 @@
-"""Strict numerics for every test, and eight simulated devices."""
+"""Strict numerics for every test, and eight simulated devices for those that ask for them."""
 
 import atexit
 import os
@@ -7,7 +7,7 @@ import tempfile
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Compiling is most of what tests do, and most of that is optimizing; and many compile the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if version("jax").startswith(("0.10.", "0.11.")):
@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import contextlib
 import functools
 import socket
 import subprocess
@@ -36,6 +37,9 @@ from guided_distill.training.mesh import data_mesh
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
 
+DEVICES = jax.devices()
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # Of the processes that tests start.
+
 
 @pytest.fixture(scope="session")
 def tiny_arguments() -> list[str]:
@@ -47,7 +51,30 @@ def tiny_arguments() -> list[str]:
 @pytest.fixture(scope="session")
 def mesh_of() -> Callable[..., Mesh]:
     """f(count): a mesh of the first `count` devices; f(count, fsdp=n) splits weights over n of them."""
-    return lambda count, fsdp=1: data_mesh(jax.devices()[:count], fsdp=fsdp)
+    return lambda count, fsdp=1: data_mesh(DEVICES[:count], fsdp=fsdp)
+
+
+@contextlib.contextmanager
+def _seen(count: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: DEVICES[:count])
+        patch.setattr(jax, "local_devices", lambda *process, **backend: DEVICES[:count])
+        patch.setattr(jax, "device_count", lambda *backend: count)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device() -> Iterator[None]:
+    """Programs see one device, for which they compile a third faster; tests ask for more by `mesh_of`."""
+    with _seen(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def eight_devices(one_device: None) -> Iterator[None]:
+    """Programs see all devices."""
+    with _seen(8):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -68,19 +68,19 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_config_trains_and_samples_its_teacher(name, tmp_path):
-    changes = {"stage": "teacher", "teacher.batch_size": 8, **UNETS[name]}
+    changes = {"stage": "teacher", "teacher.steps": 2, "teacher.batch_size": 2, **UNETS[name]}
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     where = ["--workdir", str(tmp_path)]
     assert cli.main(["train", "--config", f"{FOLDER / name}", *where, *overrides]) == 0
     trained = load_finished(epath.Path(tmp_path) / "teacher")
-    labels = cycling_labels(4, len(trained.description.class_names))
+    labels = cycling_labels(2, len(trained.description.class_names))
     images = sample(
         trained,
         condition=of_labels(labels),
         w=1.0,
         num_steps=2,
         sampler="ddim",
-        batch_size=4,
+        batch_size=2,
     )
-    assert images.shape == (4, 32, 32, 3)
+    assert images.shape == (2, 32, 32, 3)
     assert np.isfinite(images).all()

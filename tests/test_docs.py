@@ -214,7 +214,7 @@ def test_what_extends_the_program_trains(patched, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(commands)],
         cwd=copy,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(copy)},
+        env=os.environ | {"PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
     )

@@ -58,8 +58,6 @@ def test_it_runs(source, tmp_path, monkeypatch):
     # The kernel, and the commands it runs, are those of the environment that tests them.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # Eight simulated devices would only make one small program after another slower.
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     # Its weights would have to be fetched: any of the width that the emoji teacher is told of will do.
     write_minilm(tmp_path / "data" / "minilm", hidden_size=384)
     notebook = read(source)

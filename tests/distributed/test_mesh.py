@@ -13,7 +13,7 @@ from guided_distill.config import parse
 from guided_distill.errors import UserError
 from guided_distill.stages import compiled_step
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.mesh import data_mesh, split_weights
+from guided_distill.training.mesh import split_weights
 from guided_distill.training.state import initial_state
 from guided_distill.training.trained import network_of
 
@@ -159,6 +159,6 @@ def test_another_mesh_reads_what_one_has_saved(run, mesh_of, tmp_path):
             assert [leaf.sharding for leaf in jax.tree.leaves(read)] == expected
 
 
-def test_a_number_that_does_not_divide_the_devices_is_refused():
+def test_a_number_that_does_not_divide_the_devices_is_refused(mesh_of):
     with pytest.raises(UserError, match=r"config.fsdp is 3, which doesn't divide 8 devices"):
-        data_mesh(jax.devices()[:8], fsdp=3)
+        mesh_of(8, fsdp=3)

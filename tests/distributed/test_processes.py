@@ -50,9 +50,8 @@ def arguments(machine):
 
 
 @pytest.fixture(scope="module")
-def whole(arguments, tmp_path_factory):
+def whole(arguments, tmp_path_factory, eight_devices):
     """The workdir of an undisturbed run by one process with eight devices."""
-    assert jax.device_count() == 8
     workdir = tmp_path_factory.mktemp("whole")
     assert cli.main([*arguments, "--workdir", str(workdir)]) == 0
     return workdir
