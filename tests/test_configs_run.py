@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = ("mixture2d.py:runlocal", "photo10.py:runlocal")
 # U-Nets take longest to compile: these stop after the first stage. test_paper_configs.py traces all.
 UNETS = {
+    "own_images.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "cifar10_small.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "cifar10.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "imagenet64.py:runlocal": {"model.options.channel_multipliers": (1,)},
