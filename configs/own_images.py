@@ -21,12 +21,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.flip = True
     config.model.name = "unet"
     config.model.options = {
-        "width": 48,
+        "width": 32,
         "channel_multipliers": (1, 2),
         "blocks_per_level": 1,
         "attention_resolutions": (4,),
         "head_width": 32,
-        "embedding_width": 192,
+        "embedding_width": 128,
         "patch_size": 2,
     }
     # More than one update in a call is slow on a CPU: see training/step.py.
@@ -36,13 +36,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         stage.learning_rate_schedule = "cosine"
         stage.learning_rate = 1e-3
         stage.ema_decay = 0.999
-    config.teacher.steps = 3000
+    config.teacher.steps = 2000
     config.teacher.warmup_steps = 100
-    config.guidance.steps = 1500
+    config.guidance.steps = 1000
     config.guidance.weighting = "snr_plus_one"
     config.guidance.clipped = config.halving.clipped = True
     config.halving.first_num_steps = 8
-    config.halving.steps = 300
+    config.halving.steps = 200
     config.halving.learning_rate = 3e-4
     config.halving.ema_decay = 0.0
     config.evaluation.num_samples = 512

@@ -54,7 +54,7 @@ def test_doctor_tells_what_there_is_and_tries_it(capsys):
     assert cli.main(["doctor"]) == 0
     told = capsys.readouterr()
     assert told.out == "all is well\n"
-    assert "8 x cpu" in told.err
+    assert "1 x cpu" in told.err
     assert "sampling in one step" in told.err
 
 
