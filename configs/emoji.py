@@ -1,4 +1,4 @@
-"""Text to image, whole and small: captioned emoji of 32x32 pixels, in minutes on a GPU and hours on a CPU.
+"""Text to image, whole and small: captioned emoji of 32x32 pixels; minutes on a GPU, hours on a CPU.
 
     guided-distill prepare emoji --out data/emoji3.npz
     guided-distill prepare minilm --out data/minilm
