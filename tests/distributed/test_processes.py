@@ -200,7 +200,7 @@ def test_variables_that_do_not_fit_are_named(arguments, tmp_path, monkeypatch, c
     assert "JAX_PROCESS_ID" in capsys.readouterr().err
 
 
-def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys):
+def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys, eight_devices):
     for size, accumulation, multiple in ((6, 1, 8), (8, 2, 16)):
         overrides = [
             f"--config.teacher.batch_size={size}",
