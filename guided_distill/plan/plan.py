@@ -1,32 +1,19 @@
 """A plan of a run: what its stages need of a slice of TPUs, and how long they may take."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from etils import epath
 
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
-from guided_distill.plan.programs import (
-    Collective,
-    Measured,
-    compile_and_measure,
-    fingerprint,
-    kept_bytes,
-    lower_call,
-    lower_step,
-    networks_of,
-    parameter_count,
-    student_of,
-)
+from guided_distill.plan.compiler import CompilerBroke, Question, ask
+from guided_distill.plan.measured import Measured
+from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
 from guided_distill.stages import Stage, all_stages
-from guided_distill.training.checkpoints import write_text
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress
 
@@ -43,7 +30,8 @@ class Plan:
 
     kind: of stage, with the sampler that a halving round is for; updates: of all stages of the kind.
     parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
-    measured: what the compiler says, by device; None if the program doesn't fit, and then `why`.
+    measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
+    broke down over it, and then `why`.
     """
 
     kind: str
@@ -54,6 +42,7 @@ class Plan:
     parameters: int
     kept: int
     measured: Measured | None
+    broke: bool = False
     why: str = ""
 
     @property
@@ -150,18 +139,30 @@ def make_plans(
         for done, name in enumerate(wanted, start=1):
             stages = groups.get(name, [])
             settings = stages[0].settings if stages else experiment.guidance
-            if settings.batch_size % mesh.size:
+            parts = mesh.size * (settings.accumulation if stages else 1)
+            if settings.batch_size % parts:
                 raise UserError(
                     f"config.{stages[0].kind if stages else 'guidance'}.batch_size is "
-                    f"{settings.batch_size}, which {mesh.size} devices don't divide: choose a multiple"
+                    f"{settings.batch_size}, which {mesh.size} devices can't share in "
+                    f"{parts // mesh.size} parts: make it a multiple of {parts}"
                 )
             if stages:
-                lowered = lower_step(experiment, outline, stages[0], mesh)
                 network, _ = networks_of(experiment, outline, stages[0])
             else:
                 network = student_of(experiment, outline)
-                lowered = lower_call(network, outline, mesh, batch_size=settings.batch_size)
-            measured, why = _measure(lowered, topology, level=level, cache=cache)
+            question = Question(
+                experiment,
+                outline,
+                stages[0] if stages else None,
+                topology=topology.name,
+                slices=topology.slices,
+                level=level,
+            )
+            broke = False
+            try:
+                measured, why = ask(question, cache=cache)
+            except CompilerBroke as error:
+                measured, why, broke = None, str(error), True
             plans.append(
                 Plan(
                     kind=name,
@@ -172,34 +173,9 @@ def make_plans(
                     parameters=parameter_count(network),
                     kept=kept_bytes(network),
                     measured=measured,
+                    broke=broke,
                     why=why,
                 )
             )
             advance(done, name)
     return plans
-
-
-def _measure(
-    lowered: jax.stages.Lowered, topology: Topology, *, level: str, cache: epath.Path
-) -> tuple[Measured | None, str]:
-    """What the compiler says, now or in an earlier call; None and its words if it doesn't fit."""
-    program = (
-        fingerprint(lowered),
-        topology.name,
-        str(topology.slices),
-        topology.compiler,
-        level,
-    )
-    path = cache / f"{hashlib.sha256(repr(program).encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        said = json.loads(path.read_text())
-    else:
-        try:
-            said = {"measured": compile_and_measure(lowered, level=level)._asdict(), "why": ""}
-        except MemoryError as error:
-            said = {"measured": None, "why": str(error)}
-        write_text(path, json.dumps(said))
-    if said["measured"] is None:
-        return None, said["why"]
-    collectives = {k: Collective(*each) for k, each in said["measured"]["collectives"].items()}
-    return Measured(**{**said["measured"], "collectives": collectives}), ""

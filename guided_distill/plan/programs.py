@@ -1,47 +1,22 @@
-"""The programs of a run, compiled for a mesh whose devices need not be there."""
+"""The programs of a run, traced for a mesh whose devices need not be there."""
 
-import contextlib
-import hashlib
-import math
-import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.models.registry import Network
+from guided_distill.objectives.weighting import Loss
 from guided_distill.stages import Stage, compiled_step
 from guided_distill.training.checkpoints import abstract
 from guided_distill.training.mesh import replicated, split_batch
-from guided_distill.training.state import initial_state
+from guided_distill.training.state import initial_state, make_optimizer
+from guided_distill.training.step import Batch, TrainStep, make_train_step
 from guided_distill.training.trained import network_of
-
-
-class Collective(NamedTuple):
-    """What one kind of communication moves in a program: how often, and bytes of results a device."""
-
-    times: int
-    bytes: int
-
-
-class Measured(NamedTuple):
-    """What the compiler says of a program, by device.
-
-    flops, bytes: of one run, as it counts them. seconds: its own estimate, None where it makes none.
-    arguments, temporary, peak: bytes of memory. collectives: by kind.
-    """
-
-    flops: float
-    bytes: float
-    seconds: float | None
-    arguments: int
-    temporary: int
-    peak: int
-    collectives: dict[str, Collective]
 
 
 def student_of(experiment: Experiment, outline: Outline) -> Network:
@@ -113,6 +88,40 @@ def lower_step(
         sampler=stage.sampler,
         w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
     )
+    return _lowered(step, optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+
+
+def lower_rest_of_step(
+    experiment: Experiment, outline: Outline, stage: Stage, mesh: Mesh
+) -> jax.stages.Lowered:
+    """What an update does besides its gradient: the same step of a loss that is next to no work."""
+    student, teacher = networks_of(experiment, outline, stage)
+    optimizer = make_optimizer(stage.settings, steps=stage.total_steps)
+
+    def no_work(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        total = sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(params))
+        return Loss(jnp.broadcast_to(total, batch["image"].shape[:1]), {})
+
+    step = make_train_step(
+        no_work,
+        optimizer,
+        ema_decay=stage.settings.ema_decay,
+        mesh=mesh,
+        rounded=student.rounded,
+    )
+    return _lowered(step, optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+
+
+def _lowered(
+    step: TrainStep,
+    optimizer: optax.GradientTransformation,
+    outline: Outline,
+    stage: Stage,
+    *,
+    student: Network,
+    teacher: Network,
+    mesh: Mesh,
+) -> jax.stages.Lowered:
     key = jax.eval_shape(jax.random.key, 0)
     state = jax.eval_shape(
         lambda key: initial_state(student.init(key), optimizer, ema_decay=stage.settings.ema_decay),
@@ -151,77 +160,3 @@ def lower_call(
     split = split_batch(mesh)
     run = jax.jit(call, in_shardings=(replicated(mesh), split, split, split), out_shardings=split)
     return run.lower(_weights_of(network), examples, number, number)
-
-
-def fingerprint(lowered: jax.stages.Lowered) -> str:
-    """The same for the same program."""
-    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
-
-
-def compile_and_measure(lowered: jax.stages.Lowered, *, level: str) -> Measured:
-    """Compile at an optimization level, and read what the compiler says.
-
-    Raises MemoryError if the program doesn't fit into a device's memory.
-    """
-    with _optimization(level):
-        try:
-            compiled = lowered.compile()
-        except Exception as error:  # jaxlib's own error, told by its words alone.
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise MemoryError(str(error).splitlines()[0]) from error
-            raise
-    cost: Any = compiled.cost_analysis()
-    memory: Any = compiled.memory_analysis()
-    program: Any = compiled.as_text()
-    seconds = cost.get("optimal_seconds", 0.0)
-    return Measured(
-        flops=cost["flops"],
-        bytes=cost["bytes accessed"],
-        seconds=seconds if seconds > 0 else None,
-        arguments=memory.argument_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        collectives=collectives_of(program),
-    )
-
-
-@contextlib.contextmanager
-def _optimization(level: str) -> Iterator[None]:
-    before = jax.config.jax_optimization_level  # type: ignore[attr-defined]
-    jax.config.update("jax_optimization_level", level)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_optimization_level", before)
-
-
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-
-
-def collectives_of(program: str) -> dict[str, Collective]:
-    """The collectives of a compiled program's text, by kind, those that occur.
-
-    A started one counts where it is done, so that its operands aren't taken for results.
-    """
-    found: dict[str, Collective] = {}
-    for line in program.splitlines():
-        match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(_KINDS)})(-start|-done)?\(", line)
-        if match is None or match[3] == "-start":
-            continue
-        times, size = found.get(match[2], Collective(0, 0))
-        found[match[2]] = Collective(times + 1, size + _bytes_of(match[1]))
-    return found
-
-
-def _bytes_of(shapes: str) -> int:
-    return sum(
-        math.prod(int(length) for length in lengths.split(",") if length) * _width(kind)
-        for kind, lengths in _ARRAY.findall(shapes)
-    )
-
-
-def _width(kind: str) -> int:
-    """Bytes of an element: f32, bf16, s8, pred ..."""
-    bits = re.search(r"\d+", kind)
-    return max(1, int(bits[0]) // 8) if bits else 1

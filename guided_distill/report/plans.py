@@ -30,7 +30,7 @@ def schedule_line(plans: Sequence[Plan]) -> str:
     """The hours of all stages that were planned."""
     hours = [plan.hours for plan in plans if plan.kind != CALL]
     if not hours or None in hours:
-        return "Not all stages fit: see why above."
+        return "Not all stages have a plan: see why above."
     total = sum(each for each in hours if each is not None)
     return f"All of {', '.join(p.kind for p in plans if p.kind != CALL)}: {total:,.3g} hours."
 
@@ -74,5 +74,5 @@ def _column(plan: Plan, kinds: Sequence[str]) -> dict[str, str]:
 
 def _fits(plan: Plan) -> str:
     if plan.spare is None:
-        return "no"
+        return "not known" if plan.broke else "no"
     return f"{'yes' if plan.spare >= COMFORT else 'barely'}, {plan.spare:.0%} spare"

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import runpy
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +18,10 @@ from guided_distill import cli, config
 from guided_distill.data.outline import expected_outline
 from guided_distill.errors import UserError
 from guided_distill.latent_space import open_data, outline_for
+from guided_distill.plan import compiler
+from guided_distill.plan.measured import Collective, Measured, collectives_of
 from guided_distill.plan.plan import Plan, make_plans
-from guided_distill.plan.programs import (
-    Collective,
-    Measured,
-    collectives_of,
-    kept_bytes,
-    lower_call,
-    lower_step,
-    student_of,
-)
+from guided_distill.plan.programs import kept_bytes, lower_call, lower_step, student_of
 from guided_distill.plan.topologies import CHIPS, chips_of, find_topology
 from guided_distill.stages import all_stages
 from guided_distill.training.mesh import DATA_AXIS
@@ -117,6 +113,20 @@ def test_a_tuple_counts_whole_and_a_started_one_once():
     }
 
 
+def test_what_a_loop_sends_counts_as_often_as_it_runs():
+    text = """
+%body.1 (p: (f32[3])) -> (f32[3]) {
+  %a = f32[3]{0} all-reduce(%x)
+}
+
+ENTRY %main (p: f32[3]) -> f32[3] {
+  %w = (f32[3]) while(%t), condition=%c, body=%body.1
+  ROOT %b = f32[5]{0} all-reduce(%y)
+}
+"""
+    assert collectives_of(text, loop_runs=4) == {"all-reduce": Collective(4 + 1, 4 * 12 + 20)}
+
+
 @pytest.mark.parametrize("name", PAPER_SCALE)
 def test_activations_of_an_example_are_told_by_shapes_alone(name):
     name, _, variant = name.partition(":")
@@ -199,6 +209,52 @@ def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tm
     assert "All of halving_ddim: " in capsys.readouterr().out
 
 
+def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
+    experiment, topology = read("digits"), find_topology("v5e:2x2")
+    outline = outline_for(experiment)
+
+    def measured(accumulation):
+        guidance = replace(experiment.guidance, batch_size=1024, accumulation=accumulation)
+        (plan,) = make_plans(
+            replace(experiment, guidance=guidance),
+            outline,
+            topology,
+            stage="guidance",
+            level="O0",
+            cache=epath.Path(tmp_path),
+        )
+        return plan.measured
+
+    whole, parts = measured(1), measured(4)
+    assert parts.flops == pytest.approx(whole.flops, rel=0.05)
+    # Weights are read once a part, and gradients are summed over the devices once a part.
+    assert parts.bytes > whole.bytes
+    sent = [each.collectives["all-reduce"].bytes for each in (parts, whole)]
+    assert sent[0] == pytest.approx(4 * sent[1], rel=0.05)
+    assert parts.peak < whole.peak
+
+
+def _kill_this_process(*_, **__):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_compiler_that_breaks_down_takes_nothing_along(tmp_path, monkeypatch, capfd):
+    # What the process of its own is to run, found by its module and name.
+    monkeypatch.setattr(compiler, "_answer", _kill_this_process)
+    experiment = read("digits")
+    (plan,) = make_plans(
+        experiment,
+        outline_for(experiment),
+        find_topology("v5e:2x2"),
+        stage="teacher",
+        level="O0",
+        cache=epath.Path(tmp_path),
+    )
+    assert plan.measured is None
+    assert "the compiler itself broke down (SIGSEGV)" in plan.why
+    assert json.loads(json.dumps(plan.to_json()))["broke"]
+
+
 def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     experiment, topology = read("digits"), find_topology("v5e:2x4")
     more = {"topology": topology, "level": "O0", "cache": epath.Path(tmp_path)}
@@ -206,5 +262,7 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--stage is halving_encode, which this config has not"):
         make_plans(experiment, outline, stage="halving_encode", **more)
     odd = replace(experiment, teacher=replace(experiment.teacher, batch_size=12))
-    with pytest.raises(UserError, match=r"config.teacher.batch_size is 12, which 8 devices don't"):
+    with pytest.raises(
+        UserError, match=r"config.teacher.batch_size is 12, which 8 devices can't share"
+    ):
         make_plans(odd, outline, stage="teacher", **more)

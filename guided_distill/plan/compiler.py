@@ -1,0 +1,128 @@
+"""What the compiler for TPUs says of a program: asked in a process of its own, for it may end that."""
+
+import hashlib
+import json
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from guided_distill.config import Experiment
+from guided_distill.data.outline import Outline
+from guided_distill.plan.measured import Collective, Measured, compile_and_measure, with_loop
+from guided_distill.plan.programs import lower_call, lower_rest_of_step, lower_step, student_of
+from guided_distill.plan.topologies import Topology, find_topology
+from guided_distill.stages import Stage
+from guided_distill.training.checkpoints import write_text
+from guided_distill.training.mesh import data_mesh
+
+
+class Question(NamedTuple):
+    """A program and how to compile it: a stage's update, or without a stage a call of the student.
+
+    level: how much the compiler optimizes.
+    """
+
+    experiment: Experiment
+    outline: Outline
+    stage: Stage | None
+    topology: str
+    slices: int
+    level: str
+
+
+Answer = tuple[Measured | None, str]
+"""What the compiler says; or None for a program that doesn't fit, and its words."""
+
+
+class CompilerBroke(Exception):
+    """The compiler ended its process, which says nothing of the program."""
+
+
+def ask(question: Question, *, cache: epath.Path) -> Answer:
+    """What the compiler says, now or in an earlier call, which the folder `cache` keeps.
+
+    Raises CompilerBroke if it ended without an answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(question, cache, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        said: Answer | Exception = ours.recv()
+    except EOFError as error:
+        process.join()
+        raise CompilerBroke(
+            f"the compiler itself broke down ({_ending(process.exitcode or 0)}), which says nothing of "
+            f"whether this fits: try another --topology, --optimization_level or batch size, or another "
+            f"libtpu"
+        ) from error
+    finally:
+        process.kill()
+    if isinstance(said, Exception):
+        raise said
+    return said
+
+
+def _ending(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+
+
+def _answer(question: Question, cache: epath.Path, to: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The asker ends this process.
+    try:
+        to.send(_kept(question, cache))
+    except Exception as error:
+        to.send(error)
+
+
+def _kept(question: Question, cache: epath.Path) -> Answer:
+    topology = find_topology(question.topology, slices=question.slices)
+    programs = _programs(question, topology)
+    key = (
+        *(hashlib.sha256(program.as_text().encode()).hexdigest() for program in programs),
+        topology.name,
+        topology.slices,
+        topology.compiler,
+        question.level,
+    )
+    path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        write_text(path, json.dumps(_compiled(question, programs)))
+    measured, why = json.loads(path.read_text())
+    if measured is None:
+        return None, why
+    collectives = {kind: Collective(*each) for kind, each in measured["collectives"].items()}
+    return Measured(**{**measured, "collectives": collectives}), ""
+
+
+def _programs(question: Question, topology: Topology) -> list[jax.stages.Lowered]:
+    """The program; and where it loops over the parts of a batch, what is not of the loop."""
+    experiment, outline, stage = question.experiment, question.outline, question.stage
+    mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
+    if stage is None:
+        size = experiment.guidance.batch_size
+        return [lower_call(student_of(experiment, outline), outline, mesh, batch_size=size)]
+    steps = [lower_step(experiment, outline, stage, mesh)]
+    if stage.settings.accumulation > 1:
+        steps.append(lower_rest_of_step(experiment, outline, stage, mesh))
+    return steps
+
+
+def _compiled(
+    question: Question, programs: list[jax.stages.Lowered]
+) -> tuple[dict[str, Any] | None, str]:
+    runs = question.stage.settings.accumulation if question.stage else 1
+    try:
+        measured = compile_and_measure(programs[0], level=question.level, loop_runs=runs)
+        for rest in programs[1:]:
+            measured = with_loop(
+                measured, compile_and_measure(rest, level=question.level), runs=runs
+            )
+    except MemoryError as error:
+        return None, str(error)
+    return measured._asdict(), ""
