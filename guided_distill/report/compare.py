@@ -84,17 +84,26 @@ def write_comparison(workdirs: Sequence[epath.Path], out: epath.Path) -> epath.P
 
 
 def read_runs(workdirs: Sequence[epath.Path]) -> dict[str, Run]:
-    """The runs by name: that of the folder, or its whole path where two folders have one name."""
+    """The runs by name: that of the folder, or its whole path where two folders have one name.
+
+    Points of a sweep, KEY=VALUE,KEY=VALUE, are named by what they don't share.
+    """
     folders = [each for each in dict.fromkeys(workdirs) if not each.is_file()]
-    names = Counter(each.name for each in folders)
     if not folders:
         raise UserError("none of what was named is a folder: name the folders of runs")
+    names = [each.name for each in folders]
+    if len(set(names)) < len(names):
+        names = list(map(str, folders))
     return {
-        each.name if names[each.name] == 1 else str(each): Run(
-            each, read_config(each), read_results(each / "results.csv")
-        )
-        for each in folders
+        name: Run(each, read_config(each), read_results(each / "results.csv"))
+        for name, each in zip(_without_shared_parts(names), folders, strict=True)
     }
+
+
+def _without_shared_parts(names: Sequence[str]) -> list[str]:
+    parts = [name.split(",") for name in names]
+    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
+    return [",".join(part for part in each if part not in shared) for each in parts]
 
 
 def comparable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], Ground]:

@@ -32,7 +32,7 @@ from guided_distill.report.figures import (
 )
 from guided_distill.report.grids import FEW_STEPS, frames, middle_weight, paths, rounds
 from guided_distill.report.html import cell, data_url, render
-from guided_distill.report.shortfalls import shortfalls
+from guided_distill.report.shortfalls import shortfalls, trained_here
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
 from guided_distill.training.metrics import read_metrics
@@ -61,6 +61,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     middle = middle_weight(shown)
     path_weight, steps = paths(workdir, shown)
     across = frames({"": (workdir, shown)})
+    weights = {each.w for each in shown if each.w is not None}
     page = render(
         "page.html.jinja",
         title=f"guided_distill: {experiment.data.name}",
@@ -70,7 +71,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         weights=words_of_weights(shared_weights(shown)),
         timed=timed(shown),
         panels=_panels(shown),
-        by_weight=None if middle is None else data_url(weight_figure(shown)),
+        by_weight=data_url(weight_figure(shown)) if len(weights) > 1 else None,
         rounds=rounds(workdir, shown),
         middle=cell(middle),
         frames=across,
@@ -80,7 +81,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
         round_trips=data_url(round_trip_figure(round_trips)) if round_trips else None,
         config=experiment,
         config_text=json.dumps(asdict(experiment), indent=2),
-        stages=_stages(experiment, logs),
+        stages=_stages(workdir, experiment, logs),
         losses=data_url(loss_figure(logs)) if logs else None,
         columns=COLUMNS,
         results=[list(map(cell, astuple(result))) for result in results],
@@ -180,10 +181,10 @@ def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
     ]
 
 
-def _stages(experiment: Experiment, logs: Logs) -> list[list[str]]:
-    """Of each stage: its name, updates, batch, and last loss."""
+def _stages(workdir: epath.Path, experiment: Experiment, logs: Logs) -> list[list[str]]:
+    """Of each stage that the run trains: its name, updates, batch, and last loss."""
     rows = []
-    for stage in all_stages(experiment):
+    for stage in trained_here(workdir, experiment):
         last = logs[stage.name][-1] if stage.name in logs else {}
         updates = f"{last.get('step', 0)} of {stage.total_steps}"
         batch = str(stage.settings.batch_size)

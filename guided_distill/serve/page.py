@@ -379,7 +379,7 @@ def _words(drawn: Drawn) -> str:
     return (
         f"**{drawn.stage}**: {_counted(drawn.num_steps, 'step')}, "
         f"{_counted(drawn.network_calls, 'network call')} for each {of}, "
-        f"{drawn.seconds:.2f} s for {_counted(count, of)}"
+        f"{drawn.seconds:.2g} s for {_counted(count, of)}"
     )
 
 

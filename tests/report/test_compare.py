@@ -108,6 +108,12 @@ def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
     assert list(read_runs([*folders, *folders])) == [str(folder) for folder in folders]
 
 
+def test_points_of_a_sweep_are_told_by_what_they_do_not_share(tmp_path):
+    names = [f"a.low=0,a.high={high},b=1" for high in (1, 2)]
+    assert list(read_runs([run(tmp_path / name) for name in names])) == ["a.high=1", "a.high=2"]
+    assert list(read_runs([tmp_path / names[0]])) == [names[0]]
+
+
 def test_bad_input(tmp_path, capsys):
     out = ["--out", str(tmp_path / "page.html")]
     assert cli.main(["compare", str(tmp_path / "nothing"), *out]) == 2
