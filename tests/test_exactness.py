@@ -67,10 +67,13 @@ def train(kind, settings, *, start, frozen, network, mesh):
         sampler="ddim",
         w_range=(0.0, 4.0),
     )
-    state = initial_state(start, optimizer, ema_decay=0.0)
+    state, key = initial_state(start, optimizer, ema_decay=0.0), jax.random.key(1)
+    first = draw(jax.random.key(0), DISPATCH, settings.batch_size)
+    # Few programs, which run for long: here it pays to optimize them.
+    program = step.lower(state, frozen, first, key).compile({"xla_backend_optimization_level": 2})
     for index in range(settings.steps // DISPATCH):
         batches = draw(jax.random.key(index), DISPATCH, settings.batch_size)
-        state, _ = step(state, frozen, batches, jax.random.key(1))
+        state, _ = program(state, frozen, batches, key)
     return state.params
 
 
