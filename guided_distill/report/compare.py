@@ -15,7 +15,7 @@ from guided_distill.pipeline import read_config
 from guided_distill.report.figures import mean_over_w, words_of_weights
 from guided_distill.report.grids import frames
 from guided_distill.report.html import cell, data_url, render
-from guided_distill.report.studies import shared_by_all, study_figure
+from guided_distill.report.studies import shared_by_all, study_figure, without_shared_parts
 from guided_distill.training.checkpoints import write_text
 
 FEW_STEPS = 8
@@ -96,14 +96,8 @@ def read_runs(workdirs: Sequence[epath.Path]) -> dict[str, Run]:
         names = list(map(str, folders))
     return {
         name: Run(each, read_config(each), read_results(each / "results.csv"))
-        for name, each in zip(_without_shared_parts(names), folders, strict=True)
+        for name, each in zip(without_shared_parts(names), folders, strict=True)
     }
-
-
-def _without_shared_parts(names: Sequence[str]) -> list[str]:
-    parts = [name.split(",") for name in names]
-    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
-    return [",".join(part for part in each if part not in shared) for each in parts]
 
 
 def comparable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], Ground]:

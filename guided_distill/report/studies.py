@@ -24,6 +24,7 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
     everything was measured at.
     """
     weights = shared_by_all(results)
+    results = dict(zip(without_shared_parts(list(results)), results.values(), strict=True))
     figure = Figure(figsize=(6.5, 4.2 + 0.2 * len(results)), layout="constrained")
     axes = figure.subplots()
     # The map's far end is too bright for lines on white.
@@ -55,6 +56,13 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
         title = "students; pale: their teachers"
         figure.legend(loc="outside lower left", fontsize=8, title=title)
     return figure
+
+
+def without_shared_parts(names: Sequence[str]) -> list[str]:
+    """Names of points of a sweep, KEY=VALUE,KEY=VALUE, by what they don't share; others as they are."""
+    parts = [name.split(",") for name in names]
+    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
+    return [",".join(part for part in each if part not in shared) for each in parts]
 
 
 def shared_by_all(results: Mapping[str, Sequence[Result]]) -> set[float]:
