@@ -24,7 +24,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
-from guided_distill.stages import Stage, all_stages, chains, compiled_step
+from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
 from guided_distill.training.checkpoints import latest_step, storage_error, write_text
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
@@ -80,19 +80,12 @@ def check_same_config(experiment: Experiment) -> None:
 
 def check_batches(experiment: Experiment) -> None:
     """Raises UserError, naming the key, for a batch that the devices of all processes can't share."""
-    devices, processes = jax.device_count(), jax.process_count()
     kinds = {stage.kind for stage in all_stages(experiment)}
     if experiment.autoencoder.steps:
         kinds.add(AUTOENCODER)
     for kind in sorted(kinds):
-        settings = getattr(experiment, kind)
-        size, parts = settings.batch_size, devices * settings.accumulation
-        if experiment.stage in ("all", kind) and size % parts:
-            raise UserError(
-                f"config.{kind}.batch_size is {size}, which {devices} devices of {processes} "
-                f"process{'es' * (processes > 1)} can't share in {settings.accumulation} parts "
-                f"(config.{kind}.accumulation): make it a multiple of {parts}"
-            )
+        if experiment.stage in ("all", kind):
+            check_batch(kind, getattr(experiment, kind), devices=jax.device_count())
 
 
 def check_shared(workdir: epath.Path) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from guided_distill.config import Experiment, Guidance, Halving, Optimization, Teacher
 from guided_distill.diffusion.guidance import Condition, with_guidance
+from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.guidance import guidance_loss
 from guided_distill.objectives.halving import halving_loss
@@ -64,6 +65,17 @@ def chains(experiment: Experiment) -> list[list[Stage]]:
 def all_stages(experiment: Experiment) -> list[Stage]:
     """Every stage once, in the order of training."""
     return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
+
+
+def check_batch(kind: str, settings: Optimization, *, devices: int) -> None:
+    """Raises UserError, naming the key, unless so many devices can share each part of a batch."""
+    accumulation = settings.accumulation
+    if settings.batch_size % (devices * accumulation):
+        parts = f" in {accumulation} parts (config.{kind}.accumulation)" if accumulation > 1 else ""
+        raise UserError(
+            f"config.{kind}.batch_size is {settings.batch_size}, which {devices} devices can't share"
+            f"{parts}: make it a multiple of {devices * accumulation}"
+        )
 
 
 @functools.cache

@@ -34,19 +34,16 @@ class Question(NamedTuple):
     level: str
 
 
-Answer = tuple[Measured | None, str]
-"""What the compiler says; or None for a program that doesn't fit, and its words."""
+class Answer(NamedTuple):
+    """What the compiler says; or why it says nothing: the program doesn't fit, or the compiler broke."""
 
-
-class CompilerBroke(Exception):
-    """The compiler ended its process, which says nothing of the program."""
+    measured: Measured | None
+    why: str = ""
+    broke: bool = False
 
 
 def ask(question: Question, *, cache: epath.Path) -> Answer:
-    """What the compiler says, now or in an earlier call, which the folder `cache` keeps.
-
-    Raises CompilerBroke if it ended without an answer.
-    """
+    """What the compiler says, now or in an earlier call, which the folder `cache` keeps."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(question, cache, theirs), daemon=True)
@@ -54,26 +51,29 @@ def ask(question: Question, *, cache: epath.Path) -> Answer:
     theirs.close()
     try:
         said: Answer | Exception = ours.recv()
-    except EOFError as error:
+    except EOFError:
         process.join()
-        raise CompilerBroke(
-            f"the compiler itself broke down ({_ending(process.exitcode or 0)}), which says nothing of "
-            f"whether this fits: try another --topology, --optimization_level or batch size, or another "
-            f"libtpu"
-        ) from error
+        return Answer(None, _ending(process.exitcode or 0), broke=True)
     finally:
         process.kill()
+        process.join()
     if isinstance(said, Exception):
         raise said
     return said
 
 
 def _ending(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    if status >= 0:
+        return f"the process that compiles ended with status {status}: see what it said above"
+    return (
+        f"the compiler itself broke down ({signal.Signals(-status).name}), which says nothing of whether "
+        f"this fits: try another --topology, --optimization_level or batch size, or another libtpu"
+    )
 
 
 def _answer(question: Question, cache: epath.Path, to: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The asker ends this process.
+    jax.config.update("jax_platforms", "cpu")  # An accelerator is the asker's.
     try:
         to.send(_kept(question, cache))
     except Exception as error:
@@ -82,9 +82,10 @@ def _answer(question: Question, cache: epath.Path, to: Connection) -> None:
 
 def _kept(question: Question, cache: epath.Path) -> Answer:
     topology = find_topology(question.topology, slices=question.slices)
-    programs = _programs(question, topology)
+    program, rest = _programs(question, topology)
     key = (
-        *(hashlib.sha256(program.as_text().encode()).hexdigest() for program in programs),
+        program.as_text(),
+        rest and rest.as_text(),
         topology.name,
         topology.slices,
         topology.compiler,
@@ -92,37 +93,39 @@ def _kept(question: Question, cache: epath.Path) -> Answer:
     )
     path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        write_text(path, json.dumps(_compiled(question, programs)))
+        write_text(path, json.dumps(_compiled(question, program, rest)))
     measured, why = json.loads(path.read_text())
     if measured is None:
-        return None, why
+        return Answer(None, why)
     collectives = {kind: Collective(*each) for kind, each in measured["collectives"].items()}
-    return Measured(**{**measured, "collectives": collectives}), ""
+    return Answer(Measured(**{**measured, "collectives": collectives}))
 
 
-def _programs(question: Question, topology: Topology) -> list[jax.stages.Lowered]:
+def _programs(
+    question: Question, topology: Topology
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The program; and where it loops over the parts of a batch, what is not of the loop."""
     experiment, outline, stage = question.experiment, question.outline, question.stage
     mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
     if stage is None:
         size = experiment.guidance.batch_size
-        return [lower_call(student_of(experiment, outline), outline, mesh, batch_size=size)]
-    steps = [lower_step(experiment, outline, stage, mesh)]
-    if stage.settings.accumulation > 1:
-        steps.append(lower_rest_of_step(experiment, outline, stage, mesh))
-    return steps
+        return lower_call(student_of(experiment, outline), outline, mesh, batch_size=size), None
+    looped = stage.settings.accumulation > 1
+    return (
+        lower_step(experiment, outline, stage, mesh),
+        lower_rest_of_step(experiment, outline, stage, mesh) if looped else None,
+    )
 
 
 def _compiled(
-    question: Question, programs: list[jax.stages.Lowered]
+    question: Question, program: jax.stages.Lowered, rest: jax.stages.Lowered | None
 ) -> tuple[dict[str, Any] | None, str]:
     runs = question.stage.settings.accumulation if question.stage else 1
     try:
-        measured = compile_and_measure(programs[0], level=question.level, loop_runs=runs)
-        for rest in programs[1:]:
-            measured = with_loop(
-                measured, compile_and_measure(rest, level=question.level), runs=runs
-            )
+        measured = compile_and_measure(program, level=question.level, loop_runs=runs)
+        if rest is not None:
+            once = compile_and_measure(rest, level=question.level)
+            measured = with_loop(measured, once, runs=runs)
     except MemoryError as error:
         return None, str(error)
     return measured._asdict(), ""

@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
 
 def with_loop(once: Measured, rest: Measured, *, runs: int) -> Measured:
-    """What a program does whose loop runs so often, where the compiler counted the loop's body once.
+    """About what a program does whose loop runs so often, where the compiler counted the body once.
 
     rest: of the program without the loop. Collectives were counted right: see `collectives_of`.
     """
@@ -89,26 +89,57 @@ def _optimization(level: str) -> Iterator[None]:
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _BEGUN = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([^\s,)}]+)")
 
 
 def collectives_of(program: str, *, loop_runs: int = 1) -> dict[str, Collective]:
     """The collectives of a compiled program's text, by kind, those that occur.
 
-    A started one counts where it is done, so that its operands aren't taken for results. One in the body
-    of a loop counts loop_runs times: the text doesn't tell.
+    A started one counts where it is done, so that its operands aren't taken for results. One in a loop
+    counts loop_runs times: the text doesn't tell.
     """
-    bodies = set(re.findall(r"\bbody=%?([^\s,]+)", program))
+    computations = _computations_of(program)
+    looped = _with_what_they_call(
+        set(re.findall(r"\bbody=%?([^\s,]+)", program)), computations=computations
+    )
     found: dict[str, Collective] = {}
-    runs = 1
+    for name, lines in computations.items():
+        runs = loop_runs if name in looped else 1
+        for kind, size in filter(None, map(_collective, lines)):
+            times, total = found.get(kind, Collective(0, 0))
+            found[kind] = Collective(times + runs, total + runs * size)
+    return found
+
+
+def _computations_of(program: str) -> dict[str, list[str]]:
+    """The lines of each computation by its name; those before the first by ""."""
+    computations: dict[str, list[str]] = {}
+    name = ""
     for line in program.splitlines():
         if begun := _BEGUN.match(line):
-            runs = loop_runs if begun[1] in bodies else 1
-        match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(_KINDS)})(-start|-done)?\(", line)
-        if match is None or match[3] == "-start":
-            continue
-        times, size = found.get(match[2], Collective(0, 0))
-        found[match[2]] = Collective(times + runs, size + runs * _bytes_of(match[1]))
-    return found
+            name = begun[1]
+        computations.setdefault(name, []).append(line)
+    return computations
+
+
+def _with_what_they_call(names: set[str], *, computations: dict[str, list[str]]) -> set[str]:
+    called = {
+        name
+        for each in names
+        for line in computations.get(each, [])
+        for name in _CALLED.findall(line)
+    }
+    if called <= names:
+        return names
+    return _with_what_they_call(names | called, computations=computations)
+
+
+def _collective(line: str) -> tuple[str, int] | None:
+    """The kind and the bytes of results of a line that is a collective."""
+    match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(_KINDS)})(-start|-done)?\(", line)
+    if match is None or match[3] == "-start":
+        return None
+    return match[2], _bytes_of(match[1])
 
 
 def _bytes_of(shapes: str) -> int:

@@ -9,11 +9,11 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
-from guided_distill.plan.compiler import CompilerBroke, Question, ask
+from guided_distill.plan.compiler import Question, ask
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
-from guided_distill.stages import Stage, all_stages
+from guided_distill.stages import Stage, all_stages, check_batch
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress
 
@@ -31,7 +31,7 @@ class Plan:
     kind: of stage, with the sampler that a halving round is for; updates: of all stages of the kind.
     parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
     measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
-    broke down over it, and then `why`.
+    broke down over it (broke), and then `why`.
     """
 
     kind: str
@@ -118,7 +118,7 @@ def make_plans(
 
     Halving rounds of one sampler are one program, so they are one plan. level: how much the compiler
     optimizes. cache: a folder that keeps what it said. Raises UserError if the config has no such stage,
-    or if the devices don't divide its batch.
+    or if the devices can't share a batch.
     """
     groups: dict[str, list[Stage]] = {}
     for each in all_stages(experiment):
@@ -133,48 +133,35 @@ def make_plans(
             f"--stage is {stage}, which this config has not; choose one of {', '.join(groups)}, {CALL}, "
             f"all"
         )
-    mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
-    plans = []
+    devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
+    kinds = {groups[name][0].kind if name in groups else "guidance" for name in wanted}
+    for kind in sorted(kinds):
+        check_batch(kind, getattr(experiment, kind), devices=devices)
+    plans, told_w = [], student_of(experiment, outline)
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
         for done, name in enumerate(wanted, start=1):
             stages = groups.get(name, [])
-            settings = stages[0].settings if stages else experiment.guidance
-            parts = mesh.size * (settings.accumulation if stages else 1)
-            if settings.batch_size % parts:
-                raise UserError(
-                    f"config.{stages[0].kind if stages else 'guidance'}.batch_size is "
-                    f"{settings.batch_size}, which {mesh.size} devices can't share in "
-                    f"{parts // mesh.size} parts: make it a multiple of {parts}"
-                )
-            if stages:
-                network, _ = networks_of(experiment, outline, stages[0])
-            else:
-                network = student_of(experiment, outline)
+            first = stages[0] if stages else None
+            network = networks_of(experiment, outline, first)[0] if first else told_w
+            settings = first.settings if first else experiment.guidance
             question = Question(
                 experiment,
                 outline,
-                stages[0] if stages else None,
+                first,
                 topology=topology.name,
                 slices=topology.slices,
                 level=level,
             )
-            broke = False
-            try:
-                measured, why = ask(question, cache=cache)
-            except CompilerBroke as error:
-                measured, why, broke = None, str(error), True
             plans.append(
                 Plan(
                     kind=name,
                     updates=sum(each.total_steps for each in stages),
                     batch_size=settings.batch_size,
-                    devices=mesh.size,
+                    devices=devices,
                     chip=topology.chip,
                     parameters=parameter_count(network),
                     kept=kept_bytes(network),
-                    measured=measured,
-                    broke=broke,
-                    why=why,
+                    **ask(question, cache=cache)._asdict(),
                 )
             )
             advance(done, name)

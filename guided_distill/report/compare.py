@@ -91,12 +91,12 @@ def read_runs(workdirs: Sequence[epath.Path]) -> dict[str, Run]:
     folders = [each for each in dict.fromkeys(workdirs) if not each.is_file()]
     if not folders:
         raise UserError("none of what was named is a folder: name the folders of runs")
-    names = [each.name for each in folders]
+    names = without_shared_parts([each.name for each in folders])
     if len(set(names)) < len(names):
         names = list(map(str, folders))
     return {
         name: Run(each, read_config(each), read_results(each / "results.csv"))
-        for name, each in zip(without_shared_parts(names), folders, strict=True)
+        for name, each in zip(names, folders, strict=True)
     }
 
 

@@ -32,7 +32,7 @@ from guided_distill.report.figures import (
 )
 from guided_distill.report.grids import FEW_STEPS, frames, middle_weight, paths, rounds
 from guided_distill.report.html import cell, data_url, render
-from guided_distill.report.shortfalls import shortfalls, trained_here
+from guided_distill.report.shortfalls import expected_stages, shortfalls
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import write_text
 from guided_distill.training.metrics import read_metrics
@@ -182,9 +182,12 @@ def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
 
 
 def _stages(workdir: epath.Path, experiment: Experiment, logs: Logs) -> list[list[str]]:
-    """Of each stage that the run trains: its name, updates, batch, and last loss."""
+    """Of each stage that was or will be trained here: its name, updates, batch, and last loss."""
+    expected = expected_stages(workdir, experiment)
     rows = []
-    for stage in trained_here(workdir, experiment):
+    for stage in all_stages(experiment):
+        if stage not in expected and stage.name not in logs:
+            continue
         last = logs[stage.name][-1] if stage.name in logs else {}
         updates = f"{last.get('step', 0)} of {stage.total_steps}"
         batch = str(stage.settings.batch_size)

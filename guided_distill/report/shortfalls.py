@@ -23,7 +23,7 @@ def shortfalls(
 
     results: those that the page shows. logs: rows of metrics by the stage's name.
     """
-    stages = trained_here(workdir, experiment)
+    stages = expected_stages(workdir, experiment)
     done = {stage.name: latest_step(workdir / stage.name) for stage in stages}
     lines = [*_skipped(stages, logs)]
     for stage in stages:
@@ -36,7 +36,7 @@ def shortfalls(
     return [*lines, *_unmeasured(workdir, experiment, results, finished)]
 
 
-def trained_here(workdir: epath.Path, experiment: Experiment) -> list[Stage]:
+def expected_stages(workdir: epath.Path, experiment: Experiment) -> list[Stage]:
     """The stages that the config asks for; of a run that starts from another's, those after it."""
     stages = [stage for stage in all_stages(experiment) if experiment.stage in ("all", stage.kind)]
     if experiment.start_from:

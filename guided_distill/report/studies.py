@@ -24,7 +24,6 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
     everything was measured at.
     """
     weights = shared_by_all(results)
-    results = dict(zip(without_shared_parts(list(results)), results.values(), strict=True))
     figure = Figure(figsize=(6.5, 4.2 + 0.2 * len(results)), layout="constrained")
     axes = figure.subplots()
     # The map's far end is too bright for lines on white.
@@ -61,8 +60,9 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
 def without_shared_parts(names: Sequence[str]) -> list[str]:
     """Names of points of a sweep, KEY=VALUE,KEY=VALUE, by what they don't share; others as they are."""
     parts = [name.split(",") for name in names]
-    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
-    return [",".join(part for part in each if part not in shared) for each in parts]
+    shared = set.intersection(*map(set, parts)) if parts else set()
+    short = [",".join(part for part in each if part not in shared) for each in parts]
+    return short if all(short) and len(set(short)) == len(short) else list(names)
 
 
 def shared_by_all(results: Mapping[str, Sequence[Result]]) -> set[float]:

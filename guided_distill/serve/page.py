@@ -379,8 +379,12 @@ def _words(drawn: Drawn) -> str:
     return (
         f"**{drawn.stage}**: {_counted(drawn.num_steps, 'step')}, "
         f"{_counted(drawn.network_calls, 'network call')} for each {of}, "
-        f"{drawn.seconds:.2g} s for {_counted(count, of)}"
+        f"{_seconds(drawn.seconds)} for {_counted(count, of)}"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _counted(number: int, thing: str) -> str:

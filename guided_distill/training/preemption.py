@@ -27,7 +27,7 @@ def stopping_at_once() -> Iterator[None]:
     def stop(*_: int | FrameType | None) -> None:
         # Remembered too: what is raised in a callback of the interpreter's own is lost.
         _told.set()
-        raise Interrupted("stopped; the same command goes on from the last checkpoint")
+        raise Interrupted("stopped; the same command goes on from what is kept")
 
     with _handling(stop):
         yield

@@ -130,18 +130,20 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.plan.plan import make_plans
     from guided_distill.plan.topologies import find_topology
     from guided_distill.report.plans import plan_table, schedule_line
+    from guided_distill.training.preemption import stopping_at_once
 
     experiment = config.parse(read_config(options.config, overrides))
     topology = find_topology(options.topology, slices=options.slices)
     level = options.optimization_level
-    plans = make_plans(
-        experiment,
-        outline_for(experiment),
-        topology,
-        stage=options.stage,
-        level=level,
-        cache=options.cache / "plans",
-    )
+    with stopping_at_once():
+        plans = make_plans(
+            experiment,
+            outline_for(experiment),
+            topology,
+            stage=options.stage,
+            level=level,
+            cache=options.cache / "plans",
+        )
     if options.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=2))
         return

@@ -59,7 +59,7 @@ def add_verbs(verbs: Any) -> None:
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config
     from guided_distill.pictures import png
-    from guided_distill.report.studies import study_figure
+    from guided_distill.report.studies import study_figure, without_shared_parts
     from guided_distill.study import Run, measured, run_study, write_table
     from guided_distill.sweeps import name_of, with_overrides
     from guided_distill.training.checkpoints import write_bytes
@@ -82,7 +82,9 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     results = measured(runs, folder)
     write_table(folder / "sweep.csv", runs, results)
     if results:
-        write_bytes(folder / "sweep.png", png(study_figure(results), dpi=150))
+        names = without_shared_parts(list(results))
+        named = dict(zip(names, results.values(), strict=True))
+        write_bytes(folder / "sweep.png", png(study_figure(named), dpi=150))
     print(folder / "sweep.csv")
     if failed:
         told = "; ".join(f"{name} ({why})" for name, why in failed.items())

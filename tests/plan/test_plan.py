@@ -19,7 +19,7 @@ from guided_distill.data.outline import expected_outline
 from guided_distill.errors import UserError
 from guided_distill.latent_space import open_data, outline_for
 from guided_distill.plan import compiler
-from guided_distill.plan.measured import Collective, Measured, collectives_of
+from guided_distill.plan.measured import Collective, Measured, collectives_of, with_loop
 from guided_distill.plan.plan import Plan, make_plans
 from guided_distill.plan.programs import kept_bytes, lower_call, lower_step, student_of
 from guided_distill.plan.topologies import CHIPS, chips_of, find_topology
@@ -114,9 +114,15 @@ def test_a_tuple_counts_whole_and_a_started_one_once():
 
 
 def test_what_a_loop_sends_counts_as_often_as_it_runs():
+    """Also in what its body calls: so a reduce-scatter is written for TPUs."""
     text = """
+%all-reduce-scatter (p: f32[7]) -> f32[7] {
+  %r = f32[7]{0} all-reduce(%p)
+}
+
 %body.1 (p: (f32[3])) -> (f32[3]) {
   %a = f32[3]{0} all-reduce(%x)
+  %f = f32[7]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
 }
 
 ENTRY %main (p: f32[3]) -> f32[3] {
@@ -124,7 +130,7 @@ ENTRY %main (p: f32[3]) -> f32[3] {
   ROOT %b = f32[5]{0} all-reduce(%y)
 }
 """
-    assert collectives_of(text, loop_runs=4) == {"all-reduce": Collective(4 + 1, 4 * 12 + 20)}
+    assert collectives_of(text, loop_runs=4) == {"all-reduce": Collective(9, 4 * (28 + 12) + 20)}
 
 
 @pytest.mark.parametrize("name", PAPER_SCALE)
@@ -204,13 +210,22 @@ def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tm
     reduced = plans["guidance"]["measured"]["collectives"]["all-reduce"]["bytes"]
     assert reduced == pytest.approx(4 * plans["guidance"]["parameters"], rel=0.1)
     assert not plans["sampling"]["measured"]["collectives"]
-    assert len(list(tmp_path.glob("plans/*.json"))) == 4
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")}
+    assert len(kept) == 4
     assert cli.main([*asked, "--stage", "halving"]) == 0
     assert "All of halving_ddim: " in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")} == kept
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    rest = MEASURED._replace(flops=1.0, bytes=2.0, seconds=3.0)
+    whole = with_loop(rest._replace(flops=11.0, bytes=22.0, seconds=33.0), rest, runs=4)
+    assert (whole.flops, whole.bytes, whole.seconds) == (41.0, 82.0, 123.0)
+    assert with_loop(rest, rest._replace(seconds=None), runs=4).seconds is None
 
 
 def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
-    experiment, topology = read("digits"), find_topology("v5e:2x2")
+    experiment, topology = replace(read("digits"), fsdp=0), find_topology("v5e:2x2")
     outline = outline_for(experiment)
 
     def measured(accumulation):
@@ -227,10 +242,11 @@ def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
 
     whole, parts = measured(1), measured(4)
     assert parts.flops == pytest.approx(whole.flops, rel=0.05)
-    # Weights are read once a part, and gradients are summed over the devices once a part.
-    assert parts.bytes > whole.bytes
-    sent = [each.collectives["all-reduce"].bytes for each in (parts, whole)]
-    assert sent[0] == pytest.approx(4 * sent[1], rel=0.05)
+    # Weights are gathered once, and read once a part; gradients are summed over the devices once a part.
+    assert whole.bytes < parts.bytes < 4 * whole.bytes
+    for kind, often in (("all-gather", 1), ("all-reduce", 4)):
+        sent = [each.collectives[kind].bytes for each in (parts, whole)]
+        assert sent[0] == pytest.approx(often * sent[1], rel=0.05)
     assert parts.peak < whole.peak
 
 
@@ -262,7 +278,11 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--stage is halving_encode, which this config has not"):
         make_plans(experiment, outline, stage="halving_encode", **more)
     odd = replace(experiment, teacher=replace(experiment.teacher, batch_size=12))
-    with pytest.raises(
-        UserError, match=r"config.teacher.batch_size is 12, which 8 devices can't share"
-    ):
+    said = r"teacher.batch_size is 12, which 8 devices can't share: make it a multiple of 8"
+    with pytest.raises(UserError, match=said):
         make_plans(odd, outline, stage="teacher", **more)
+    # Before anything is compiled, also where another stage comes first.
+    halving = replace(experiment.halving, batch_size=24, accumulation=2)
+    with pytest.raises(UserError, match=r"in 2 parts \(config.halving.accumulation\): .* of 16"):
+        make_plans(replace(experiment, halving=halving), outline, stage="all", **more)
+    assert not list(tmp_path.iterdir())

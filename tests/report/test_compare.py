@@ -16,6 +16,7 @@ from guided_distill.report.compare import (
     why_left_out,
     write_comparison,
 )
+from guided_distill.report.studies import without_shared_parts
 
 
 def run(folder, fd=1.0, *, config=None, **changes):
@@ -112,6 +113,11 @@ def test_points_of_a_sweep_are_told_by_what_they_do_not_share(tmp_path):
     names = [f"a.low=0,a.high={high},b=1" for high in (1, 2)]
     assert list(read_runs([run(tmp_path / name) for name in names])) == ["a.high=1", "a.high=2"]
     assert list(read_runs([tmp_path / names[0]])) == [names[0]]
+
+
+@pytest.mark.parametrize("names", [["a=1", "a=1,b=2"], ["a=1,b=2", "b=2,a=1"], ["x,y"], []])
+def test_names_stay_whole_where_the_rest_would_not_tell_them_apart(names):
+    assert without_shared_parts(names) == names
 
 
 def test_bad_input(tmp_path, capsys):

@@ -111,6 +111,22 @@ def test_a_run_that_started_from_another_is_not_blamed_for_its_teacher(tmp_path)
         (workdir / name).rmtree()
     assert told(workdir, results) == []
     assert "of what was trained so far" in headline(results)
+    stages = re.findall(r'<th scope="row">(.*?)</th>', section(written(workdir), "training"))
+    assert stages == ["halving_ddim_4", "halving_ddim_2", "halving_ddim_1"]
+
+
+def test_what_was_trained_here_is_listed_whatever_the_config_asks_for_now(tmp_path):
+    workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0), config={"stage": "halving"})
+    stages = re.findall(r'<th scope="row">(.*?)</th>', section(written(workdir), "training"))
+    assert stages[:2] == ["teacher", "guidance"]
+
+
+def test_one_w_needs_no_knob_and_no_panel_of_its_own(tmp_path, page):
+    results = [each for each in rows_of(fd=1.0) if each.w == 1.0]
+    alone = written(make_run(tmp_path / "run", results=results))
+    for part in ('<h2 id="weights">', "a panel for each guidance weight"):
+        assert part in page
+        assert part not in alone
 
 
 def test_a_run_with_only_real_images_measured_has_a_page(tmp_path):
