@@ -38,7 +38,7 @@ def write_clip(folder, pads="sd1", **changes):
     config = {"model_type": "clip_text_model", "hidden_act": "gelu", **sizes}
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
     network = CLIPTextEncoder(hidden_act="gelu", **sizes)
-    params = random_params(network, jax.ShapeDtypeStruct((1, 2), int))
+    params = random_params(network, jax.ShapeDtypeStruct((1, 2), np.int32))
     tensors = to_tensors(params)
     safetensors.numpy.save_file(tensors, folder / "text_encoder" / "model.safetensors")
     return network, params
@@ -51,7 +51,7 @@ def write_minilm(folder, **changes):
     write_words(folder / "vocab.txt")
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
     network = Bert(**sizes)
-    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (int, bool))
+    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (np.int32, bool))
     params = random_params(network, tokens, mask)
     tensors = {
         name.replace("layers", "layer"): tensor for name, tensor in to_tensors(params).items()
