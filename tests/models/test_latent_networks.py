@@ -23,7 +23,7 @@ NETWORKS = {
         num_classes=3,
     ),
     "dit": functools.partial(
-        DiT, num_classes=3, num_layers=2, num_attention_heads=2, attention_head_dim=4
+        DiT, num_classes=3, num_layers=4, num_attention_heads=2, attention_head_dim=4
     ),
 }
 TIME = jnp.array([3.0, 500.0])
