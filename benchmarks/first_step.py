@@ -1,6 +1,6 @@
 """Seconds from the start of `guided-distill train` to the end of its first update, cold and again.
 
-    python benchmarks/first_step.py configs/digits.py teacher
+    python benchmarks/first_step.py configs/digits.py
 
 The second run finds the first one's compiled programs in the cache.
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    config, stage = sys.argv[1:]
+    (config,) = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("cold", "cached"):
-            command = ["train", "--config", config, f"--config.stage={stage}"]
-            command += [f"--config.{stage}.steps=1", "--config.steps_per_dispatch=1"]
+            command = ["train", "--config", config, "--config.stage=teacher"]
+            command += ["--config.teacher.steps=1", "--config.teacher.warmup_steps=0"]
+            command += ["--config.steps_per_dispatch=1"]
             command += ["--cache", f"{folder}/cache", "--workdir", str(Path(folder, name))]
             start = time.perf_counter()
             subprocess.run([sys.executable, "-m", "guided_distill.cli", *command], check=True)
