@@ -124,8 +124,8 @@ def _compiled(
     try:
         measured = compile_and_measure(program, level=question.level, loop_runs=runs)
         if rest is not None:
-            once = compile_and_measure(rest, level=question.level)
-            measured = with_loop(measured, once, runs=runs)
+            unlooped = compile_and_measure(rest, level=question.level)
+            measured = with_loop(measured, unlooped, runs=runs)
     except MemoryError as error:
         return None, str(error)
     return measured._asdict(), ""
