@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from guided_distill.diffusion.process import PARAMETERIZATIONS
-from guided_distill.diffusion.samplers import SAMPLERS
+from guided_distill.diffusion.samplers import ENCODE, SAMPLERS
 from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, SCHEDULES
 from guided_distill.errors import UserError
 from guided_distill.objectives.halving import JUMPS
@@ -389,6 +389,12 @@ def _check(experiment: Experiment) -> None:
         raise UserError(
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
             f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
+        )
+    blind = experiment.halving.weighting == "snr" and model.schedule not in CHAINS
+    if blind and last == 1 and set(experiment.halving.samplers) - {ENCODE}:
+        raise UserError(
+            "config.halving.weighting is snr, which is zero at t = 1, all that a student of one step "
+            "sees: choose another, or make config.halving.last_num_steps 2"
         )
     if model.schedule in CHAINS and 2 * first > NUM_TIMESTEPS:
         raise UserError(

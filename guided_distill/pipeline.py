@@ -29,7 +29,7 @@ from guided_distill.training.checkpoints import latest_step, storage_error, writ
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
-from guided_distill.training.session import train_in
+from guided_distill.training.session import hand_on, train_in
 from guided_distill.training.trained import (
     Description,
     Trained,
@@ -37,7 +37,7 @@ from guided_distill.training.trained import (
     load_trained,
     network_of,
     package_version,
-    read_description,
+    read_finished,
 )
 
 
@@ -162,13 +162,17 @@ class Pipeline:
                 )
         if experiment.teacher.initial:
             self._check_initial(experiment.teacher.initial)
+        if experiment.start_from:
+            for chain in chains(experiment):
+                self._check_start(experiment.start_from, chain)
         self._start: Trained | None = None
         self._latest: Trained | None = None
 
     def train_chain(self, chain: list[Stage]) -> None:
         """Train the unfinished stages of a chain that the config asks for."""
         if self._experiment.start_from:
-            self._start, chain = self._start_elsewhere(self._experiment.start_from, chain)
+            self._start = load_finished(epath.Path(self._experiment.start_from), self._mesh)
+            chain = _left_after(self._start.description.stage, chain)
         for index, stage in enumerate(chain):
             if self._wanted(stage):
                 if latest_step(self._workdir / stage.name) == stage.total_steps:
@@ -204,6 +208,10 @@ class Pipeline:
         init_key, loop_key = jax.random.split(jax.random.key(seed))
         order = all_stages(experiment)
         about = self._describe(stage, teacher)
+        if teacher is not None and stage.total_steps == 0:
+            hand_on(directory, teacher.params, about=about.to_json())
+            console.print(f"{stage.name} is its teacher, {teacher.path}", highlight=False)
+            return Trained(str(directory), 0, teacher.params, about)
         network = about.network()
         tutor = teacher.description.network() if teacher else network
         given = self._given_weights(teacher)
@@ -261,7 +269,7 @@ class Pipeline:
 
     def _check_initial(self, path: str) -> None:
         """Raises UserError unless config.teacher.initial names a teacher with this run's network."""
-        about = read_description(epath.Path(path))
+        about = read_finished(epath.Path(path))
         if about.stage != "teacher":
             raise UserError(
                 f"config.teacher.initial={path} is a {about.stage} stage: give a teacher's folder"
@@ -311,14 +319,13 @@ class Pipeline:
             latent=self._source.latent,
         )
 
-    def _start_elsewhere(self, path: str, chain: list[Stage]) -> tuple[Trained, list[Stage]]:
-        """The stage of another run at `path`, and what is left of the chain after it.
-
-        Raises UserError if it isn't a stage that the chain can go on from.
-        """
-        start = load_finished(epath.Path(path), self._mesh)
-        about, ours = start.description, self._experiment
-        same = {
+    def _check_start(self, path: str, chain: list[Stage]) -> None:
+        """Raises UserError unless `path` is a stage of another run that the chain can go on from."""
+        about, ours = read_finished(epath.Path(path)), self._experiment
+        same: dict[str, tuple[Any, Any]] = {}
+        if about.stage != "teacher":
+            same["method"] = (about.experiment.method, ours.method)
+        same |= {
             key: (getattr(about.model, key), getattr(ours.model, key))
             for key in ("parameterization", "schedule", "schedule_options")
         } | self._differences(about)
@@ -331,5 +338,9 @@ class Pipeline:
             first = chain[-1].sampler, 2 * ours.halving.first_num_steps
             same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)
         self._check_same("start_from", path, same)
-        after = STAGES.index(about.stage) + (about.stage != "halving")
-        return start, [stage for stage in chain if STAGES.index(stage.kind) >= after]
+
+
+def _left_after(kind: str, chain: list[Stage]) -> list[Stage]:
+    """What a chain still has to do after a stage of another run; its halving rounds after any round."""
+    after = STAGES.index(kind) + (kind != "halving")
+    return [stage for stage in chain if STAGES.index(stage.kind) >= after]

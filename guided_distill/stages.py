@@ -14,7 +14,7 @@ from guided_distill.diffusion.guidance import Condition, with_guidance
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.guidance import guidance_loss
-from guided_distill.objectives.halving import halving_loss
+from guided_distill.objectives.halving import halving_loss, is_its_teacher
 from guided_distill.objectives.teacher import drop_conditions, teacher_loss
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.state import make_optimizer
@@ -25,6 +25,7 @@ from guided_distill.training.step import Batch, LossFunction, TrainStep, make_tr
 class Stage:
     """One training: the teacher, stage one, or a halving round to `num_steps` for `sampler`.
 
+    total_steps: updates; none where the stage's teacher is already what it is to be.
     takes_w: whether its network takes the guidance weight, and so has guidance inside.
     """
 
@@ -55,11 +56,21 @@ def chains(experiment: Experiment) -> list[list[Stage]]:
     return [
         start
         + [
-            Stage("halving", experiment.halving, experiment.round_steps(n), takes_w, n, sampler)
+            Stage(
+                "halving", experiment.halving, _updates(experiment, n, sampler), takes_w, n, sampler
+            )
             for n in experiment.rounds()
         ]
         for sampler in experiment.halving.samplers
     ]
+
+
+def _updates(experiment: Experiment, num_steps: int, sampler: str) -> int:
+    """Of a halving round; a first one has another network's weights, or guidance, to take up."""
+    first = num_steps == experiment.halving.first_num_steps
+    if is_its_teacher(sampler, num_steps) and not first:
+        return 0
+    return experiment.round_steps(num_steps)
 
 
 def all_stages(experiment: Experiment) -> list[Stage]:

@@ -83,8 +83,13 @@ def w_embedding(config: ConfigDict) -> list[Point]:
 
 
 def loss_weighting(config: ConfigDict) -> list[Point]:
-    """How stage one and stage two weigh errors at different noise levels."""
-    return values("guidance.weighting", WEIGHTINGS) + values("halving.weighting", WEIGHTINGS)
+    """How stage one and stage two weigh errors at different noise levels.
+
+    Stage two without "snr" where it goes down to one step, of which that weighting sees nothing.
+    """
+    to_one_step = config.halving.last_num_steps == 1
+    of_halving = [name for name in WEIGHTINGS if not (to_one_step and name == "snr")]
+    return values("guidance.weighting", WEIGHTINGS) + values("halving.weighting", of_halving)
 
 
 def prediction_type(config: ConfigDict) -> list[Point]:

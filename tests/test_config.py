@@ -31,6 +31,7 @@ def values(section, **changes):
         (values("teacher", steps="many"), ["config.teacher.steps", "whole number"]),
         (values("teacher", steps=0), ["config.teacher.steps"]),
         (values("teacher", weighting="snrr"), ["config.teacher.weighting", "truncated_snr"]),
+        (values("halving", weighting="snr"), ["config.halving.weighting", "last_num_steps 2"]),
         (values("teacher", label_dropout=1.5), ["config.teacher.label_dropout"]),
         (values("teacher", warmup_steps=5000), ["config.teacher.warmup_steps"]),
         (values("guidance", w_min=3.0, w_max=1.0), ["w_min", "w_max"]),

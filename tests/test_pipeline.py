@@ -35,6 +35,7 @@ STAGES = [
     "guidance",
     *(f"halving_{sampler}_{n}" for sampler in ("ddim", "stochastic", "encode") for n in (4, 2, 1)),
 ]
+UNTRAINED = "halving_stochastic_1"
 
 
 def train(workdir, *more):
@@ -65,6 +66,8 @@ def assert_same_runs(one, other):
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {name}")
+        if stage == UNTRAINED:
+            continue
         logs = [(Path(each) / stage / "metrics.jsonl").read_text() for each in (one, other)]
         assert logs[0] == logs[1]
 
@@ -85,6 +88,34 @@ def test_every_stage_says_what_it_is(finished):
         flat(weights(finished, "teacher").params),
     )
     assert students.keys() > teacher.keys()
+
+
+def test_the_stochastic_student_of_one_step_is_its_teacher(finished):
+    student, teacher = (weights(finished, f"halving_stochastic_{n}") for n in (1, 2))
+    assert student.description.num_steps == 1
+    assert student.description.teacher == {"path": teacher.path, "step": teacher.step}
+    ours, theirs = flat(student.params), flat(teacher.params)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert not (finished / UNTRAINED / "metrics.jsonl").exists()
+    assert UNTRAINED in pipeline.finished_stages(epath.Path(finished))
+
+
+def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished, tmp_path, capsys):
+    for start, more, words in (
+        (
+            "guidance",
+            ["--config.method=naive"],
+            "another method (guided) than this run needs (naive)",
+        ),
+        ("guidance", ["--config.method=two_student"], "another method (guided)"),
+        ("halving_ddim_4", ["--config.halving.first_num_steps=2"], "('ddim', 4)"),
+        ("halving_ddim_3", [], "holds no checkpoint"),
+    ):
+        start = f"--config.start_from={finished / start}"
+        assert train(tmp_path / "run", start, *more) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):

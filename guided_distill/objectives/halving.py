@@ -11,7 +11,7 @@ s, for i in 1..N:
 
 A jump that ends at t = 0 has the teacher's second x as its target, for samplers answer x there. The
 stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x; at
-N = 1 that is the only jump, so the stochastic student of one step is its teacher.
+N = 1 that is the only jump, so the stochastic student of one step is its teacher, and isn't trained.
 """
 
 from collections.abc import Callable
@@ -49,6 +49,11 @@ JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
     ENCODE: lambda i, n: Jump((i - 1) / n, (i - 0.5) / n, i / n),
 }
 """f(i [B] in 1..N, N) -> the student's i-th jump, by the sampler that it is trained for."""
+
+
+def is_its_teacher(sampler: str, num_steps: int) -> bool:
+    """Whether the only jump of a student is one of its teacher's own, so that it has nothing to learn."""
+    return sampler == "stochastic" and num_steps == 1
 
 
 def halving_target(

@@ -189,7 +189,7 @@ def _stages(workdir: epath.Path, experiment: Experiment, logs: Logs) -> list[lis
         if stage not in expected and stage.name not in logs:
             continue
         last = logs[stage.name][-1] if stage.name in logs else {}
-        updates = f"{last.get('step', 0)} of {stage.total_steps}"
+        updates = f"{last.get('step', 0)} of {stage.total_steps}" if stage.total_steps else "none"
         batch = str(stage.settings.batch_size)
         rows.append([stage.name, updates, batch, cell(last.get("loss"))])
     return rows

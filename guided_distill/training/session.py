@@ -20,6 +20,12 @@ from guided_distill.training.state import TrainState, split_initial_state
 from guided_distill.training.step import TrainStep
 
 
+def hand_on(directory: epath.Path, params: Any, *, about: Mapping[str, Any]) -> None:
+    """Keep `params` as the result of a stage without updates. Raises UserError if the disk is full."""
+    with StageCheckpoints(directory) as checkpoints:
+        checkpoints.save_result(0, params, about=about)
+
+
 def train_in(
     directory: epath.Path,
     *,

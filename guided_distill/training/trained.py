@@ -11,10 +11,10 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from guided_distill.config import Experiment, Model, parse
+from guided_distill.config import AUTOENCODER, Experiment, Model, parse
 from guided_distill.errors import UserError
 from guided_distill.models.registry import LABEL, Network, Params, build_network
-from guided_distill.training.checkpoints import StageCheckpoints, abstract
+from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
 from guided_distill.training.mesh import data_mesh
 
 
@@ -129,14 +129,26 @@ class Trained:
 
 
 def read_description(directory: epath.Path) -> Description:
-    """What the newest whole checkpoint of a stage's folder is. Raises UserError if there is none."""
+    """What the newest whole checkpoint of a stage's folder is.
+
+    Raises UserError if there is none, or one of an autoencoder, which doesn't sample.
+    """
     about = None
     if (directory / "checkpoints").exists():
         with StageCheckpoints(directory) as checkpoints:
             about = checkpoints.about()
     if about is None:
         raise _no_checkpoint(directory)
+    if about["stage"] == AUTOENCODER:
+        raise UserError(f"{directory} is an {AUTOENCODER}: give the folder of a stage that samples")
     return Description.from_json(about)
+
+
+def read_finished(directory: epath.Path) -> Description:
+    """As `read_description`. Raises UserError if the stage has no checkpoint or was cut short."""
+    description = read_description(directory)
+    _check_finished(directory, latest_step(directory), description)
+    return description
 
 
 def load_trained(directory: epath.Path, mesh: Mesh | None = None) -> Trained | None:
@@ -164,12 +176,16 @@ def load_finished(directory: epath.Path, mesh: Mesh | None = None) -> Trained:
     trained = load_trained(directory, mesh)
     if trained is None:
         raise _no_checkpoint(directory)
-    if not trained.finished:
-        raise UserError(
-            f"{directory} stopped at step {trained.step} of {trained.description.total_steps}: "
-            f"run `guided-distill train` again to finish it"
-        )
+    _check_finished(directory, trained.step, trained.description)
     return trained
+
+
+def _check_finished(directory: epath.Path, step: int | None, description: Description) -> None:
+    if step != description.total_steps:
+        raise UserError(
+            f"{directory} stopped at step {step} of {description.total_steps}: run "
+            f"`guided-distill train` again to finish it"
+        )
 
 
 def _no_checkpoint(directory: epath.Path) -> UserError:
