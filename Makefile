@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/guided-distill report --workdir $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED_TO_TEST)
 	$(BIN)/ruff check .
