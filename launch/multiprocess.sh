@@ -28,7 +28,7 @@ processes=2 port="" grace=20 dry_run=""
 while (($#)); do
   case $1 in
     --processes | --port | --grace)
-      [[ ${2-} =~ ^[0-9]+$ ]] || fail "$1 is '${2-}'; give a whole number"
+      [[ -n ${2-} ]] || fail "$1 has no value"
       printf -v "${1#--}" %s "$2"
       shift 2
       ;;
@@ -38,8 +38,11 @@ while (($#)); do
     *) fail "$1 is not an option: put -- before what guided-distill is to do, or see --help" ;;
   esac
 done
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes is '$processes'; give a whole number, at least 1"
+[[ $grace =~ ^(0|[1-9][0-9]*)$ ]] || fail "--grace is '$grace'; give a whole number of seconds"
+[[ -z $port || ($port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535) ]] ||
+  fail "--port is '$port'; give one from 1 to 65535"
 (($#)) || fail "nothing to run: add -- and a verb, such as -- train --config configs/digits.py"
-((processes >= 1)) || fail "--processes is 0; give at least 1"
 
 read -ra program <<<"${GUIDED_DISTILL:-guided-distill}"
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -54,6 +57,8 @@ if [[ -n $dry_run ]]; then
   done
   exit 0
 fi
+command -v "${program[0]-}" >/dev/null ||
+  fail "there is no program '${program[0]-}' here: install it, or name another by GUIDED_DISTILL"
 
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT

@@ -12,7 +12,8 @@ usage: launch/queued_resource.sh ACTION --name NAME --project P --zone Z [option
 
 actions:
   start   ask for the slice, wait for it, install this checkout's HEAD on every host, run the verb there.
-          A slice that is there is used; one that was pre-empted is asked for again: so this resumes, too
+          A slice that is there is used; one that was pre-empted is asked for again: so this resumes, too.
+          A run that is alive there is left alone
   watch   follow the log of host 0
   stop    SIGTERM to all hosts: they save at the same step and end
   delete  give the slice back
@@ -21,6 +22,7 @@ options:
   --accelerator-type T  such as v5litepod-16, v4-32, v5p-32, v6e-16 (start needs it)
   --runtime-version V   the hosts' image (default: the one for T)
   --spot                a slice that can be taken away, for less
+  --env NAME=VALUE      a variable of the program's environment; as often as needed
   --wait S              seconds between looks at the queue (default: 30)
   --dry-run             print the commands, and run none
 END
@@ -39,12 +41,18 @@ case $action in
 esac
 
 name="" project="" zone="" accelerator_type="" runtime_version="" spot="" wait=30 dry_run=""
+environment=(env)
 while (($#)); do
   case $1 in
     --name | --project | --zone | --accelerator-type | --runtime-version | --wait)
       [[ -n ${2-} ]] || fail "$1 has no value"
       variable=${1#--}
       printf -v "${variable//-/_}" %s "$2"
+      shift 2
+      ;;
+    --env)
+      [[ ${2-} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '${2-}'; give NAME=VALUE"
+      environment+=("$2")
       shift 2
       ;;
     --spot) spot=--spot && shift ;;
@@ -56,6 +64,9 @@ done
 for needed in name project zone; do
   [[ -n ${!needed} ]] || fail "--$needed is missing"
 done
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+  fail "--name is '$name'; give small letters, digits and hyphens, a letter first and no hyphen last"
+[[ $wait =~ ^[1-9][0-9]*$ ]] || fail "--wait is '$wait'; give a whole number of seconds, at least 1"
 
 run() {
   if [[ -n $dry_run ]]; then
@@ -68,15 +79,21 @@ run() {
 
 where=(--project "$project" --zone "$zone")
 queue=(gcloud compute tpus queued-resources)
+describe=("${queue[@]}" describe "$name" "${where[@]}" --format 'value(state.state)')
 
 on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
 }
 
+# Empty when there is no such slice; what else keeps gcloud from telling ends the script.
 state() {
   # A dry run goes by what a first run finds: nothing.
-  [[ -n $dry_run ]] && return
-  "${queue[@]}" describe "$name" "${where[@]}" --format 'value(state.state)' 2>/dev/null || true
+  [[ -z $dry_run ]] || return 0
+  local errors
+  { errors=$("${describe[@]}" 2>&1 >&3); } 3>&1 && return
+  [[ $errors == *NOT_FOUND* ]] && return
+  echo "$errors" >&2
+  return 1
 }
 
 delete() {
@@ -100,17 +117,31 @@ ask_for_slice() {
 wait_for_slice() {
   if [[ -n $dry_run ]]; then
     echo "# wait until its state is ACTIVE, looking every $wait s:"
-    run "${queue[@]}" describe "$name" "${where[@]}" --format 'value(state.state)'
+    run "${describe[@]}"
     return
   fi
   local now
-  until now=$(state) && [[ $now == ACTIVE ]]; do
+  while now=$(state) || exit; [[ $now != ACTIVE ]]; do
     case $now in
       FAILED | SUSPENDED | SUSPENDING) fail "$name is $now: run the same command to ask for it again" ;;
+      # It was there, and is gone.
+      "") [[ -z $seen ]] || ask_for_slice ;;
     esac
+    seen=$now
     echo "$name is ${now:-not there yet}" >&2
     sleep "$wait"
   done
+}
+
+refuse_second_run() {
+  local told look='if { kill -0 $(cat guided-distill.pid); } 2>/dev/null; then echo a run is alive; fi'
+  if [[ -n $dry_run ]]; then
+    echo "# end here if a host tells of a run:"
+    on_hosts all "$look"
+    return
+  fi
+  told=$(on_hosts all "$look")
+  [[ $told != *"a run is alive"* ]] || fail "$name is still running: watch or stop"
 }
 
 install() {
@@ -128,14 +159,17 @@ case $action in
   start)
     [[ -n $accelerator_type ]] || fail "--accelerator-type is missing"
     (($#)) || fail "nothing to run: add -- and a verb, such as -- train --config configs/cifar10.py"
-    case $(state) in
-      FAILED | SUSPENDED) delete && ask_for_slice ;;
+    seen=$(state)
+    case $seen in
+      FAILED | SUSPENDED) delete ;;
       "") ask_for_slice ;;
     esac
     wait_for_slice
+    refuse_second_run
     install
     # JAX finds the other hosts by itself.
-    on_hosts all "cd guided-distill && (setsid nohup ../environment/bin/guided-distill$(printf ' %q' "$@") \
+    program=("${environment[@]}" ../environment/bin/guided-distill "$@")
+    on_hosts all "cd guided-distill && (setsid nohup$(printf ' %q' "${program[@]}") \
 >>../guided-distill.log 2>&1 </dev/null & echo \$! >../guided-distill.pid)"
     ;;
   watch) on_hosts 0 "tail -n 50 -f guided-distill.log" ;;

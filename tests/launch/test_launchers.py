@@ -1,6 +1,7 @@
 """What launch/ would do, without doing it: its commands and manifests say what they should."""
 
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -16,9 +17,12 @@ LAUNCH = HERE.parents[1] / "launch"
 VERB = ["train", "--config", "configs/my file.py", "--workdir", "gs://bucket/run"]
 
 
-def call(script, *arguments):
+TFDS = "TFDS_DATA_DIR=gs://bucket/my data"
+
+
+def call(script, *arguments, env=None):
     return subprocess.run(
-        [str(LAUNCH / script), *arguments], capture_output=True, text=True, timeout=20
+        [str(LAUNCH / script), *arguments], capture_output=True, text=True, timeout=20, env=env
     )
 
 
@@ -53,25 +57,97 @@ def test_multiprocess_tells_every_process_which_it_is():
 
 def test_a_queued_resource_is_asked_for_awaited_installed_and_started():
     where = ["--name", "run", "--project", "p", "--zone", "z"]
-    text = dry_run("queued_resource.sh", "start", *where, "--accelerator-type", "v6e-16", "--spot")
-    create, describe, archive, copy, install, start = commands(text)
+    options = ["--accelerator-type", "v6e-16", "--spot", "--env", TFDS]
+    text = dry_run("queued_resource.sh", "start", *where, *options)
+    create, describe, look, archive, copy, install, start = commands(text)
     assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
     assert {"--spot", "v6e-16", "v2-alpha-tpuv6e"} <= set(create)
     assert describe[4] == "describe"
     assert archive[0] == "git"
-    for command in (copy, install, start):
+    for command in (look, copy, install, start):
         assert command[command.index("--worker") + 1] == "all"
     assert "guided-distill[tpu]" in install[-1]
     # The hosts' shell reads it once more.
     program = shlex.split(start[-1].split("nohup", 1)[1].split(">>")[0])
-    assert program == ["../environment/bin/guided-distill", *VERB]
+    assert program == ["env", TFDS, "../environment/bin/guided-distill", *VERB]
     for action, said in (("watch", "tail"), ("stop", "kill -TERM"), ("delete", "delete")):
         (command,) = commands(call("queued_resource.sh", action, *where, "--dry-run").stdout)
         assert said in " ".join(command)
 
 
+# Tells of a state a line of `states`; of an error, if the line isn't in capitals.
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >>log
+case "$*" in
+  *describe*)
+    read -r state <states
+    sed -i 1d states
+    [[ $state == [A-Z]* ]] && echo "WARNING: there is a new version" >&2 && echo "$state" && exit
+    echo "ERROR: (gcloud.describe) ${state:-NOT_FOUND}: the resource" >&2
+    exit 1
+    ;;
+  *kill*) bash -c "${@: -1}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """f(*states): what `start` says, and its steps, while gcloud tells these states of the slice."""
+    idle = "#!/bin/sh\n"
+    for name, text in (("gcloud", GCLOUD), ("sleep", idle), ("git", idle)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = ["--name", "run", "--project", "p", "--zone", "z", "--accelerator-type", "v6e-16"]
+
+    def run(*states):
+        Path("states").write_text("".join(f"{state}\n" for state in states))
+        done = call("queued_resource.sh", "start", *options, "--", *VERB, env=env)
+        steps = [line.split()[3] for line in Path("log").read_text().splitlines()]
+        return done, [step for step in steps if step != "describe"]
+
+    return run
+
+
+NOT_THERE, DENIED, STARTED = "", "permission_denied", ["ssh", "scp", "ssh", "ssh"]
+
+
+@pytest.mark.parametrize(
+    ("states", "steps"),
+    [
+        ([NOT_THERE, NOT_THERE, "PROVISIONING", "ACTIVE"], ["create"]),
+        (["ACTIVE", "ACTIVE"], []),
+        (["SUSPENDED", NOT_THERE, "ACTIVE"], ["delete", "create"]),
+        (["DELETING", "DELETING", NOT_THERE, "ACTIVE"], ["create"]),
+        (["DELETING", NOT_THERE, NOT_THERE, "ACTIVE"], ["create"]),
+    ],
+)
+def test_a_slice_is_asked_for_when_there_is_none(start, states, steps):
+    done, taken = start(*states)
+    assert done.returncode == 0, done.stderr
+    assert taken == steps + STARTED
+
+
+@pytest.mark.parametrize("before", [[], ["PROVISIONING", "PROVISIONING"]])
+def test_what_keeps_gcloud_from_telling_ends_the_script(start, before):
+    done, taken = start(*before, DENIED)
+    assert done.returncode == 1
+    assert f"{DENIED}: the resource" in done.stderr
+    assert taken == []
+
+
+def test_a_run_that_is_alive_is_left_alone(start):
+    Path("guided-distill.pid").write_text(f"{os.getpid()}\n")
+    done, taken = start("ACTIVE", "ACTIVE")
+    assert done.returncode == 2
+    assert done.stderr == "queued_resource.sh: run is still running: watch or stop\n"
+    assert taken == ["ssh"]
+
+
 def test_the_jobset_fits_its_schema_and_its_slices():
-    manifest = jobset("--topology", "4x8", "--slices", "2", "--queue", "ours")
+    manifest = jobset("--topology", "4x8", "--slices", "2", "--queue", "ours", "--env", TFDS)
     validate(manifest, "jobset_schema.json")
     assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ours"
     (job,) = manifest["spec"]["replicatedJobs"]
@@ -80,10 +156,18 @@ def test_the_jobset_fits_its_schema_and_its_slices():
     assert work["parallelism"] == work["completions"] == 8
     (container,) = work["template"]["spec"]["containers"]
     assert container["args"] == VERB
+    assert container["env"] == [{"name": "TFDS_DATA_DIR", "value": "gs://bucket/my data"}]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
     codes = work["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert codes["containerName"] == container["name"]
     assert codes["values"] == [2, Interrupted.STATUS]
+
+
+@pytest.mark.parametrize("name", ["true", "null"])
+def test_a_name_that_yaml_knows_stays_a_name(name):
+    manifest = jobset("--name", name)
+    assert manifest["metadata"]["name"] == name
+    assert manifest["metadata"]["labels"]["xpk.google.com/workload"] == name
 
 
 def test_the_schema_is_strict():
@@ -105,24 +189,83 @@ def test_the_skypilot_task_fits_its_schema_and_recovers_from_a_pre_emption():
         validate(task, "skypilot_schema.json")
 
 
+@pytest.mark.parametrize("overrides", [[], ["--config.a=1", "--config.b=(2,)"]])
+def test_the_skypilot_task_runs_what_its_variables_say(tmp_path, overrides):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    program = tmp_path / "environment" / "bin" / "guided-distill"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    given = {"CONFIG": VERB[2], "WORKDIR": VERB[4], "HOME": str(tmp_path)}
+    if overrides:
+        given["OVERRIDES"] = " ".join(overrides)
+    done = subprocess.run(
+        ["bash", "-euc", task["run"]],
+        env=os.environ | task["envs"] | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == VERB + overrides
+
+
+QUEUED = ["watch", "--name", "a", "--project", "b", "--zone", "c"]
+JOBSET = ["--name", "a", "--image", "b"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
         ("multiprocess.sh", ["train"], "put -- before"),
         ("multiprocess.sh", ["--processes", "two"], "--processes is 'two'"),
+        ("multiprocess.sh", ["--processes", "0"], "--processes is '0'"),
+        ("multiprocess.sh", ["--processes", "08"], "--processes is '08'"),
+        ("multiprocess.sh", ["--processes"], "--processes has no value"),
+        ("multiprocess.sh", ["--grace", "1.5"], "--grace is '1.5'"),
+        ("multiprocess.sh", ["--port", "0"], "--port is '0'"),
+        ("multiprocess.sh", ["--port", "65536"], "--port is '65536'"),
+        # 1, if a shell counts it.
+        ("multiprocess.sh", ["--port", "18446744073709551617"], "--port is '1844"),
         ("multiprocess.sh", ["--processes", "2"], "nothing to run"),
         ("queued_resource.sh", ["begin"], "action is 'begin'"),
         ("queued_resource.sh", ["watch", "--name", "a", "--zone", "b"], "--project is missing"),
+        ("queued_resource.sh", [*QUEUED, "--name", "A b"], "--name is 'A b'"),
+        ("queued_resource.sh", [*QUEUED, "--wait", "soon"], "--wait is 'soon'"),
+        ("queued_resource.sh", [*QUEUED, "--wait", "0"], "--wait is '0'"),
+        ("queued_resource.sh", [*QUEUED, "--env", "TFDS_DATA_DIR"], "--env is 'TFDS_DATA_DIR'"),
         ("jobset.sh", ["--name", "a", "--", "train"], "--image is missing"),
-        (
-            "jobset.sh",
-            ["--name", "a", "--image", "b", "--topology", "1x1", "--", "train"],
-            "--topology 1x1 has 1 chips",
-        ),
+        ("jobset.sh", [*JOBSET, "--name", "a: b"], "--name is 'a: b'"),
+        ("jobset.sh", [*JOBSET, "--name", "Bad-Name"], "--name is 'Bad-Name'"),
+        ("jobset.sh", [*JOBSET, "--name", "123"], "--name is '123'"),
+        ("jobset.sh", [*JOBSET, "--name", "a-"], "--name is 'a-'"),
+        ("jobset.sh", [*JOBSET, "--image", "i #x"], "--image is 'i #x'"),
+        ("jobset.sh", [*JOBSET, "--queue", 'a"'], "--queue is 'a\"'"),
+        ("jobset.sh", [*JOBSET, "--accelerator", "a: b"], "--accelerator is 'a: b'"),
+        ("jobset.sh", [*JOBSET, "--topology", "08x8"], "--topology is '08x8'"),
+        ("jobset.sh", [*JOBSET, "--topology", "0x4"], "--topology is '0x4'"),
+        ("jobset.sh", [*JOBSET, "--topology", "4"], "--topology is '4'"),
+        ("jobset.sh", [*JOBSET, "--topology", "1x1", "--", "train"], "--topology 1x1 has 1 chips"),
+        ("jobset.sh", [*JOBSET, "--slices", "0"], "--slices is '0'"),
+        ("jobset.sh", [*JOBSET, "--chips-per-host", "04"], "--chips-per-host is '04'"),
+        ("jobset.sh", [*JOBSET, "--max-restarts", "-1"], "--max-restarts is '-1'"),
+        ("jobset.sh", [*JOBSET, "--env", "1A=2"], "--env is '1A=2'"),
     ],
 )
 def test_what_launchers_cannot_do_is_one_sentence(script, arguments, said):
     done = call(script, *arguments)
     assert done.returncode == 2
     assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_none_is_a_number_of_restarts_and_of_seconds():
+    assert jobset("--max-restarts", "0")["spec"]["failurePolicy"]["maxRestarts"] == 0
+    assert len(commands(dry_run("multiprocess.sh", "--grace", "0"))) == 2
+
+
+def test_a_program_that_is_missing_is_one_sentence():
+    env = os.environ | {"GUIDED_DISTILL": "no-such-program -m x"}
+    done = call("multiprocess.sh", "--", *VERB, env=env)
+    assert done.returncode == 2
+    assert "no program 'no-such-program' here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
