@@ -1,4 +1,4 @@
-"""Text to image, whole and small: captioned emoji of 32x32 pixels; minutes on a GPU, hours on a CPU.
+"""Text to image, whole and small: captioned emoji of 32x32 pixels.
 
     guided-distill prepare emoji --out data/emoji3.npz
     guided-distill prepare minilm --out data/minilm
@@ -6,7 +6,8 @@
 
 Three styles of drawing, 5,664 images; a tenth of the names is held out. An autoencoder of 4 x 8 x 8
 latents comes first, then a teacher told of the captions by all-MiniLM-L6-v2, both in the layout of Stable
-Diffusion, so that the students run in its pipelines. Not in the paper.
+Diffusion, so that the students run in its pipelines. Not in the paper. Cost: by the times of its parts,
+minutes on a GPU and hours on two CPU cores (not run in one go).
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     guided-distill train --config configs/own_images.py --config.data.name=folder:PATH --workdir runs/own
 
 A sub-folder of PATH is a class. On an accelerator, with many thousands of images, raise data.image_size,
-the network's width and the updates: configs/cifar10.py tells the paper's.
+the network's width and the updates: configs/cifar10.py is at the paper's scale, as far as that is known.
 """
 
 import ml_collections

@@ -131,4 +131,4 @@ _SINGLE: tuple[Sweep, ...] = (
     student_sampler,
 )
 ABLATIONS: dict[str, Sweep] = {sweep.__name__: sweep for sweep in (*_SINGLE, ablations)}
-"""Those that Meng et al. 2023 and their readers ask for, by name."""
+"""Those that readers of Meng et al. 2023 ask for, by name."""

@@ -18,8 +18,7 @@
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    print("Installing guided_distill ...")
-    # %pip install -q guided_distill
+    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
 
 # %% [markdown]
 # ## The idea

@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -147,6 +148,17 @@ def test_links_lead_somewhere(page):
         elif anchor:
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w]+", "-", title.lower()) for title in titles}, link
+
+
+def test_links_of_the_site_lead_to_its_own_pages():
+    hooks = runpy.run_path(str(DOCS / "site" / "hooks.py"))
+    texts = {page: hooks["page_of"](source) for source, page in hooks["OUTSIDE"].items()}
+    texts |= {str(page.relative_to(DOCS)): page.read_text() for page in DOCS.rglob("*.md")}
+    for page, text in texts.items():
+        for link in LINK.findall(PATCH.sub("", hooks["on_page_markdown"](text))):
+            place = os.path.normpath(Path(page).parent / link.partition("#")[0])
+            if "://" not in link and not link.startswith("#"):
+                assert place in texts or (DOCS / place).is_file(), f"{page}: {link}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

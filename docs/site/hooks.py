@@ -1,8 +1,7 @@
 """Pages of the site that lie outside of docs/, such as the README, which is its home page."""
 
+import re
 from pathlib import Path
-
-from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {
@@ -13,11 +12,19 @@ OUTSIDE = {
 }
 
 
+def page_of(source):
+    """Its text, with links into docs/ as links beside it, and those to notebooks as their names."""
+    text = (ROOT / source).read_text().replace("](docs/", "](")
+    return re.sub(r"\[(\w+)\]\(notebooks/\S+?\)", r"`\1`", text)
+
+
 def on_files(files, config):
-    """Add them, with their links into docs/ as links beside them."""
+    """Add them."""
+    # Here, so that the tests, whose environment has no mkdocs, can read the pages.
+    from mkdocs.structure.files import File
+
     for source, page in OUTSIDE.items():
-        text = (ROOT / source).read_text().replace("](docs/", "](")
-        files.append(File.generated(config, page, content=text))
+        files.append(File.generated(config, page, content=page_of(source)))
     return files
 
 

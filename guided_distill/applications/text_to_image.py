@@ -1,7 +1,7 @@
 """Images of texts, from scratch, from another image, or in the holes of one.
 
-Meng et al. 2023, sections 4.3 (text to image), and their text-guided editing and in-painting: a distilled
-denoiser of latents with the companions that it was trained beside.
+Meng et al. 2023, text to image, and their text-guided editing and in-painting: a distilled denoiser of
+latents with the companions that it was trained beside.
 """
 
 from collections.abc import Sequence

@@ -5,16 +5,16 @@ Variance-preserving diffusion (Salimans & Ho 2022, "Progressive Distillation", P
 Diffusion Models"). Below, lambda = log_snr, alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda),
 and s < t:
 
-    (1)  z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I)                      noising        PD eq. 1
-    (2)  v   = alpha_t eps - sigma_t x                                       velocity       PD app. D
+    (1)  z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I)                      noising        PD
+    (2)  v   = alpha_t eps - sigma_t x                                       velocity       PD
          x   = alpha_t z_t - sigma_t v,   eps = sigma_t z_t + alpha_t v
          two heads, x' and eps', are read as x = sigma_t^2 x' + alpha_t (z_t - sigma_t eps'),
          which is the same as v = alpha_t eps' - sigma_t x'
-    (3)  z_s = alpha_s x_hat + sigma_s eps_hat                               DDIM step      PD eq. 5
+    (3)  z_s = alpha_s x_hat + sigma_s eps_hat                               DDIM step      PD
          with eps_hat = (z_t - alpha_t x_hat) / sigma_t; run with s > t it encodes
-    (4)  q(z_s | z_t, x) = N(r (alpha_s/alpha_t) z_t + (1 - r) alpha_s x,    posterior      CFG eq. 3
+    (4)  q(z_s | z_t, x) = N(r (alpha_s/alpha_t) z_t + (1 - r) alpha_s x,    posterior      CFG
                              (1 - r) sigma_s^2),   r = exp(lambda_t - lambda_s)
-    (5)  q(z_t | z_s)    = N((alpha_t/alpha_s) z_s,                          forward hop    CFG eq. 2
+    (5)  q(z_t | z_s)    = N((alpha_t/alpha_s) z_s,                          forward hop    CFG
                              (1 - exp(lambda_t - lambda_s)) sigma_t^2)
     (6)  x_tilde = (z_s - q z_t) / (alpha_s - q alpha_t),  q = sigma_s/sigma_t              PD alg. 2
          the one x for which a single DDIM step (3) from z_t lands on z_s, for s on either side of t

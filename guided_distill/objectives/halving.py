@@ -1,8 +1,7 @@
 """Stage two: a student of N steps learns, in one step, what its teacher does in two.
 
-Meng et al. 2023, section 3.2, algorithms 2 (deterministic) and 3 (stochastic), and the section on
-encoding; Salimans & Ho 2022, algorithm 2. On the grid i/N the student learns one DDIM jump from t to
-s, for i in 1..N:
+Meng et al. 2023: deterministic and stochastic students, and encoders; Salimans & Ho 2022, algorithm 2.
+On the grid i/N the student learns one DDIM jump from t to s, for i in 1..N:
 
     ddim         t = i/N        s = t - 1/N    the teacher's two steps go over t - 1/(2N)
     stochastic   t = i/N        s = t - 2/N    the teacher's two steps go over t - 1/N; this is the jump

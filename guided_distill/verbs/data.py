@@ -59,7 +59,8 @@ def _add_encode(verbs: Any) -> None:
         "--autoencoder", required=True, type=epath.Path, help="folder of a diffusers autoencoder"
     )
     encode.add_argument(
-        "--text_encoder", help="minilm:DIR or clip:DIR, for captions (default: labels are kept)"
+        "--text_encoder",
+        help="minilm:DIR, clip:DIR or companions:DIR, for captions (default: labels are kept)",
     )
     encode.add_argument(
         "--flip", action="store_true", help="encode every training image mirrored, too"
