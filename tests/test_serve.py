@@ -82,7 +82,7 @@ def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, monkeypatch):
             assert said in line
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert serve(workdir) == 2
-    assert 'pip install "guided_distill[serve]"' in capsys.readouterr().err
+    assert "pip install gradio (the extra `serve`)" in capsys.readouterr().err
 
 
 def test_a_browser_shows_images_that_arrive(workdir, served):

@@ -110,7 +110,7 @@ def stochastic(
     num_steps: jax.Array,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """The paper's stochastic N-step sampler (Meng et al. 2023, section 3.3).
+    """The paper's stochastic N-step sampler (Meng et al. 2023).
 
     From t a DDIM jump over two grid steps to t - 2/N, then noise back over one to t - 1/N; from
     t = 1/N a plain jump to 0. It needs a student trained on these jumps.

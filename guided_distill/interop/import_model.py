@@ -130,8 +130,8 @@ def _fetched(name: str) -> epath.Path:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:
         raise UserError(
-            f"--from {HUB}{name} needs the package huggingface_hub: pip install "
-            f"'guided_distill[hub]', or give the path of a folder"
+            f"--from {HUB}{name} needs the package huggingface_hub: pip install it "
+            f"(the extra `hub`), or give the path of a folder"
         ) from None
     try:
         return epath.Path(

@@ -53,7 +53,7 @@ class Conditioning(nn.Module):
 
     w_embedding: a name of W_FEATURES; by "fourier", w is embedded as time is.
     The projection of w starts at zero, so that a student begins as its teacher at every w
-    (Meng et al. 2023, section 3.1: w enters as the time step does).
+    (Meng et al. 2023: w enters as the time step does).
     """
 
     width: int

@@ -29,7 +29,7 @@ def guidance_loss(
     """Match the teacher's guided prediction at w ~ U[w_min, w_max], t ~ U[0, 1].
 
     x is [B, ...], condition [B, ...] each; clipped as for `prediction_loss`. Meng et al. 2023,
-    section 3.1 and algorithm 1. Raises ValueError if the teacher is guided already.
+    stage one. Raises ValueError if the teacher is guided already.
     """
     time_key, noise_key, weight_key = jax.random.split(key, 3)
     t = jax.random.uniform(time_key, x.shape[:1])

@@ -34,7 +34,7 @@ def add_verbs(verbs: Any) -> None:
 def _serve(options: argparse.Namespace, _: list[str]) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError(
-            'serve needs Gradio, which isn\'t installed: pip install "guided_distill[serve]"'
+            "serve needs Gradio, which isn't installed: pip install gradio (the extra `serve`)"
         )
     # Gradio reads it when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
