@@ -170,6 +170,7 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
         optimizer,
         ema_decay=settings.ema_decay,
         mesh=mesh,
+        accumulation=settings.accumulation,
     )
     state = train_in(
         workdir / AUTOENCODER,

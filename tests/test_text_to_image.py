@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from PIL import Image
 from text_models import write_clip_of_both, write_minilm
 
 import guided_distill
-from guided_distill import cli
+from guided_distill import cli, latent_space
+from guided_distill.applications import text_to_image
 from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
+from guided_distill.data.encoded import INPAINT
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import finished_stages
+from guided_distill.sampling import initial_noise, sample
 
 SIDE = 16
 PROMPTS = ["red apple", "two apples"]
@@ -112,6 +116,45 @@ def test_editing_runs_the_steps_that_its_strength_leaves(model):
         edit(model, images(), PROMPTS, strength=0.4, w=1.0)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What the sampler is asked for, which then answers what it was to start from."""
+    requests = []
+
+    def answer_start(trained, **request):
+        requests.append(request)
+        return request["noise"]
+
+    monkeypatch.setattr(text_to_image, "sample", answer_start)
+    return requests
+
+
+@pytest.mark.parametrize(("strength", "first"), [(0.3, 1), (0.5, 2), (0.99, 3), (1.0, 4)])
+def test_editing_starts_from_images_noised_as_far_as_its_strength(model, asked, strength, first):
+    steps = {"num_steps": 4, "allow_untrained": True}
+    edit(model, images(), PROMPTS, strength=strength, w=1.0, seed=5, **steps)
+    (request,) = asked
+    assert (request["first"], request["num_steps"]) == (first, 4)
+    # Of Stable Diffusion's thousand noise levels, the one at t = first / 4.
+    kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[250 * first - 1]
+    latents = model.space.to_latents(images())
+    noise = initial_noise(model.trained.description, 2, seed=5)
+    expected = np.sqrt(kept) * latents + np.sqrt(1 - kept) * noise
+    np.testing.assert_allclose(request["noise"], expected, atol=1e-4)
+
+
+def test_the_strength_that_an_error_names_makes_one_step_run(model, asked):
+    def steps_run(strength, num_steps):
+        how = {"w": 1.0, "num_steps": num_steps, "allow_untrained": True}
+        return edit(model, images()[:1], PROMPTS[:1], strength=strength, **how).steps_run
+
+    for num_steps in range(1, 65):
+        with pytest.raises(UserError) as refused:
+            steps_run(0.9 / num_steps, num_steps)
+        named = re.search(r"give (\S+) to 1", str(refused.value))[1]
+        assert steps_run(float(named), num_steps) == 1
+
+
 def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
     masks = np.zeros((2, SIDE, SIDE), bool)
     masks[:, 4:12, 6:] = True
@@ -122,6 +165,56 @@ def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
         other = inpaint(model, images(), masks, **asked)
         np.testing.assert_array_equal(other[~masks], images()[~masks])
         assert np.abs(other - painted)[masks].max() > 1e-3
+
+
+def some_masks():
+    """Masks of pixels, and what they are at the latents: the upper left pixel of each 2 x 2."""
+    masks = np.random.default_rng(2).random((2, SIDE, SIDE)) < 0.5
+    return masks, masks.reshape(2, SIDE // 2, 2, SIDE // 2, 2)[:, :, 0, :, 0]
+
+
+def test_inpainting_tells_the_sampler_what_is_known(model, asked):
+    masks, free = some_masks()
+    inpaint(model, images(), masks, PROMPTS, w=1.0, seed=5)
+    (request,) = asked
+    noise = initial_noise(model.trained.description, 2, seed=5)
+    np.testing.assert_array_equal(request["noise"], noise)
+    known = request["known"]
+    np.testing.assert_array_equal(known.x, model.space.to_latents(images()))
+    np.testing.assert_array_equal(known.eps, noise)
+    np.testing.assert_array_equal(known.free, free[..., None])
+
+
+def test_inpainting_keeps_the_latents_outside_of_the_mask(model, monkeypatch):
+    sampled = []
+
+    def spy(*trained, **request):
+        sampled.append(sample(*trained, **request))
+        return sampled[0]
+
+    monkeypatch.setattr(text_to_image, "sample", spy)
+    masks, free = some_masks()
+    inpaint(model, images(), masks, PROMPTS, w=1.0)
+    changes = np.abs(sampled[0] - model.space.to_latents(images()))
+    assert changes[~free].max() < 1e-6
+    assert changes[free].min(axis=-1).mean() > 0.01
+
+
+def test_an_inpainting_network_is_told_of_the_mask_and_of_what_is_around(model, asked):
+    about = model.trained.description
+    told = {**about.condition_shapes, INPAINT: (*about.data_shape[:2], 1 + about.data_shape[2])}
+    of_masks = replace(about, condition_shapes=told)
+    of_masks = replace(model, trained=replace(model.trained, description=of_masks))
+    masks, free = some_masks()
+    inpaint(of_masks, images(), masks, PROMPTS, w=1.0, seed=5)
+    (request,) = asked
+    with_holes = images()
+    with_holes[masks] = 0.0
+    mask, around = np.split(request["condition"][INPAINT], [1], axis=-1)
+    np.testing.assert_array_equal(mask, free[..., None])
+    np.testing.assert_array_equal(around, model.space.to_latents(with_holes))
+    np.testing.assert_array_equal(request["noise"], initial_noise(about, 2, seed=5))
+    assert request["known"] is None
 
 
 def run(verb, workdir, out, *more):
@@ -290,3 +383,15 @@ def test_bad_configs_are_told_before_the_autoencoder_is_trained(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not (out / "autoencoder").exists()
+
+
+def test_the_autoencoder_is_trained_in_as_many_parts_as_asked(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    def tell_size(module, params, x, key, **settings):
+        raise UserError(f"{len(x)} at once")
+
+    monkeypatch.setattr(latent_space, "autoencoder_loss", tell_size)
+    parts = ["--config.autoencoder.batch_size=8", "--config.autoencoder.accumulation=2"]
+    assert cli.main(["train", "--workdir", str(tmp_path / "run"), *arguments, *parts]) == 2
+    assert "4 at once" in capsys.readouterr().err

@@ -4,6 +4,7 @@ Meng et al. 2023, text to image, and their text-guided editing and in-painting: 
 latents with the companions that it was trained beside.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,8 +103,10 @@ def edit(
     num_steps, _ = resolve(model, condition, w=w, **request)
     first = int(num_steps * strength) if 0.0 < strength <= 1.0 else 0
     if first < 1:
+        # Rounded up, for with 0.333333 none of three steps would run.
+        least = math.ceil(1000 / num_steps) / 1000
         raise UserError(
-            f"--strength is {strength}: give {1 / num_steps:g} to 1, for with less none of the "
+            f"--strength is {strength}: give {least:g} to 1, so that at least one of the "
             f"{num_steps} steps runs"
         )
     schedule = model.trained.description.network().schedule

@@ -3,7 +3,7 @@
 Needs the extra `parity`, and is skipped without it.
 """
 
-import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from guided_distill import sampling  # noqa: E402
+from guided_distill.applications import text_to_image  # noqa: E402
+from guided_distill.applications.text_to_image import load_text_to_image  # noqa: E402
 from guided_distill.config import Model  # noqa: E402
 from guided_distill.diffusion import samplers  # noqa: E402
 from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
-from guided_distill.diffusion.process import ddim_step, prediction_from  # noqa: E402
+from guided_distill.diffusion.process import prediction_from  # noqa: E402
 from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
 from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
 from guided_distill.interop.import_model import import_model  # noqa: E402
@@ -34,6 +36,7 @@ from guided_distill.training.trained import load_finished, network_of  # noqa: E
 pytestmark = pytest.mark.filterwarnings("default")
 
 W, PROMPT, COUNT = 6.5, "a cat", 2
+PROMPTS = [PROMPT, "two dogs"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,7 +107,7 @@ def noise(seed=0):
 
 
 def text_of(pipe):
-    prompts, _ = pipe.encode_prompt([PROMPT, "two dogs"], "cpu", 1, False)
+    prompts, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
     return prompts.detach().numpy()
 
 
@@ -243,44 +246,30 @@ def half_mask():
     return Image.fromarray(mask)
 
 
-@functools.cache
-def predict_of(network):
-    return jax.jit(lambda params, *inputs: network.denoiser(params).predict(*inputs))
+class PixelsAsLatents:
+    """In the place of an autoencoder: the pipelines are given latents and answer latents."""
 
+    def to_latents(self, images):
+        return images
 
-def steps_from(trained, z, condition, *, first, num_steps, after=lambda z, t: z):
-    """Our own steps first, first - 1 ... 1 of num_steps, which pipelines run from a noised image."""
-    network = trained.description.network()
-    for i in range(first, 0, -1):
-        t, s = (jnp.full((len(z),), k / num_steps, jnp.float32) for k in (i, i - 1))
-        w = jnp.full((len(z),), W)
-        prediction = predict_of(network)(trained.params, z, t, condition, w)
-        z = prediction.x if i == 1 else ddim_step(prediction, network.schedule(s))
-        z = after(np.asarray(z), (i - 1) / num_steps)
-    return z
-
-
-def noised(trained, x, eps, t):
-    alpha_bar = 1 / (
-        1 + np.exp(-np.asarray(trained.description.network().schedule(jnp.float32(t))))
-    )
-    return np.sqrt(alpha_bar) * x + np.sqrt(1 - alpha_bar) * eps
+    def to_images(self, latents):
+        return latents
 
 
 @pytest.fixture(scope="module")
 def eps_student(run, tmp_path_factory):
     stage = tiny.add_student(run, stage="guidance")
     out = exported(run, stage, tmp_path_factory.mktemp("eps_student") / "out")
-    return load_finished(run / stage), out
+    return replace(load_text_to_image(run / stage), space=PixelsAsLatents()), out
 
 
 @pytest.mark.parametrize(("num_steps", "strength"), [(4, 0.5), (8, 0.75), (2, 1.0)])
-def test_image_to_image_equals_our_steps(eps_student, num_steps, strength):
-    trained, folder = eps_student
+def test_image_to_image_equals_our_editing(eps_student, num_steps, strength, monkeypatch):
+    model, folder = eps_student
     pipe = load(diffusers.StableDiffusionImg2ImgPipeline, folder)
-    calls, text = Calls(pipe), text_of(pipe)
+    calls = Calls(pipe)
     theirs = pipe(
-        prompt_embeds=torch.from_numpy(text),
+        PROMPTS,
         image=channels_first(noise(1)),
         strength=strength,
         num_inference_steps=num_steps,
@@ -288,23 +277,22 @@ def test_image_to_image_equals_our_steps(eps_student, num_steps, strength):
         output_type="latent",
         generator=torch.Generator().manual_seed(3),
     ).images
-    first = int(num_steps * strength)
-    assert calls.batches == [COUNT] * first
     shape = (COUNT, tiny.LATENTS, tiny.SIZE, tiny.SIZE)
     eps = channels_last(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
-    z = noised(trained, noise(1), eps, first / num_steps)
-    ours = steps_from(trained, z, {"text": text}, first=first, num_steps=num_steps)
-    assert_near(theirs, ours)
+    monkeypatch.setattr(text_to_image, "initial_noise", lambda *about, **seed: eps)
+    ours = text_to_image.edit(model, noise(1), PROMPTS, strength=strength, w=W, num_steps=num_steps)
+    assert calls.batches == [COUNT] * ours.steps_run
+    assert_near(theirs, ours.images)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
-def test_in_painting_by_a_plain_student_equals_our_steps(eps_student, num_steps):
+def test_in_painting_by_a_plain_student_equals_ours(eps_student, num_steps, monkeypatch):
     """The pipeline puts the known half back after every step, at the next step's noise."""
-    trained, folder = eps_student
+    model, folder = eps_student
     pipe = load(diffusers.StableDiffusionInpaintPipeline, folder)
-    calls, text = Calls(pipe), text_of(pipe)
+    calls = Calls(pipe)
     theirs = pipe(
-        prompt_embeds=torch.from_numpy(text),
+        PROMPTS,
         image=channels_first(noise(1)),
         mask_image=half_mask(),
         masked_image_latents=channels_first(noise(1)),
@@ -317,20 +305,12 @@ def test_in_painting_by_a_plain_student_equals_our_steps(eps_student, num_steps)
         output_type="latent",
     ).images
     assert calls.batches == [COUNT] * num_steps
-
-    def known_put_back(z, t):
-        known = noised(trained, noise(1), noise(), t) if t else noise(1)
-        return (1 - small_mask()) * known + small_mask() * z
-
-    ours = steps_from(
-        trained,
-        noise(),
-        {"text": text},
-        first=num_steps,
-        num_steps=num_steps,
-        after=known_put_back,
+    monkeypatch.setattr(text_to_image, "initial_noise", lambda *about, **seed: noise())
+    masks = small_mask()[..., 0] > 0
+    assert_near(
+        theirs,
+        text_to_image.inpaint(model, noise(1), masks, PROMPTS, w=W, num_steps=num_steps),
     )
-    assert_near(theirs, ours)
 
 
 def small_mask():
