@@ -187,7 +187,7 @@ class Experiment:
     unconditional branches apart, and guides the student when it is sampled.
     stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
     of another run, to distill a teacher that was trained elsewhere. fsdp: over how many devices weights
-    and optimizer are split, 0 for all (see guided_distill/training/mesh.py).
+    and optimizer are split, 0 for all; of several slices, those of one (guided_distill/training/mesh.py).
     """
 
     seed: int = 0

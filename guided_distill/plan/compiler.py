@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -12,11 +13,24 @@ from etils import epath
 
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
-from guided_distill.plan.measured import Collective, Measured, compile_and_measure, with_loop
-from guided_distill.plan.programs import lower_call, lower_rest_of_step, lower_step, student_of
+from guided_distill.errors import UserError
+from guided_distill.plan.measured import (
+    Collective,
+    Measured,
+    compile_and_measure,
+    memory_asked,
+    with_loop,
+)
+from guided_distill.plan.programs import (
+    held_bytes,
+    lower_call,
+    lower_rest_of_step,
+    lower_step,
+    student_of,
+)
 from guided_distill.plan.topologies import Topology, find_topology
 from guided_distill.stages import Stage
-from guided_distill.training.checkpoints import write_text
+from guided_distill.training.checkpoints import first_line, write_text
 from guided_distill.training.mesh import data_mesh
 
 
@@ -34,16 +48,33 @@ class Question(NamedTuple):
     level: str
 
 
+class Shortage(NamedTuple):
+    """Bytes of a device's memory that a program needs, that it may have, and, of those that it needs,
+    that it holds whatever the batch.
+    """
+
+    needed: int
+    available: int
+    held: int
+
+
 class Answer(NamedTuple):
-    """What the compiler says; or why it says nothing: the program doesn't fit, or the compiler broke."""
+    """What the compiler says; or why it says nothing: the program doesn't fit, or the compiler broke.
+
+    shortage: of a program that doesn't fit, where the compiler gives figures.
+    """
 
     measured: Measured | None
     why: str = ""
     broke: bool = False
+    shortage: Shortage | None = None
 
 
 def ask(question: Question, *, cache: epath.Path) -> Answer:
-    """What the compiler says, now or in an earlier call, which the folder `cache` keeps."""
+    """What the compiler says, now or in an earlier call, which the folder `cache` keeps.
+
+    Raises UserError if it has to keep it there, and can't.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(question, cache, theirs), daemon=True)
@@ -93,12 +124,36 @@ def _kept(question: Question, cache: epath.Path) -> Answer:
     )
     path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
+        _check_writable(cache)
         write_text(path, json.dumps(_compiled(question, program, rest)))
     measured, why = json.loads(path.read_text())
     if measured is None:
-        return Answer(None, why)
+        return Answer(None, why, shortage=_shortage(question, topology, why))
     collectives = {kind: Collective(*each) for kind, each in measured["collectives"].items()}
     return Answer(Measured(**{**measured, "collectives": collectives}))
+
+
+def _check_writable(cache: epath.Path) -> None:
+    """For compiling can take long."""
+    probe = cache / f"{os.getpid()}.part"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{cache}, in the folder of --cache, can't be written ({first_line(error)}): choose another "
+            f"folder"
+        ) from error
+
+
+def _shortage(question: Question, topology: Topology, why: str) -> Shortage | None:
+    asked = memory_asked(why)
+    if asked is None:
+        return None
+    experiment, outline, stage = question.experiment, question.outline, question.stage
+    mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
+    return Shortage(*asked, held_bytes(experiment, outline, stage, mesh))
 
 
 def _programs(

@@ -76,6 +76,21 @@ def compile_and_measure(lowered: jax.stages.Lowered, *, level: str, loop_runs: i
     )
 
 
+_ASKED = re.compile(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM \(|of )([\d.]+)([KMGT]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def memory_asked(why: str) -> tuple[int, int] | None:
+    """Bytes that a program needs of a device, and those that it may have, in the compiler's words.
+
+    None where these tell no figures. Arguments are among them.
+    """
+    if found := _ASKED.search(why):
+        needed, unit, available, its_unit = found.groups()
+        return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[its_unit])
+    return None
+
+
 @contextlib.contextmanager
 def _optimization(level: str) -> Iterator[None]:
     before = jax.config.jax_optimization_level  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """A plan of a run: what its stages need of a slice of TPUs, and how long they may take."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
@@ -9,7 +10,7 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
-from guided_distill.plan.compiler import Question, ask
+from guided_distill.plan.compiler import Question, Shortage, ask
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
@@ -31,7 +32,8 @@ class Plan:
     kind: of stage, with the sampler that a halving round is for; updates: of all stages of the kind.
     parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
     measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
-    broke down over it (broke), and then `why`.
+    broke down over it (broke), and then `why`, with a shortage where the compiler gave figures.
+    calls: of the network, by the N of the students, for a sample; of the plan of sampling alone.
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Plan:
     measured: Measured | None
     broke: bool = False
     why: str = ""
+    shortage: Shortage | None = None
+    calls: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def spare(self) -> float | None:
@@ -53,10 +57,14 @@ class Plan:
     @property
     def largest_batch(self) -> int | None:
         """About the most examples that fit, by proportion: all but the arguments grows with them."""
-        if self.measured is None:
+        if self.measured is not None:
+            needed, held = self.measured.peak, self.measured.arguments
+            available = self.chip.memory
+        elif self.shortage is not None:
+            needed, available, held = self.shortage
+        else:
             return None
-        growing = max(1, self.measured.peak - self.measured.arguments)
-        times = (self.chip.memory - self.measured.arguments) / growing
+        times = max(0, available - held) / max(1, needed - held)
         return int(self.batch_size / self.devices * times) * self.devices
 
     @property
@@ -90,19 +98,42 @@ class Plan:
         """Of all stages of the kind."""
         return None if self.seconds is None else self.updates * self.seconds / 3600
 
+    @property
+    def sample_seconds(self) -> dict[int, float]:
+        """Of a batch of samples, by the students' N."""
+        if self.seconds is None:
+            return {}
+        return {num_steps: calls * self.seconds for num_steps, calls in self.calls.items()}
+
     def to_json(self) -> dict[str, Any]:
         """All of it, and what follows from it."""
-        names = ("spare", "largest_batch", "bounds", "seconds", "images_per_second", "hours")
+        names = (
+            "spare",
+            "largest_batch",
+            "bounds",
+            "seconds",
+            "images_per_second",
+            "hours",
+            "sample_seconds",
+        )
         measured = self.measured and {
             **self.measured._asdict(),
             "collectives": {k: v._asdict() for k, v in self.measured.collectives.items()},
         }
         return {
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            **{each.name: getattr(self, each.name) for each in dataclasses.fields(self)},
             "chip": dataclasses.asdict(self.chip),
             "measured": measured,
+            "shortage": self.shortage and self.shortage._asdict(),
             **{name: getattr(self, name) for name in names},
         }
+
+
+def total_hours(plans: Sequence[Plan]) -> float | None:
+    """Of all stages among the plans; None where one has no estimate, or none is there."""
+    hours = [plan.hours for plan in plans if plan.kind != CALL]
+    known = [each for each in hours if each is not None]
+    return sum(known) if hours and len(known) == len(hours) else None
 
 
 def make_plans(
@@ -138,6 +169,8 @@ def make_plans(
     for kind in sorted(kinds):
         check_batch(kind, getattr(experiment, kind), devices=devices)
     plans, told_w = [], student_of(experiment, outline)
+    # Students that aren't told w are guided when they are sampled: as much work as two calls.
+    calls_a_step = 2 if experiment.method == "two_student" else 1
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
         for done, name in enumerate(wanted, start=1):
             stages = groups.get(name, [])
@@ -161,6 +194,9 @@ def make_plans(
                     chip=topology.chip,
                     parameters=parameter_count(network),
                     kept=kept_bytes(network),
+                    calls={}
+                    if first
+                    else {each: each * calls_a_step for each in experiment.rounds()},
                     **ask(question, cache=cache)._asdict(),
                 )
             )

@@ -1,5 +1,6 @@
 """The programs of a run, traced for a mesh whose devices need not be there."""
 
+import math
 from typing import Any
 
 import jax
@@ -122,6 +123,26 @@ def _lowered(
     teacher: Network,
     mesh: Mesh,
 ) -> jax.stages.Lowered:
+    state, frozen = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    batch = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct((1, stage.settings.batch_size, *one.shape), one.dtype),
+        outline.example,
+    )
+    return step.lower(  # type: ignore[attr-defined]
+        state, frozen, batch, jax.eval_shape(jax.random.key, 0)
+    )
+
+
+def _held(
+    optimizer: optax.GradientTransformation,
+    outline: Outline,
+    stage: Stage,
+    *,
+    student: Network,
+    teacher: Network,
+    mesh: Mesh,
+) -> tuple[Any, Any]:
+    """A step's arguments that are there from batch to batch: the state, and what is frozen."""
     key = jax.eval_shape(jax.random.key, 0)
     state = jax.eval_shape(
         lambda key: initial_state(student.init(key), optimizer, ema_decay=stage.settings.ema_decay),
@@ -134,12 +155,20 @@ def _lowered(
         "num_steps": jax.ShapeDtypeStruct((), jnp.int32),
         "null": outline.null,
     }
-    batch = jax.tree.map(
-        lambda one: jax.ShapeDtypeStruct((1, stage.settings.batch_size, *one.shape), one.dtype),
-        outline.example,
-    )
-    return step.lower(  # type: ignore[attr-defined]
-        abstract(state, mesh), abstract(frozen, mesh), batch, key
+    return abstract(state, mesh), abstract(frozen, mesh)
+
+
+def held_bytes(experiment: Experiment, outline: Outline, stage: Stage | None, mesh: Mesh) -> int:
+    """Bytes that a device holds whatever the batch, for a stage's update or, without one, a call."""
+    if stage is None:
+        weights = _weights_of(student_of(experiment, outline))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    student, teacher = networks_of(experiment, outline, stage)
+    optimizer = make_optimizer(stage.settings, steps=stage.total_steps)
+    held = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(held)
     )
 
 

@@ -1,6 +1,7 @@
 """Slices of TPUs by name, as the compiler knows them, with no TPU attached."""
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import re
@@ -76,6 +77,11 @@ def find_topology(name: str, *, slices: int = 1) -> Topology:
     sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if chip is None or len(sides) != chip.axes or not all(sides) or slices < 1:
         raise UserError(_what_there_is(name, slices))
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "plan needs the compiler for TPUs, libtpu, which isn't installed: pip install 'jax[tpu]' "
+            "(the extra `tpu`), on any Linux machine with x86_64, with or without a TPU"
+        )
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     try:
@@ -86,11 +92,6 @@ def find_topology(name: str, *, slices: int = 1) -> Topology:
             **chip.options,
         )
     except Exception as error:  # JAX raises a plain RuntimeError, and libtpu its own.
-        if "libtpu" in str(error) or "Unknown backend" in str(error):
-            raise UserError(
-                "the compiler for TPUs isn't installed: pip install 'guided_distill[tpu]', which works "
-                "on machines without one"
-            ) from error
         raise UserError(f"{_what_there_is(name, slices)} ({str(error).splitlines()[0]})") from error
     return Topology(name, slices, chip, tuple(found.devices))
 

@@ -1,10 +1,11 @@
-"""Plans as tables."""
+"""Plans as tables, and for programs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
-from guided_distill.plan.plan import CALL, Plan
+from guided_distill.plan.plan import CALL, Plan, total_hours
 from guided_distill.plan.topologies import Topology, chips_of
 
 COMFORT = 0.1
@@ -16,7 +17,7 @@ def plan_table(plans: Sequence[Plan], topology: Topology, *, level: str) -> Tabl
     table = Table(
         title=f"{topology.slices} x {topology.name}, {chips_of(topology)} chips; compiled at {level} by "
         f"{topology.compiler}, not run",
-        caption="Seconds are the compiler's estimate, or the largest bound if that is more.",
+        caption=" ".join(_notes(topology)),
     )
     table.add_column("a device")
     for plan in plans:
@@ -26,13 +27,50 @@ def plan_table(plans: Sequence[Plan], topology: Topology, *, level: str) -> Tabl
     return table
 
 
-def schedule_line(plans: Sequence[Plan]) -> str:
-    """The hours of all stages that were planned."""
-    hours = [plan.hours for plan in plans if plan.kind != CALL]
-    if not hours or None in hours:
-        return "Not all stages have a plan: see why above."
-    total = sum(each for each in hours if each is not None)
-    return f"All of {', '.join(p.kind for p in plans if p.kind != CALL)}: {total:,.3g} hours."
+def plan_json(plans: Sequence[Plan], topology: Topology, *, level: str) -> dict[str, Any]:
+    """What was asked, each program's plan, and the hours of all stages among them."""
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": chips_of(topology),
+        "optimization_level": level,
+        "compiler": topology.compiler,
+        "notes": _notes(topology),
+        "hours": total_hours(plans),
+        "plans": [plan.to_json() for plan in plans],
+    }
+
+
+def lines_under(plans: Sequence[Plan]) -> list[str]:
+    """Why a program has no figures, the time of samples, and the hours of all stages planned."""
+    lines = [f"{plan.kind}: {plan.why}" for plan in plans if plan.why]
+    lines += [_sample_line(plan) for plan in plans if plan.sample_seconds]
+    kinds = [plan.kind for plan in plans if plan.kind != CALL]
+    if kinds:
+        hours = total_hours(plans)
+        lines.append(
+            "Not all stages have a plan: see why above."
+            if hours is None
+            else f"All of {', '.join(kinds)}: {hours:,.3g} hours."
+        )
+    return lines
+
+
+def _sample_line(plan: Plan) -> str:
+    times = [f"{each:.3g} s in {num_steps}" for num_steps, each in plan.sample_seconds.items()]
+    return f"{plan.batch_size} samples, by the student's steps: {', '.join(times)}."
+
+
+def _notes(topology: Topology) -> list[str]:
+    notes = [
+        "Seconds are the compiler's estimate, or the largest bound if that is more.",
+        "The largest batch is an estimate by proportion.",
+    ]
+    if topology.slices > 1:
+        notes.append(
+            "What slices send each other is counted at the speed of links within one: it takes longer."
+        )
+    return notes
 
 
 def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
@@ -50,11 +88,18 @@ def _column(plan: Plan, kinds: Sequence[str]) -> dict[str, str]:
         "fits": _fits(plan),
     }
     measured, seconds = plan.measured, plan.seconds
+    if plan.shortage is not None:
+        about |= {
+            "peak memory, GiB": _gib(plan.shortage.needed),
+            "  of which arguments": _gib(plan.shortage.held),
+            "largest batch, about": str(plan.largest_batch),
+        }
     if measured is None or seconds is None:
         return about
     about |= {
-        "peak memory, GiB": f"{measured.peak / 2**30:.2f}",
-        "  of which arguments": f"{measured.arguments / 2**30:.2f}",
+        "peak memory, GiB": _gib(measured.peak),
+        "  of which arguments": _gib(measured.arguments),
+        "temporary memory, GiB": _gib(measured.temporary),
         "largest batch, about": str(plan.largest_batch),
         "TFLOP": f"{measured.flops / 1e12:.3g}",
         "GB to and from memory": f"{measured.bytes / 1e9:.3g}",
@@ -72,7 +117,13 @@ def _column(plan: Plan, kinds: Sequence[str]) -> dict[str, str]:
     return about
 
 
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
 def _fits(plan: Plan) -> str:
+    if plan.shortage is not None:
+        return f"no, {_gib(plan.shortage.available)} GiB to use"
     if plan.spare is None:
         return "not known" if plan.broke else "no"
     return f"{'yes' if plan.spare >= COMFORT else 'barely'}, {plan.spare:.0%} spare"

@@ -2,7 +2,7 @@
 
 A mesh has two axes. Weights, their average and the optimizer's state are split over "fsdp" and copied
 along "data"; the examples of a batch are split over both. With one device on "fsdp", training is
-data-parallel.
+data-parallel. Devices along "fsdp" are of one slice, within which links are fast; slices share a batch.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from guided_distill.errors import UserError
@@ -18,23 +19,35 @@ DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
-    """All devices, or those given; weights are split over `fsdp` of them, 0 for all.
+    """All devices, or those given; weights are split over `fsdp` of a slice's, 0 for all of these.
 
     Raises UserError unless that divides their number.
     """
-    devices = jax.devices() if devices is None else devices
-    fsdp = fsdp or len(devices)
-    if fsdp < 1 or len(devices) % fsdp:
+    slices = _slices(jax.devices() if devices is None else devices)
+    size = len(slices[0])
+    fsdp = fsdp or size
+    if fsdp < 1 or size % fsdp:
         raise UserError(
-            f"config.fsdp is {fsdp}, which doesn't divide {len(devices)} devices: choose one that "
-            f"does"
+            f"config.fsdp is {fsdp}, which doesn't divide {size} devices"
+            f"{' of a slice' if len(slices) > 1 else ''}: choose one that does"
         )
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp),
+    grids = [
+        mesh_utils.create_device_mesh((size // fsdp, fsdp), each, allow_split_physical_axes=True)
+        for each in slices
+    ]
+    return Mesh(
+        np.concatenate(grids),
         (DATA_AXIS, FSDP_AXIS),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices,
     )
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each slice; where JAX tells of none, all are of one."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    return [slices[index] for index in sorted(slices)]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -41,12 +41,17 @@ def add_verbs(verbs: Any) -> None:
         help="generation and sides of the slice: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x1, 7x:2x2x1",
     )
     plan.add_argument(
-        "--slices", type=int, default=1, help="how many such slices (default: %(default)s)"
+        "--slices",
+        type=int,
+        default=1,
+        help="how many such slices: weights are split within each, a batch over all "
+        "(default: %(default)s)",
     )
     plan.add_argument(
         "--stage",
         default="all",
-        help="teacher, guidance, halving, sampling (a call of the student) or all (default: %(default)s)",
+        help="teacher, guidance, halving, sampling (a call of the student, and samples of its N steps) "
+        "or all (default: %(default)s)",
     )
     plan.add_argument(
         "--optimization_level",
@@ -129,7 +134,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.latent_space import outline_for
     from guided_distill.plan.plan import make_plans
     from guided_distill.plan.topologies import find_topology
-    from guided_distill.report.plans import plan_table, schedule_line
+    from guided_distill.report.plans import lines_under, plan_json, plan_table
     from guided_distill.training.preemption import stopping_at_once
 
     experiment = config.parse(read_config(options.config, overrides))
@@ -145,14 +150,12 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
             cache=options.cache / "plans",
         )
     if options.json:
-        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+        print(json.dumps(plan_json(plans, topology, level=level), indent=2))
         return
     console = Console(width=max(100, Console().width))
     console.print(plan_table(plans, topology, level=level))
-    for plan in plans:
-        if plan.why:
-            console.print(f"{plan.kind}: {plan.why}", highlight=False, markup=False)
-    console.print(schedule_line(plans), highlight=False)
+    for line in lines_under(plans):
+        console.print(line, highlight=False, markup=False)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:

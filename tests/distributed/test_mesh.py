@@ -1,7 +1,11 @@
 """One training: on eight simulated devices, however weights and examples are split, and in bfloat16."""
 
+import contextlib
 import functools
-from dataclasses import replace
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -11,9 +15,10 @@ import pytest
 
 from guided_distill.config import Model, parse
 from guided_distill.errors import UserError
+from guided_distill.plan.measured import collectives_of
 from guided_distill.stages import compiled_step
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.mesh import split_weights
+from guided_distill.training.mesh import data_mesh, split_weights
 from guided_distill.training.state import initial_state
 from guided_distill.training.trained import network_of
 
@@ -43,6 +48,24 @@ class Run(NamedTuple):
     state: object
     start: object
     program: str
+    flops: float
+    said: str
+
+
+@contextlib.contextmanager
+def errors_said() -> Iterator[list[str]]:
+    """What the compiler, which knows nothing of Python's, writes to the standard error."""
+    said: list[str] = []
+    with tempfile.TemporaryFile("w+") as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            said.append(file.read())
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +109,14 @@ def run(mesh_of):
             "image": rng.uniform(-1, 1, (1, BATCH, *SHAPE)).astype(np.float32),
             "label": rng.integers(0, NUM_CLASSES, (1, BATCH), np.int32),
         }
-        program = step.lower(state, frozen, batch, jax.random.key(0)).compile()
+        with errors_said() as said:
+            program = step.lower(state, frozen, batch, jax.random.key(0)).compile()
         losses = []
         for _ in range(UPDATES):
             state, report = program(state, frozen, batch, jax.random.key(0))
             losses.append(report.metrics.compute()["loss"])
-        return Run(np.array(losses), state, params, program.as_text())
+        flops = program.cost_analysis()["flops"]
+        return Run(np.array(losses), state, params, program.as_text(), flops, "".join(said))
 
     return run_on
 
@@ -129,6 +154,17 @@ def test_nothing_but_weights_and_gradients_moves(run, fsdp):
     assert ("all-gather" in program) == (fsdp > 1)
 
 
+@pytest.mark.parametrize("fsdp", [8, 2])
+def test_splitting_weights_adds_no_work(run, fsdp):
+    copied, split = run(8, 1), run(8, fsdp)
+    # A device updates its own part of the weights alone, which is less.
+    assert 0.9 * copied.flops < split.flops < 1.02 * copied.flops
+    # The teacher's weights and the student's, each once.
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(split.start))
+    assert collectives_of(split.program)["all-gather"].bytes <= 2.1 * weights
+    assert "involuntary" not in split.said.lower()
+
+
 def test_a_gradient_in_parts_is_the_mean_of_theirs(run):
     whole = run(1, small=True)
     one, eight = run(1, accumulation=2, small=True), run(8, 8, accumulation=2, small=True)
@@ -164,3 +200,27 @@ def test_another_mesh_reads_what_one_has_saved(run, mesh_of, tmp_path):
 def test_a_number_that_does_not_divide_the_devices_is_refused(mesh_of):
     with pytest.raises(UserError, match=r"config.fsdp is 3, which doesn't divide 8 devices"):
         mesh_of(8, fsdp=3)
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A device of one of several slices, as JAX describes it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "fake"
+
+
+def test_weights_are_split_over_devices_of_one_slice():
+    devices = [Fake(number, slice_index=number % 2) for number in range(8)]
+    for fsdp, shape in ((0, (2, 4)), (2, (4, 2)), (1, (8, 1))):
+        mesh = data_mesh(devices, fsdp=fsdp)
+        assert mesh.devices.shape == shape
+        slices = [[each.slice_index for each in row] for row in mesh.devices]
+        assert slices == [[0] * shape[1]] * (shape[0] // 2) + [[1] * shape[1]] * (shape[0] // 2)
+    with pytest.raises(
+        UserError, match=r"config.fsdp is 8, which doesn't divide 4 devices of a slice"
+    ):
+        data_mesh(devices, fsdp=8)
