@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class Interrupted(BaseException):
-    """Stopped from outside, by a pre-emption or because another process died; nothing is wrong here.
+    """Stopped by a pre-emption, a lost process or storage that is away; nothing is wrong here.
 
     The same command goes on. The command line prints the message and exits with `STATUS`, which is
     EX_TEMPFAIL of sysexits.h: a failure that passes, so try again. Like KeyboardInterrupt it is no

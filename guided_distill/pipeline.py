@@ -25,7 +25,7 @@ from guided_distill.latent_space import latents_of, open_data, outline_of_latent
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
-from guided_distill.training.checkpoints import latest_step, storage_error, write_text
+from guided_distill.training.checkpoints import is_there, latest_step, persistently, write_text
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
@@ -90,23 +90,24 @@ def check_batches(experiment: Experiment) -> None:
 
 def check_shared(workdir: epath.Path) -> None:
     """Raises UserError unless this process sees the run's folder and can write to it."""
-    if not (workdir / "config.json").exists():
+    if not is_there(workdir / "config.json"):
         raise UserError(
             f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
             f"--workdir that all of them share"
         )
     probe = workdir / f"probe{jax.process_index()}"
-    try:
+
+    def write() -> None:
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise storage_error(probe, error) from error
+
+    persistently(write, probe)
 
 
 def claim(workdir: epath.Path, experiment: Experiment) -> None:
     """Write the config to the workdir. Raises UserError if one that differs is there already."""
     path = workdir / "config.json"
-    if path.exists():
+    if is_there(path):
         changes = changed_keys(read_config(workdir), experiment)
         if changes:
             listed = "; ".join(
@@ -123,7 +124,7 @@ def claim(workdir: epath.Path, experiment: Experiment) -> None:
 def read_config(workdir: epath.Path) -> Experiment:
     """The config of a run. Raises UserError if the folder holds none."""
     path = workdir / "config.json"
-    if not path.exists():
+    if not is_there(path):
         raise UserError(
             f"{workdir} holds no run (config.json is missing): give the --workdir of a "
             f"`guided-distill train`"

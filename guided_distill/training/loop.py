@@ -73,8 +73,8 @@ def train(
             if in_a_row >= cadence.max_nonfinite_steps:
                 raise UserError(
                     f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
-                    f"{done}: lower the stage's learning_rate, then run again to go on from the last "
-                    f"checkpoint"
+                    f"{done}: start again in another --workdir with a lower learning_rate of this stage, "
+                    f"from the last one that is finished, if any, by --config.start_from=WORKDIR/STAGE"
                 )
             sums = report.metrics if sums is None else sums.merge(report.metrics)
             if done % cadence.log_every == 0 or done == total_steps:

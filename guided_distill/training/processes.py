@@ -5,6 +5,8 @@ With one process, which is the common case, nothing here does anything.
 
 import contextlib
 import os
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -40,15 +42,18 @@ def connected(*, timeout: int) -> Iterator[None]:
 
     By hand they are told by `ADDRESS`, `COUNT` and `INDEX`; on TPU pods, GKE, Slurm and with Open MPI
     JAX finds them. timeout: seconds until all have to be there. Raises UserError for variables that don't
-    fit together and if the others aren't found; if they don't come, the process says so and exits with 2.
-    If another process dies, this one says so and exits with Interrupted.STATUS.
+    fit together, for a port that is taken, and if the others aren't found; if they don't come, the
+    process says so and exits with 2. If another process dies, this one says so and exits with
+    Interrupted.STATUS.
     """
+    if timeout < 1:
+        raise UserError(f"--start_timeout is {timeout}; give at least 1 second")
     if not jax.distributed.is_initialized():
         _join(timeout)
     console.quiet = not is_first()
     try:
         yield
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         _leave(error)
         raise
     except Exception as error:
@@ -89,19 +94,20 @@ def _join(timeout: int) -> None:
         raise UserError(f"{str(error).splitlines()[0]}; {_not_met(address, timeout)}") from error
 
 
-def _leave(error: UserError) -> None:
+def _leave(error: UserError | Interrupted) -> None:
     """Part from the others, which have met the same error, or are left waiting for this process."""
-    with _exiting_after(_FAREWELL, lambda: str(error)):
+    status = Interrupted.STATUS if isinstance(error, Interrupted) else 2
+    with _exiting_after(_FAREWELL, lambda: str(error), status):
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def _exiting_after(seconds: float, message: Callable[[], str]) -> Iterator[None]:
-    """End the process with status 2 if the block takes longer.
+def _exiting_after(seconds: float, message: Callable[[], str], status: int = 2) -> Iterator[None]:
+    """End the process if the block takes longer.
 
     For calls of JAX that can't be interrupted and abort with a stack trace in the end.
     """
-    watch = threading.Timer(seconds, lambda: _exit(message(), 2))
+    watch = threading.Timer(seconds, lambda: _exit(message(), status))
     watch.daemon = True
     watch.start()
     try:
@@ -124,7 +130,8 @@ def _not_met(address: str | None, timeout: int) -> str:
 
 
 def _by_hand() -> tuple[str | None, int | None, int | None]:
-    address, *numbers = (os.environ.get(name) for name in (ADDRESS, COUNT, INDEX))
+    address, *numbers = (os.environ.get(name) or None for name in (ADDRESS, COUNT, INDEX))
+    port = _port(address) if address else 0
     if all(number is None for number in numbers):
         # An address alone: JAX adds the rest where it knows the cluster.
         return address, None, None
@@ -132,13 +139,35 @@ def _by_hand() -> tuple[str | None, int | None, int | None]:
         count, index = (int(number or "") for number in numbers)
     except ValueError:
         count, index = 0, 0
-    if address is None or ":" not in address or not 0 <= index < count:
+    if address is None or not 0 <= index < count:
         raise UserError(
             f"{ADDRESS}={address or ''}, {COUNT}={numbers[0] or ''} and {INDEX}={numbers[1] or ''} "
             f"don't fit together: give host:port of process 0, how many processes there are, and which "
             f"of them this is, from 0"
         )
+    if index == 0:
+        _check_free(port)
     return address, count, index
+
+
+def _port(address: str) -> int:
+    found = re.fullmatch(r".+:([0-9]{1,5})", address)
+    if found is None or not 1 <= int(found[1]) <= 65535:
+        raise UserError(
+            f"{ADDRESS} is {address}; give host:port of process 0, with a port from 1 to 65535"
+        )
+    return int(found[1])
+
+
+def _check_free(port: int) -> None:
+    """Raises UserError if this process, the first, can't listen there, for which JAX would crash."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"process 0 can't listen on port {port} ({error.strerror}): choose another by {ADDRESS}, "
+            f"the same for all processes"
+        ) from error
 
 
 def is_first() -> bool:
@@ -166,22 +195,23 @@ def texts_of_all(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raises in every process the UserError that any of them meets in the block.
+    """Raises in every process the UserError or Interrupted that any of them meets in the block.
 
     Else those without it would wait for ever for the one that left. All return at the same time.
     """
     said = ""
     try:
         yield
-    except UserError as error:
-        said = str(error)
+    except (UserError, Interrupted) as error:
+        said = f"{type(error).__name__} {error}"
     for each in texts_of_all(said):
-        if each:
-            raise UserError(each)
+        kind, _, words = each.partition(" ")
+        if kind:
+            raise Interrupted(words) if kind == Interrupted.__name__ else UserError(words)
 
 
 def first_alone(work: Callable[[], None]) -> None:
-    """Let process 0 do it, and the others wait. Raises everywhere the UserError that it raises."""
+    """Let process 0 do it, and the others wait. Raises everywhere what `together` does."""
     with together():
         if is_first():
             work()

@@ -1,6 +1,7 @@
 """The verbs that make images: sample, transfer, generate, edit, inpaint."""
 
 import argparse
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
@@ -8,6 +9,7 @@ from etils import epath
 from guided_distill.verbs.shared import (
     add_process_arguments,
     add_sampling_arguments,
+    check_same_options,
     command_of_run,
     parse_list,
 )
@@ -118,9 +120,11 @@ def add_verbs(verbs: Any) -> None:
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.samples import sample_to_files
+    from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, is_first
 
-    with connected(timeout=options.start_timeout):
+    with connected(timeout=options.start_timeout), stopping_at_once():
+        check_same_options(options)
         paths = sample_to_files(
             options.workdir,
             stage=options.stage,
@@ -141,40 +145,44 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
 def _transfer(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.transfers import transfer_to_files
 
-    paths = transfer_to_files(
-        options.workdir,
-        to=options.to or options.workdir,
-        images=options.images,
-        from_label=options.from_label,
-        to_label=options.to_label,
-        encoder=options.encoder,
-        decoder=options.decoder,
-        w_encode=options.w_encode,
-        w=options.w,
-        count=options.num,
-        seed=options.seed,
-        out=epath.Path(options.out or options.workdir / "transfers"),
+    _print_all(
+        lambda: transfer_to_files(
+            options.workdir,
+            to=options.to or options.workdir,
+            images=options.images,
+            from_label=options.from_label,
+            to_label=options.to_label,
+            encoder=options.encoder,
+            decoder=options.decoder,
+            w_encode=options.w_encode,
+            w=options.w,
+            count=options.num,
+            seed=options.seed,
+            out=epath.Path(options.out or options.workdir / "transfers"),
+        )
     )
-    for path in paths:
-        print(path)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.prompted import generate_to_files
 
-    _print_all(generate_to_files(**_prompted(options)))
+    _print_all(lambda: generate_to_files(**_prompted(options)))
 
 
 def _edit(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.prompted import edit_to_files
 
-    _print_all(edit_to_files(**_prompted(options), image=options.image, strength=options.strength))
+    _print_all(
+        lambda: edit_to_files(**_prompted(options), image=options.image, strength=options.strength)
+    )
 
 
 def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.prompted import inpaint_to_files
 
-    _print_all(inpaint_to_files(**_prompted(options), image=options.image, mask=options.mask))
+    _print_all(
+        lambda: inpaint_to_files(**_prompted(options), image=options.image, mask=options.mask)
+    )
 
 
 def _prompted(options: argparse.Namespace) -> dict[str, Any]:
@@ -193,6 +201,10 @@ def _prompted(options: argparse.Namespace) -> dict[str, Any]:
     return {"workdir": options.workdir, "stage": options.stage, "request": request, "out": out}
 
 
-def _print_all(paths: list[epath.Path]) -> None:
-    for path in paths:
-        print(path)
+def _print_all(make: Callable[[], Iterable[epath.Path]]) -> None:
+    """Make the files, unless told to stop, and print their paths."""
+    from guided_distill.training.preemption import stopping_at_once
+
+    with stopping_at_once():
+        for path in make():
+            print(path)

@@ -18,10 +18,12 @@ from guided_distill.errors import UserError
 from guided_distill.verbs.shared import (
     CACHE,
     add_process_arguments,
+    check_same_options,
     command,
     command_of_run,
     keep_compiled_programs,
     parse_list,
+    workdir,
 )
 
 
@@ -73,7 +75,7 @@ def add_verbs(verbs: Any) -> None:
     add_config(train)
     train.add_argument(
         "--workdir",
-        type=epath.Path,
+        type=workdir,
         help="the run's folder (default: runs/ and the config's name)",
     )
     train.add_argument("--cache", **CACHE)
@@ -165,6 +167,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
     keep_compiled_programs(options.cache)
     with connected(timeout=options.start_timeout), stopping_at_once():
+        check_same_options(options)
         with together():
             experiment = config.parse(read_config(options.config, overrides))
         pipeline.run(experiment, options.workdir or _default_workdir(options.config))
@@ -173,18 +176,20 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.evaluation.evaluate import evaluate
     from guided_distill.evaluation.tasks import Request
+    from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, is_first
 
     keep_compiled_programs(options.cache)
-    request = Request(
-        extractor=options.extractor,
-        num_samples=options.num_samples,
-        weights=parse_list("--w", options.w, float),
-        stages=parse_list("--stages", options.stages, str),
-        num_steps=parse_list("--num_steps", options.num_steps, int),
-        reference=options.reference,
-    )
-    with connected(timeout=options.start_timeout):
+    with connected(timeout=options.start_timeout), stopping_at_once():
+        check_same_options(options)
+        request = Request(
+            extractor=options.extractor,
+            num_samples=options.num_samples,
+            weights=parse_list("--w", options.w, float),
+            stages=parse_list("--stages", options.stages, str),
+            num_steps=parse_list("--num_steps", options.num_steps, int),
+            reference=options.reference,
+        )
         evaluate(options.workdir, request)
         if is_first():
             print(options.workdir / "results.csv")
@@ -216,6 +221,8 @@ def find_config(file: str) -> str:
 
 def read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does."""
+    if "://" in path:
+        raise UserError(f"--config {path} is not on this machine: copy the file to it")
     named, _, variant = path.partition(":")
     file = find_config(named)
     try:

@@ -1,6 +1,7 @@
 """What the verbs of the command line have in common."""
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,8 +33,15 @@ def command_of_run(
 ) -> argparse.ArgumentParser:
     """As `command`, for a verb that works on a run's folder."""
     verb = command(verbs, name, run, words, example)
-    verb.add_argument("--workdir", required=True, type=epath.Path, help="the run's folder")
+    verb.add_argument("--workdir", required=True, type=workdir, help="the run's folder")
     return verb
+
+
+def workdir(text: str) -> epath.Path:
+    """The folder that --workdir names, which isn't the current one by mistake."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a folder, or . for the current one")
+    return epath.Path(text)
 
 
 def keep_compiled_programs(cache: epath.Path) -> None:
@@ -53,6 +61,25 @@ def add_process_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="of many processes: how long to wait for the others to start (default: %(default)s)",
     )
+
+
+def check_same_options(options: argparse.Namespace) -> None:
+    """Raises UserError, in every process, unless all that run together were given the same flags."""
+    from guided_distill.training.processes import texts_of_all
+
+    flags = {
+        "the verb" if name == "verb" else f"--{name}": "not given" if value is None else str(value)
+        for name, value in vars(options).items()
+        if name not in ("run", "cache", "start_timeout")
+    }
+    first, *others = map(json.loads, texts_of_all(json.dumps(flags)))
+    for index, other in enumerate(others, start=1):
+        for flag, ours in first.items():
+            if other.get(flag) != ours:
+                raise UserError(
+                    f"{flag} is {other.get(flag)} in process {index} and {ours} in process 0: start all "
+                    f"processes by the same command"
+                )
 
 
 def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:

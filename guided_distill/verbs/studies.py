@@ -9,7 +9,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.verbs.runs import add_config, find_config, read_config
-from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs
+from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs, workdir
 
 
 def add_verbs(verbs: Any) -> None:
@@ -29,7 +29,7 @@ def add_verbs(verbs: Any) -> None:
     )
     sweep.add_argument(
         "--workdir",
-        type=epath.Path,
+        type=workdir,
         help="the study's folder (default: runs/ and the names of config and sweep)",
     )
     sweep.add_argument(

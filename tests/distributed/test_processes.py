@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -15,8 +16,10 @@ from etils import epath
 from machine import Machine, children, free_port, wait_for
 
 from guided_distill import cli
+from guided_distill.errors import Interrupted, UserError
 from guided_distill.evaluation import registry
 from guided_distill.evaluation.results import read_results
+from guided_distill.training import processes
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.trained import load_finished
 
@@ -27,6 +30,21 @@ import functools, sys
 from guided_distill import cli
 from guided_distill.evaluation import registry
 registry.train_extractor = functools.partial(registry.train_extractor, steps=1)
+cli.run(sys.argv[1:])
+"""
+
+
+ENDLESS = """
+import os, pathlib, sys, time
+from guided_distill import cli
+from guided_distill.report import samples
+
+def forever(workdir, *, out, **_):
+    pathlib.Path(out, os.environ["JAX_PROCESS_ID"]).touch()
+    while True:
+        time.sleep(0.1)
+
+samples.sample_to_files = forever
 cli.run(sys.argv[1:])
 """
 
@@ -61,7 +79,7 @@ def whole(arguments, tmp_path_factory, eight_devices):
 def disturbed(machine, arguments, tmp_path_factory):
     """A run by two processes, one of which is killed; by two that are told to end; by one alone.
 
-    The last splits the weights over another number of devices.
+    The last has half as many devices, and splits the weights over another number of them.
     """
     workdir = tmp_path_factory.mktemp("disturbed")
     command = [*arguments, "--workdir", str(workdir)]
@@ -73,6 +91,8 @@ def disturbed(machine, arguments, tmp_path_factory):
     output = killed.communicate(timeout=60)[0]
     # The other one may be the first to end, having lost this one.
     assert killed.returncode in (128 + signal.SIGKILL, 75), output
+    if killed.returncode == 75:
+        assert "[0] guided-distill: process 0 lost another process" in output
     reached = latest_step(teacher)
     assert reached < STEPS
 
@@ -88,7 +108,9 @@ def disturbed(machine, arguments, tmp_path_factory):
     assert output.count(f"told to end, and saved at step {saved}") == 2
     assert seconds < 10
 
-    assert cli.main([*command, "--config.fsdp=2"]) == 0
+    alone = machine.launch(*command, "--config.fsdp=2", options=("--processes", "1"))
+    output = alone.communicate(timeout=100)[0]
+    assert alone.returncode == 0, output
     return workdir
 
 
@@ -147,9 +169,62 @@ def test_two_processes_measure_what_one_does(machine, whole, tmp_path, monkeypat
     assert len(list(two.glob("tensorboard/*/*"))) == len(rows[1])
 
 
+def test_processes_that_do_not_train_stop_at_once(machine, tmp_path):
+    program = tmp_path / "endless.py"
+    program.write_text(ENDLESS)
+    begun = [tmp_path / str(index) for index in range(2)]
+    drawing = machine.launch(
+        *("sample", "--workdir", str(tmp_path), "--out", str(tmp_path)),
+        program=[sys.executable, str(program)],
+    )
+    wait_for(lambda: all(each.exists() for each in begun), drawing)
+    began = time.monotonic()
+    drawing.send_signal(signal.SIGTERM)
+    output = drawing.communicate(timeout=60)[0]
+    assert drawing.returncode == 75, output
+    assert output.count("guided-distill: stopped; the same command goes on") == 2
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "value", "said"),
+    [
+        ("sample", "--w", "2", "--w is 2.0 in process 1 and 1.0 in process 0"),
+        ("sample", "--num", "3", "--num is 3 in process 1 and 64 in process 0"),
+        (
+            "evaluate",
+            "--num_steps",
+            "4",
+            "--num_steps is 4 in process 1 and not given in process 0",
+        ),
+        ("evaluate", "--workdir", "there", "--workdir is there in process 1"),
+        ("train", "--workdir", "there", "--workdir is there in process 1"),
+    ],
+)
+def test_another_flag_is_refused(
+    tmp_path, monkeypatch, capsys, tiny_arguments, verb, flag, value, said
+):
+    texts = []
+
+    def of_both(text):
+        texts.append(text)
+        return texts
+
+    # Two processes after each other; the first sees itself alone and ends for want of a run.
+    monkeypatch.setattr(processes, "texts_of_all", of_both)
+    config = [*tiny_arguments, "--config.seed=x"] if verb == "train" else []
+    command = [verb, *config, "--workdir", str(tmp_path)]
+    assert cli.main(command) == 2
+    del texts[1:]
+    capsys.readouterr()
+    assert cli.main([*command, flag, value]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("--workdir=elsewhere", "--workdir is elsewhere in process 1 and /"),
         ("--config.seed=1", "config.seed is 1 in process 1 and 0 in process 0"),
         ("--config.teacher.steps=x", "config.teacher.steps"),
     ],
@@ -187,7 +262,6 @@ def test_who_does_not_come_is_not_waited_for(machine, tmp_path):
     [
         {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
         {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "2"},
-        {"JAX_COORDINATOR_ADDRESS": "here", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
         {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
         {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "a", "JAX_PROCESS_ID": "0"},
     ],
@@ -198,6 +272,53 @@ def test_variables_that_do_not_fit_are_named(arguments, tmp_path, monkeypatch, c
         monkeypatch.setenv(name, value)
     assert cli.main([*arguments, "--workdir", str(tmp_path)]) == 2
     assert "JAX_PROCESS_ID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["here", ":1", "here:", "here:abc", "here:0", "here:65536"])
+def test_an_address_without_a_port_is_named(tmp_path, monkeypatch, capsys, address):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    assert cli.main(["sample", "--workdir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"JAX_COORDINATOR_ADDRESS is {address}; give host:port" in line
+
+
+@pytest.mark.parametrize("interface", ["127.0.0.1", ""])
+def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch, capsys, interface):
+    with socket.create_server((interface, 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        assert cli.main(["sample", "--workdir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"process 0 can't listen on port {port} (" in line
+    assert "choose another by JAX_COORDINATOR_ADDRESS" in line
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5"])
+def test_a_wait_of_no_time_is_refused(tmp_path, capsys, seconds):
+    assert cli.main(["sample", "--workdir", str(tmp_path), "--start_timeout", seconds]) == 2
+    assert f"--start_timeout is {seconds}; give at least 1 second" in capsys.readouterr().err
+
+
+def work_together(error):
+    with processes.together():
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("kind", [UserError, Interrupted])
+def test_what_ends_one_ends_all(monkeypatch, kind):
+    texts = []
+
+    def of_both(text):
+        texts.append(text)
+        return texts
+
+    monkeypatch.setattr(processes, "texts_of_all", of_both)
+    for error in (kind("said so"), None):
+        with pytest.raises(kind, match=r"^said so$"):
+            work_together(error)
 
 
 def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys, eight_devices):

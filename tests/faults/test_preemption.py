@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 from etils import epath
 from toy import source, train_toy
 
+from guided_distill import cli
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import Interrupted
 from guided_distill.training.checkpoints import latest_step
@@ -77,3 +79,45 @@ def end_oneself():
     with stopping_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
+
+
+class Dying:
+    """Its end is one of the interpreter's callbacks, which nothing raised in can leave."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def end_oneself_in_a_callback():
+    with stopping_at_once():
+        Dying()
+        time.sleep(5)
+
+
+def test_a_signal_in_a_callback_is_neither_lost_nor_reported(capfd):
+    with pytest.raises(Interrupted, match="stopped"):
+        end_oneself_in_a_callback()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["sample"], "report.samples.sample_to_files"),
+        (["evaluate"], "evaluation.evaluate.evaluate"),
+        (["generate", "--prompt", "a"], "report.prompted.generate_to_files"),
+    ],
+)
+def test_every_long_command_ends_with_the_status_for_again(
+    monkeypatch, capsys, tmp_path, arguments, work
+):
+    def told(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(f"guided_distill.{work}", told)
+    cache = ["--cache", str(tmp_path)] if arguments == ["evaluate"] else []
+    assert cli.main([*arguments, "--workdir", str(tmp_path), *cache]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line

@@ -1,16 +1,18 @@
 """Storage that fails: tried again where that can help, and then told in one sentence."""
 
 import errno
+import re
 import time
 import types
 
+import jax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from toy import source, train_toy
 
 from guided_distill import cli
-from guided_distill.errors import UserError
+from guided_distill.errors import Interrupted, UserError
 from guided_distill.training import checkpoints
 from guided_distill.training.checkpoints import persistently, write_text
 
@@ -43,6 +45,7 @@ AWAY = (
     OSError(errno.EIO, "Input/output error"),
     ConnectionResetError("reset"),
     ValueError("UNAVAILABLE: Error writing"),
+    OSError(errno.ECONNREFUSED, "Cannot connect to host"),
     ValueError("Error writing local file: write failed [OS error 116: ESTALE Stale file handle]"),
 )
 
@@ -58,20 +61,95 @@ def test_what_can_pass_is_tried_again_with_a_bound(waited, caplog, error):
     assert len(waited) == 6
 
 
+class HttpError(Exception):
+    """As clients of buckets raise them: neither an OSError nor a ValueError."""
+
+
+BUCKET = epath.Path("gs://bucket/run")
+
+
+def test_of_a_bucket_any_error_of_its_client_is_tried_again(waited):
+    persistently(failing(HttpError("502"), 3), BUCKET)
+    assert waited == [1, 4, 15]
+    with pytest.raises(UserError, match=r"gs://bucket/run can't be written \(502\)"):
+        persistently(failing(HttpError("502"), 4), BUCKET)
+    with pytest.raises(HttpError):
+        persistently(failing(HttpError("a bug"), 1), epath.Path("here"))
+    assert len(waited) == 6
+
+
+@pytest.mark.parametrize("waits", [(), (1,)])
+@pytest.mark.parametrize("error", [*AWAY, HttpError("502")], ids=str)
+def test_of_many_processes_what_can_pass_is_left_to_a_restart(waited, monkeypatch, error, waits):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(Interrupted, match=r"gs://bucket/run .*; the same command goes on"):
+        persistently(failing(error, 2), BUCKET, waits=waits)
+    assert waited == list(waits)
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "said"),
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        PermissionError(errno.EACCES, "Permission denied"),
-        ValueError(
-            "RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]"
+        (
+            ImportError("Please install gcsfs"),
+            r"Please install gcsfs\): gs:// needs the package's extra `tpu`",
         ),
+        (HttpError("Invalid credentials\nand more"), r"Invalid credentials\): check .* access"),
+        (HttpError(), r"HttpError\): check its name, the network"),
     ],
     ids=str,
 )
-def test_what_cannot_pass_is_told_at_once(waited, error):
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_a_bucket_out_of_reach_is_told_in_one_sentence(
+    monkeypatch, capsys, tiny_arguments, verb, error, said
+):
+    kind = type(BUCKET)
+    exists = kind.exists
+
+    def asked(path):
+        if str(path).startswith("gs://"):
+            raise error
+        return exists(path)
+
+    monkeypatch.setattr(kind, "exists", asked)
+    config = tiny_arguments if verb == "train" else []
+    assert cli.main([verb, *config, "--workdir", str(BUCKET)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"gs://bucket/run/config.json can't be reached \({said}", line)
+
+
+def test_a_config_in_a_bucket_is_refused_by_its_whole_name(tmp_path, capsys):
+    config = "gs://bucket/digits.py:runlocal"
+    assert cli.main(["train", "--config", config, "--workdir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--config {config} is not on this machine" in line
+
+
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_an_empty_workdir_is_not_the_current_folder(
+    monkeypatch, tmp_path, capsys, tiny_arguments, verb
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([verb, *(tiny_arguments if verb == "train" else []), "--workdir", ""])
+    assert "argument --workdir: it is empty" in capsys.readouterr().err
+
+
+CANNOT_PASS = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("Forbidden: the caller does not have storage.objects.create access"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    ValueError("RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]"),
+)
+
+
+@pytest.mark.parametrize("path", [epath.Path("here"), BUCKET], ids=str)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("error", CANNOT_PASS, ids=str)
+def test_what_cannot_pass_is_told_at_once(waited, monkeypatch, error, processes, path):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
     with pytest.raises(UserError, match="make room or choose another --workdir"):
-        persistently(failing(error, 1), epath.Path("here"))
+        persistently(failing(error, 1), path)
     assert waited == []
 
 

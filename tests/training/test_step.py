@@ -137,7 +137,8 @@ def test_too_many_skipped_in_a_row_end_the_stage(tmp_path):
     assert int(state.skipped) == 5
     directory = epath.Path(tmp_path / "many")
     with pytest.raises(
-        UserError, match=r"toy: .* for 3 updates in a row before step 8: lower .*rate"
+        UserError,
+        match=r"toy: .* for 3 updates in a row before step 8: .* --workdir .* lower .*rate",
     ):
         train_toy(directory, data=BadBatches({6, 7, 8, 9}))
     assert latest_step(directory) == 4
