@@ -29,7 +29,7 @@ _TRAFFIC = {"all-reduce": 2.0}
 class Plan:
     """Of one program: a stage's update, or a call of the student on a batch of as many examples.
 
-    kind: of stage, with the sampler that a halving round is for; updates: of all stages of the kind.
+    kind: of stage; updates: of all stages of the kind.
     parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
     measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
     broke down over it (broke), and then `why`, with a shortage where the compiler gave figures.
@@ -147,26 +147,22 @@ def make_plans(
 ) -> list[Plan]:
     """The plans of the stages of a kind, of sampling, or of "all".
 
-    Halving rounds of one sampler are one program, so they are one plan. level: how much the compiler
-    optimizes. cache: a folder that keeps what it said. Raises UserError if the config has no such stage,
-    or if the devices can't share a batch.
+    All halving rounds are one plan, of the program for the first sampler: that for another one differs in
+    the times of its jumps, and is as much work. level: how much the compiler optimizes. cache: a folder
+    that keeps what it said. Raises UserError if the config has no such stage, or if the devices can't
+    share a batch.
     """
     groups: dict[str, list[Stage]] = {}
     for each in all_stages(experiment):
-        groups.setdefault("_".join(filter(None, (each.kind, each.sampler))), []).append(each)
-    wanted = [
-        name
-        for name in (*groups, CALL)
-        if stage in (name, "all") or (name in groups and groups[name][0].kind == stage)
-    ]
+        groups.setdefault(each.kind, []).append(each)
+    wanted = [name for name in (*groups, CALL) if stage in (name, "all")]
     if not wanted:
         raise UserError(
             f"--stage is {stage}, which this config has not; choose one of {', '.join(groups)}, {CALL}, "
             f"all"
         )
     devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
-    kinds = {groups[name][0].kind if name in groups else "guidance" for name in wanted}
-    for kind in sorted(kinds):
+    for kind in sorted({"guidance" if name == CALL else name for name in wanted}):
         check_batch(kind, getattr(experiment, kind), devices=devices)
     plans, told_w = [], student_of(experiment, outline)
     # Students that aren't told w are guided when they are sampled: as much work as two calls.

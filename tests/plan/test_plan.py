@@ -265,7 +265,7 @@ def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tm
     assert "libtpu" in told["compiler"]
     assert told["hours"] == pytest.approx(sum(each["hours"] for each in told["plans"]))
     plans = {each["kind"]: each for each in told["plans"]}
-    assert list(plans) == ["teacher", "guidance", "halving_ddim", "sampling"]
+    assert list(plans) == ["teacher", "guidance", "halving", "sampling"]
     for plan in plans.values():
         assert plan["devices"] == 4
         assert plan["measured"]["flops"] > 0
@@ -280,7 +280,7 @@ def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tm
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")}
     assert len(kept) == 4
     assert cli.main([*asked, "--stage", "halving"]) == 0
-    assert "All of halving_ddim: " in capsys.readouterr().out
+    assert "All of halving: " in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")} == kept
 
 
@@ -374,8 +374,8 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     experiment, topology = read("digits"), find_topology("v5e:2x4")
     more = {"topology": topology, "level": "O0", "cache": epath.Path(tmp_path)}
     outline = outline_for(experiment)
-    with pytest.raises(UserError, match=r"--stage is halving_encode, which this config has not"):
-        make_plans(experiment, outline, stage="halving_encode", **more)
+    with pytest.raises(UserError, match=r"--stage is autoencoder, which this config has not"):
+        make_plans(experiment, outline, stage="autoencoder", **more)
     odd = replace(experiment, teacher=replace(experiment.teacher, batch_size=12))
     said = r"teacher.batch_size is 12, which 8 devices can't share: make it a multiple of 8"
     with pytest.raises(UserError, match=said):
