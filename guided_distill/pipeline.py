@@ -164,8 +164,9 @@ class Pipeline:
         if experiment.teacher.initial:
             self._check_initial(experiment.teacher.initial)
         if experiment.start_from:
+            start = read_finished(epath.Path(experiment.start_from))
             for chain in chains(experiment):
-                self._check_start(experiment.start_from, chain)
+                self._check_start(experiment.start_from, start, chain)
         self._start: Trained | None = None
         self._latest: Trained | None = None
 
@@ -320,9 +321,9 @@ class Pipeline:
             latent=self._source.latent,
         )
 
-    def _check_start(self, path: str, chain: list[Stage]) -> None:
-        """Raises UserError unless `path` is a stage of another run that the chain can go on from."""
-        about, ours = read_finished(epath.Path(path)), self._experiment
+    def _check_start(self, path: str, about: Description, chain: list[Stage]) -> None:
+        """Raises UserError unless the chain can go on from `path`, a stage of another run."""
+        ours = self._experiment
         same: dict[str, tuple[Any, Any]] = {}
         if about.stage != "teacher":
             same["method"] = (about.experiment.method, ours.method)

@@ -25,6 +25,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pipeline import finished_stages
 from guided_distill.sampling import initial_noise, sample
+from guided_distill.training.trained import read_finished
 
 SIDE = 16
 PROMPTS = ["red apple", "two apples"]
@@ -80,6 +81,11 @@ def test_every_stage_is_trained_on_latents_of_texts(workdir, arguments):
     space = load_latent_space(workdir)
     train = np.load(arguments[1].partition("npz:")[2])["image"] / 127.5 - 1
     assert 0.5 < space.to_latents(train.astype(np.float32)).std() < 2
+
+
+def test_nothing_starts_from_an_autoencoder(workdir):
+    with pytest.raises(UserError, match="is an autoencoder: give the folder of a stage"):
+        read_finished(workdir / "autoencoder")
 
 
 def test_a_finished_run_is_left_as_it_is(workdir, arguments, capsys):

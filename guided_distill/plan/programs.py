@@ -89,7 +89,8 @@ def lower_step(
         sampler=stage.sampler,
         w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
     )
-    return _lowered(step, optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    held = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    return _lowered(step, held, outline, stage)
 
 
 def lower_rest_of_step(
@@ -110,26 +111,19 @@ def lower_rest_of_step(
         mesh=mesh,
         rounded=student.rounded,
     )
-    return _lowered(step, optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    held = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
+    return _lowered(step, held, outline, stage)
 
 
 def _lowered(
-    step: TrainStep,
-    optimizer: optax.GradientTransformation,
-    outline: Outline,
-    stage: Stage,
-    *,
-    student: Network,
-    teacher: Network,
-    mesh: Mesh,
+    step: TrainStep, held: tuple[Any, Any], outline: Outline, stage: Stage
 ) -> jax.stages.Lowered:
-    state, frozen = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
     batch = jax.tree.map(
         lambda one: jax.ShapeDtypeStruct((1, stage.settings.batch_size, *one.shape), one.dtype),
         outline.example,
     )
     return step.lower(  # type: ignore[attr-defined]
-        state, frozen, batch, jax.eval_shape(jax.random.key, 0)
+        *held, batch, jax.eval_shape(jax.random.key, 0)
     )
 
 
