@@ -23,6 +23,7 @@ RUNS = ("mixture2d.py:runlocal", "photo10.py:runlocal")
 UNETS = {
     "own_images.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "cifar10_small.py:runlocal": {"model.options.channel_multipliers": (1,)},
+    "fashion_mnist.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "cifar10.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "imagenet64.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "sd15_laion512.py:runlocal": {},
