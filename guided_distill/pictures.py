@@ -5,6 +5,7 @@ import io
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from guided_distill.data.pixels import to_uint8
 
@@ -56,11 +57,13 @@ def grid_or_plot(samples: np.ndarray, labels: np.ndarray, *, columns: int) -> Im
     return grid
 
 
-def png(picture: Image.Image | Figure, *, dpi: int = 130) -> bytes:
-    """The picture as a file; dpi is for figures, whose sizes are in inches."""
+def png(
+    picture: Image.Image | Figure, *, dpi: int = 130, information: PngInfo | None = None
+) -> bytes:
+    """The picture as a file; dpi is for figures, whose sizes are in inches; information, for images."""
     data = io.BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(data, format="png", dpi=dpi)
     else:
-        picture.save(data, "PNG")
+        picture.save(data, "PNG", pnginfo=information)
     return data.getvalue()

@@ -25,7 +25,8 @@ from guided_distill.latent_space import latents_of, open_data, outline_of_latent
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
-from guided_distill.training.checkpoints import is_there, latest_step, persistently, write_text
+from guided_distill.storage import check_writable, is_there, persistently, write_text
+from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
@@ -95,13 +96,7 @@ def check_shared(workdir: epath.Path) -> None:
             f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
             f"--workdir that all of them share"
         )
-    probe = workdir / f"probe{jax.process_index()}"
-
-    def write() -> None:
-        probe.write_text("")
-        probe.unlink()
-
-    persistently(write, probe)
+    persistently(partial(check_writable, workdir), workdir)
 
 
 def claim(workdir: epath.Path, experiment: Experiment) -> None:

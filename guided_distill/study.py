@@ -14,8 +14,9 @@ from guided_distill.config import Experiment, changed_keys
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.evaluation.evaluate import evaluate
 from guided_distill.evaluation.results import COLUMNS, Result, comparable, read_results
+from guided_distill.storage import write_text
 from guided_distill.sweeps import Point
-from guided_distill.training.checkpoints import latest_step, write_text
+from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.progress import console
 
 DONE = "done.json"

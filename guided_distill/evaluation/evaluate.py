@@ -37,9 +37,9 @@ from guided_distill.latent_space import load_latent_space
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import sample_batches
+from guided_distill.storage import write_bytes
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.registry import load_text_encoder
-from guided_distill.training.checkpoints import write_bytes
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 

@@ -1,6 +1,5 @@
 """What an extractor says of a row's samples, kept in parts so that a cut row goes on where it was."""
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill.evaluation.extractor import Extractor
-from guided_distill.training.checkpoints import write_bytes
+from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
 
 SECONDS_BETWEEN_PARTS = 60.0
@@ -110,13 +109,6 @@ class RowOutputs:
 
 def _name(start: int) -> str:
     return f"from_{start}.npz"
-
-
-def npz_bytes(**arrays: np.ndarray) -> bytes:
-    """An npz file of named arrays."""
-    data = io.BytesIO()
-    np.savez_compressed(data, allow_pickle=False, **arrays)
-    return data.getvalue()
 
 
 def _read_part(path: epath.Path) -> tuple[np.ndarray, np.ndarray, float] | None:

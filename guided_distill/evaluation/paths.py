@@ -6,9 +6,9 @@ import numpy as np
 
 from guided_distill.config import Evaluation
 from guided_distill.evaluation.conditions import Subjects
-from guided_distill.evaluation.outputs import npz_bytes
 from guided_distill.evaluation.tasks import Task
 from guided_distill.sampling import predictions
+from guided_distill.storage import npz_bytes
 from guided_distill.training.trained import Trained
 
 MOST_STEPS = 8

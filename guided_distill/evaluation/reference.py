@@ -22,7 +22,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics
 from guided_distill.evaluation.precision_recall import Manifold
-from guided_distill.training.checkpoints import write_bytes
+from guided_distill.storage import write_bytes
 from guided_distill.training.progress import progress
 
 MAX_EXAMPLES = 50_000

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
-from guided_distill.training.checkpoints import write_text
+from guided_distill.storage import write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -34,7 +34,7 @@ from guided_distill.layouts.diffusers_folder import (
     write_json,
 )
 from guided_distill.layouts.torch_layout import to_tensors
-from guided_distill.training.checkpoints import write_bytes, write_text
+from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained
 
 STOCHASTIC_SCHEDULER = "scheduling_guided_distill.py"

@@ -17,7 +17,7 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.interop.weights import load_one_stage
 from guided_distill.sampling import run_sampler
-from guided_distill.training.checkpoints import write_bytes, write_text
+from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -26,6 +26,7 @@ from guided_distill.layouts.torch_layout import canonical, to_tree
 from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder
+from guided_distill.storage import whole
 
 COMPANIONS = "companions"
 """Their folder in a workdir."""
@@ -56,9 +57,8 @@ CLIP_TEXT_DEFAULTS = {
 def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
     """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
     if (source / COMPANIONS / MODEL_INDEX).exists() and not (workdir / COMPANIONS).exists():
-        part = workdir / f"{COMPANIONS}.part"
-        copy_folder(source / COMPANIONS, part)
-        part.rename(workdir / COMPANIONS)
+        with whole(workdir / COMPANIONS) as part:
+            copy_folder(source / COMPANIONS, part)
 
 
 def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Params]:

@@ -12,7 +12,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.layouts.torch_layout import Tensors
-from guided_distill.training.checkpoints import storage_error, write_text
+from guided_distill.storage import storage_error, whole, write_text
 
 DIFFUSERS_VERSION = "0.42.1"
 """What written configs call themselves: pipelines mend the configs of much older versions."""
@@ -117,12 +117,11 @@ def write_component(
     """Write config.json and the weights, whole or not at all. Raises UserError if that fails."""
     write_json(folder / "config.json", config)
     path = folder / f"{stem}.safetensors"
-    part = folder / f"{path.name}.part"
     try:
-        safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
-        # It would be the writer's alone, and a model is there to be given away.
-        os.chmod(part, 0o644)
-        part.replace(path)
+        with whole(path) as part:
+            safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
+            # It would be the writer's alone, and a model is there to be given away.
+            os.chmod(part, 0o644)
     except (OSError, safetensors.SafetensorError) as error:
         raise storage_error(path, error) from error
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from guided_distill.plan.programs import (
 )
 from guided_distill.plan.topologies import Topology, find_topology
 from guided_distill.stages import Stage
-from guided_distill.training.checkpoints import first_line, write_text
+from guided_distill.storage import check_writable, first_line, write_text
 from guided_distill.training.mesh import data_mesh
 
 
@@ -124,27 +123,19 @@ def _kept(question: Question, cache: epath.Path) -> Answer:
     )
     path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        _check_writable(cache)
+        try:  # Before compiling, which can take long.
+            check_writable(cache)
+        except OSError as error:
+            raise UserError(
+                f"{cache}, in the folder of --cache, can't be written ({first_line(error)}): choose "
+                f"another folder"
+            ) from error
         write_text(path, json.dumps(_compiled(question, program, rest)))
     measured, why = json.loads(path.read_text())
     if measured is None:
         return Answer(None, why, shortage=_shortage(question, topology, why))
     collectives = {kind: Collective(*each) for kind, each in measured["collectives"].items()}
     return Answer(Measured(**{**measured, "collectives": collectives}))
-
-
-def _check_writable(cache: epath.Path) -> None:
-    """For compiling can take long."""
-    probe = cache / f"{os.getpid()}.part"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{cache}, in the folder of --cache, can't be written ({first_line(error)}): choose another "
-            f"folder"
-        ) from error
 
 
 def _shortage(question: Question, topology: Topology, why: str) -> Shortage | None:

@@ -17,6 +17,7 @@ from PIL import Image
 from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
 from guided_distill.prepare.packages import NpmPackage, fetch, read_members
+from guided_distill.storage import npz_bytes, write_bytes
 
 MAX_SIDE = 256
 """The side in pixels of the largest drawings, but for a few that are a little higher than wide."""
@@ -208,8 +209,4 @@ def _decode(what: str, file: bytes, size: int) -> np.ndarray:
 
 
 def _write(out: epath.Path, fields: Mapping[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **fields)
-    part.replace(out)
+    write_bytes(out, npz_bytes(**fields))

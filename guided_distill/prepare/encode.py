@@ -29,8 +29,8 @@ from guided_distill.errors import UserError
 from guided_distill.layouts.companions import fingerprint, read_autoencoder
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.prepare.masks import random_mask
+from guided_distill.storage import storage_error, whole, write_bytes, write_text
 from guided_distill.text.registry import load_text_encoder
-from guided_distill.training.checkpoints import storage_error, write_bytes, write_text
 from guided_distill.training.progress import progress
 
 ToLatents = Callable[[np.ndarray], np.ndarray]
@@ -235,19 +235,18 @@ def _write_shards(folder: epath.Path, kind: str, records: _Latents | _States, si
     title = f"{folder.name} {kind}"
     with progress(title, total=len(records), unit="records", done=there) as advance:
         for path, start, stop in missing:
-            part = path.with_name(f"{path.name}.part")
-            with _storing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                writer = ArrayRecordWriter(str(part), _OPTIONS)
-            for some in records(start, stop):
+            with contextlib.ExitStack() as written:
                 with _storing(path):
-                    for record in some:
-                        writer.write(record)
-                there += len(some)
-                advance(there, "")
-            with _storing(path):
-                writer.close()
-                part.replace(path)
+                    writer = ArrayRecordWriter(str(written.enter_context(whole(path))), _OPTIONS)
+                for some in records(start, stop):
+                    with _storing(path):
+                        for record in some:
+                            writer.write(record)
+                    there += len(some)
+                    advance(there, "")
+                with _storing(path):
+                    writer.close()
+                    written.close()
 
 
 @contextlib.contextmanager

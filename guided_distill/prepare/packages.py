@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.storage import whole
 from guided_distill.training.progress import Advance, progress
 
 REGISTRY_VARIABLE = "npm_config_registry"
@@ -55,24 +56,23 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
     target = cache / package.file_name
     if target.exists() and file_digest(target, "sha512") == package.sha512:
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    part, url = cache / f"{package.file_name}.part", package.url
-    with progress(package.file_name, total=package.size, unit="bytes") as advance:
+    url = package.url
+    with whole(target) as part:
         try:
-            _download(url, package.size, part, advance)
+            with progress(package.file_name, total=package.size, unit="bytes") as advance:
+                _download(url, package.size, part, advance)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{url} can't be fetched ({error}): check the network, or put "
                 f"{package.file_name}, as `npm pack {package.name}@{package.version}` makes it, into "
                 f"{cache}"
             ) from error
-    if file_digest(part, "sha512") != package.sha512:
-        part.unlink()
-        raise UserError(
-            f"{url} is not the file that was pinned, its SHA-512 differs: check "
-            f"{REGISTRY_VARIABLE}, or what lies between you and the registry"
-        )
-    return part.replace(target)
+        if file_digest(part, "sha512") != package.sha512:
+            raise UserError(
+                f"{url} is not the file that was pinned, its SHA-512 differs: check "
+                f"{REGISTRY_VARIABLE}, or what lies between you and the registry"
+            )
+    return target
 
 
 def _registry_of_npm() -> str:

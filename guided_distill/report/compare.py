@@ -16,7 +16,7 @@ from guided_distill.report.figures import mean_over_w, words_of_weights
 from guided_distill.report.grids import frames
 from guided_distill.report.html import cell, data_url, render
 from guided_distill.report.studies import shared_by_all, study_figure, without_shared_parts
-from guided_distill.training.checkpoints import write_text
+from guided_distill.storage import write_text
 
 FEW_STEPS = 8
 """Students of at most so many steps are in the first table."""

@@ -22,10 +22,10 @@ from guided_distill.applications.text_to_image import (
 from guided_distill.data.folder import read_images
 from guided_distill.data.pixels import DAMAGED
 from guided_distill.errors import UserError
-from guided_distill.pictures import image_grid
+from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import last_finished
 from guided_distill.sampling import given_or_trained
-from guided_distill.training.checkpoints import storage_error
+from guided_distill.storage import write_bytes
 
 METADATA = "guided_distill"
 """The text chunk of a PNG that holds its settings, in JSON."""
@@ -179,23 +179,15 @@ def _write(
     told |= {name: value for name, value in more.items() if name == "strength"}
     stem = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])
     paths = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for index, (prompt, pixels) in enumerate(zip(request.prompts, images, strict=True)):
-            information = PngInfo()
-            information.add_itxt(
-                METADATA, json.dumps({**settings, "prompt": prompt, "index": index})
-            )
-            words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
-            paths.append(out / f"{stem}_{index:04d}_{words}.png")
-            with paths[-1].open("wb") as file:
-                drawn = image_grid(pixels[None], columns=1, scale=1)
-                drawn.save(file, "PNG", pnginfo=information)
-        if len(images) > 1:
-            paths.append(out / f"{stem}_sheet.png")
-            with paths[-1].open("wb") as file:
-                columns = int(np.ceil(np.sqrt(len(images))))
-                image_grid(images, columns=columns, scale=1).save(file, "PNG")
-    except OSError as error:
-        raise storage_error(out, error) from error
+    for index, (prompt, pixels) in enumerate(zip(request.prompts, images, strict=True)):
+        information = PngInfo()
+        information.add_itxt(METADATA, json.dumps({**settings, "prompt": prompt, "index": index}))
+        words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
+        paths.append(out / f"{stem}_{index:04d}_{words}.png")
+        drawn = image_grid(pixels[None], columns=1, scale=1)
+        write_bytes(paths[-1], png(drawn, information=information))
+    if len(images) > 1:
+        paths.append(out / f"{stem}_sheet.png")
+        columns = int(np.ceil(np.sqrt(len(images))))
+        write_bytes(paths[-1], png(image_grid(images, columns=columns, scale=1)))
     return paths

@@ -1,7 +1,7 @@
 """Samples of a stage as files: a picture to look at and the arrays to work with."""
 
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,11 +9,11 @@ from etils import epath
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
-from guided_distill.pictures import image_grid, point_plot
+from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.pipeline import finished_stages, read_config
 from guided_distill.sampling import of_labels, sample
 from guided_distill.stages import all_stages
-from guided_distill.training.checkpoints import storage_error
+from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
 from guided_distill.training.trained import load_finished
 
@@ -83,26 +83,18 @@ def write_files(
     folder can't be written. Of many processes, the first writes.
     """
     picture, data = out / f"{stem}.png", out / f"{stem}.npz"
-    if not is_first():
-        return picture, data
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with picture.open("wb") as file:
-            _draw(file, drawn, colours, columns=columns)
-        with data.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    if is_first():
+        write_bytes(picture, _drawn(drawn, colours, columns=columns))
+        write_bytes(data, npz_bytes(**arrays))
     return picture, data
 
 
-def _draw(file: IO[bytes], samples: np.ndarray, colours: np.ndarray, *, columns: int) -> None:
-    """Write a PNG: a grid of images [n, H, W, C], or a plot of points [n, 2]."""
+def _drawn(samples: np.ndarray, colours: np.ndarray, *, columns: int) -> bytes:
+    """A PNG: a grid of images [n, H, W, C], or a plot of points [n, 2]."""
     if samples.ndim == 2:
-        point_plot(samples, colours).savefig(file, format="png")
-    else:
-        scale = -(-SMALLEST_SIDE // samples.shape[1])
-        image_grid(samples, columns=columns, scale=scale).save(file, "PNG")
+        return png(point_plot(samples, colours), dpi=100)
+    scale = -(-SMALLEST_SIDE // samples.shape[1])
+    return png(image_grid(samples, columns=columns, scale=scale))
 
 
 def last_finished(workdir: epath.Path) -> str:

@@ -7,13 +7,9 @@ weights of a teacher are never written again in its student's checkpoint.
 """
 
 import contextlib
-import errno
 import itertools
 import logging
-import re
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,25 +17,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from guided_distill.errors import Interrupted, UserError
+from guided_distill.errors import UserError
+from guided_distill.storage import WAITS, first_line, persistently, storing
 from guided_distill.training.mesh import split_weights
-from guided_distill.training.processes import first_alone, is_first
+from guided_distill.training.processes import first_alone
 from guided_distill.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
-
-WAITS = (1.0, 4.0, 15.0)
-"""Seconds between attempts to write."""
-
-PASSING = {
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
-    *(errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, socket.EAI_AGAIN),
-    errno.ENOTEMPTY,
-}
-"""What shared disks and networks answer when they are away for a while; the last, where a save that
-failed is still writing into the folder that the next attempt clears."""
 
 UNLOGGED = "unlogged"
 ARRAYS = ("params", "ema", "rest")
@@ -53,121 +39,6 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
         tree,
         split_weights(mesh, tree),
     )
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Write a small file whole or not at all. Raises UserError if it can't be written."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: epath.Path, data: bytes) -> None:
-    """As `write_text`, of bytes. Of many processes, the first writes."""
-    if not is_first():
-        return
-    part = path.parent / f"{path.name}.part"
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
-
-    persistently(write, path)
-
-
-def persistently(
-    write: Callable[[], Any], path: epath.Path, *, waits: Sequence[float] = WAITS
-) -> None:
-    """Write, and again after each of `waits`, in seconds, while the error is one that can pass.
-
-    Raises UserError for any other error, such as a full disk, and for one that doesn't pass; of many
-    processes, Interrupted for the latter, for whatever starts them can start them again.
-    """
-    with _told(path):
-        for wait in waits:
-            try:
-                write()
-                return
-            except Exception as error:
-                if not _can_pass(error, path):
-                    raise
-                words = first_line(error)
-                log.warning("%s can't be written (%s): again in %g s", path, words, wait)
-                time.sleep(wait)
-        write()
-
-
-@contextlib.contextmanager
-def _told(path: epath.Path) -> Iterator[None]:
-    """Raises as `persistently` does for an error in the block."""
-    try:
-        yield
-    except Exception as error:
-        if not _of_storage(error, path):
-            raise
-        if jax.process_count() > 1 and _can_pass(error, path):
-            raise Interrupted(
-                f"{path} can't be written ({first_line(error)}); the same command goes on from the last "
-                f"checkpoint"
-            ) from error
-        raise storage_error(path, error) from error
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def _of_storage(error: Exception, path: epath.Path) -> bool:
-    """Whether it is the storage that fails. Clients of buckets raise errors of every kind."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return False
-    return isinstance(error, OSError | ValueError) or _is_remote(path)
-
-
-def _can_pass(error: Exception, path: epath.Path) -> bool:
-    """Whether it speaks of a network or a shared disk that may come back."""
-    if not _of_storage(error, path):
-        return False
-    if not isinstance(error, OSError | ValueError | ImportError):
-        return True
-    number = getattr(error, "errno", None)
-    if found := re.search(r"\[OS error (\d+)", str(error)):  # TensorStore's.
-        number = int(found[1])
-    return (
-        number in PASSING
-        or isinstance(error, ConnectionError | TimeoutError)
-        or any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
-    )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
-
-
-def storage_error(path: epath.Path, error: Exception) -> UserError:
-    """What to tell a user whose disk is full or not to be written."""
-    if isinstance(error, ImportError):
-        return _unreachable(path, error)
-    return UserError(
-        f"{path} can't be written ({first_line(error)}): make room or choose another "
-        f"--workdir, then run the same command to go on from the last checkpoint"
-    )
-
-
-def _unreachable(path: epath.Path, error: Exception) -> UserError:
-    if isinstance(error, ImportError):
-        todo = "gs:// needs the package's extra `tpu`"
-    else:
-        todo = "check its name, the network and your access to it"
-    return UserError(f"{path} can't be reached ({first_line(error)}): {todo}")
-
-
-def is_there(path: epath.Path) -> bool:
-    """Whether the path exists. Raises UserError if its storage can't be asked."""
-    try:
-        return path.exists()
-    except Exception as error:  # Clients of buckets raise errors of every kind.
-        raise _unreachable(path, error) from error
 
 
 def latest_step(directory: epath.Path) -> int | None:
@@ -204,7 +75,7 @@ class StageCheckpoints:
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
         self._keep = keep
-        with _told(directory):
+        with storing(directory):
             self._manager = self._open()
 
     def _open(self) -> _Manager:
@@ -366,7 +237,7 @@ class StageCheckpoints:
 
     def close(self) -> None:
         """Wait for the last save, and stop the manager's threads. Raises as `wait`."""
-        with _told(self.directory):
+        with storing(self.directory):
             self._manager.close()
 
     def __enter__(self) -> "StageCheckpoints":

@@ -13,7 +13,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from guided_distill.training.checkpoints import storage_error, write_text
+from guided_distill.storage import storage_error, write_text
 from guided_distill.training.processes import is_first
 
 

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from guided_distill.config import Cadence, Optimization
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import Source
-from guided_distill.training.checkpoints import StageCheckpoints, abstract, write_text
+from guided_distill.storage import write_text
+from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.loop import train
 from guided_distill.training.metrics import MetricsLog, parameter_table
 from guided_distill.training.processes import process_order

@@ -60,9 +60,9 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config
     from guided_distill.pictures import png
     from guided_distill.report.studies import study_figure, without_shared_parts
+    from guided_distill.storage import write_bytes
     from guided_distill.study import Run, measured, run_study, write_table
     from guided_distill.sweeps import name_of, with_overrides
-    from guided_distill.training.checkpoints import write_bytes
     from guided_distill.training.preemption import stopping_at_once
 
     index, count = _shard(options.shard)

@@ -4,6 +4,7 @@ import errno
 import re
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import orbax.checkpoint as ocp
@@ -11,10 +12,10 @@ import pytest
 from etils import epath
 from toy import source, train_toy
 
-from guided_distill import cli
+from guided_distill import cli, storage
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.training import checkpoints
-from guided_distill.training.checkpoints import persistently, write_text
+from guided_distill.storage import persistently, whole, write_text
+from guided_distill.training.checkpoints import latest_step
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def waited(monkeypatch):
         seconds.append(length)
         time.sleep(0.1)  # What a failed save still writes in the background has to end.
 
-    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(storage, "time", types.SimpleNamespace(sleep=sleep))
     return seconds
 
 
@@ -167,6 +168,50 @@ def test_a_small_file_is_whole_after_a_failure(waited, monkeypatch, tmp_path):
     assert (tmp_path / "small.txt").read_text() == "all of it"
 
 
+def test_a_small_file_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path, full = epath.Path(tmp_path / "folder" / "text"), tmp_path / "folder" / "full"
+    write_text(path, "old")
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr(storage, "_part", lambda _: epath.Path(full))
+    with pytest.raises(UserError, match=r"No space left.*make room"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in path.parent.iterdir()] == ["text"]
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path, texts = epath.Path(tmp_path / "shared"), [digit * 100_000 for digit in "0123"]
+
+    def write(text):
+        for _ in range(50):
+            write_text(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as threads:
+        list(threads.map(write, texts))
+    assert [each.name for each in tmp_path.iterdir()] == ["shared"]
+
+
+def write_folder(path, files):
+    with whole(path) as part:
+        part.mkdir()
+        for name in files:
+            (part / name).write_text(name)
+        assert not path.exists()
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    path = epath.Path(tmp_path / "above" / "folder")
+    with pytest.raises(FileNotFoundError):
+        write_folder(path, ["first", "nowhere/second"])
+    assert not list(path.parent.iterdir())
+    write_folder(path, ["first"])
+    assert [str(each) for each in (tmp_path / "above").rglob("*")] == [
+        str(path),
+        str(path / "first"),
+    ]
+
+
 class Away:
     """A write in the background that fails."""
 
@@ -192,7 +237,7 @@ def test_a_save_that_fails_in_the_background_is_made_again(
     state, _ = train_toy(epath.Path(tmp_path) / "cut", data=data)
     assert waited in ([1], [1, 4])
     assert_same_weights(state, expected)
-    assert checkpoints.latest_step(epath.Path(tmp_path) / "cut") == 12
+    assert latest_step(epath.Path(tmp_path) / "cut") == 12
     resumed, _ = train_toy(epath.Path(tmp_path) / "cut", data=data)
     assert_same_weights(resumed, expected)
 

@@ -12,12 +12,8 @@ from toy import fresh_state, source, train_toy
 
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import UserError
-from guided_distill.training.checkpoints import (
-    StageCheckpoints,
-    abstract,
-    latest_step,
-    write_text,
-)
+from guided_distill.storage import write_text
+from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
 from guided_distill.training.mesh import data_mesh
 
 
@@ -158,15 +154,6 @@ def test_a_folder_without_checkpoints_has_nothing_to_restore(directory):
     with StageCheckpoints(directory) as checkpoints:
         assert checkpoints.about() is None
         assert checkpoints.restore_result(template().params) is None
-
-
-def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
-    path = epath.Path(tmp_path / "folder" / "text")
-    write_text(path, "old")
-    (tmp_path / "folder" / "text.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"No space left.*make room"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):

@@ -1,0 +1,183 @@
+"""Files and folders that are written whole or not at all, and storage that fails."""
+
+import contextlib
+import errno
+import io
+import logging
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from guided_distill.errors import Interrupted, UserError
+from guided_distill.training.processes import is_first
+
+log = logging.getLogger(__name__)
+
+WAITS = (1.0, 4.0, 15.0)
+"""Seconds between attempts to write."""
+
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
+    *(errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, socket.EAI_AGAIN),
+    errno.ENOTEMPTY,
+}
+"""The errors of shared disks and networks that are away for a while; the last, where a save that failed
+is still writing into the folder that the next attempt clears."""
+
+
+def _part(path: epath.Path) -> epath.Path:
+    """A name beside `path` that no other writer has."""
+    return path.parent / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
+
+
+@contextlib.contextmanager
+def whole(path: epath.Path) -> Iterator[epath.Path]:
+    """Yields a place beside `path` for a new file or folder, and renames it to `path` after the block.
+
+    If the block raises, nothing of it stays. A file replaces the file that is there; a folder must not
+    be there yet, or be empty. Raises what the storage raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(Exception):  # The first error is the one to report.
+            part.rmtree() if part.is_dir() else part.unlink()
+        raise
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises UserError if it can't be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """As `write_text`, of bytes. Of many processes, the first writes."""
+    if not is_first():
+        return
+
+    def write() -> None:
+        with whole(path) as part:
+            part.write_bytes(data)
+
+    persistently(write, path)
+
+
+def npz_bytes(**arrays: np.ndarray) -> bytes:
+    """An npz file of named arrays."""
+    data = io.BytesIO()
+    np.savez_compressed(data, allow_pickle=False, **arrays)
+    return data.getvalue()
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Raises what the storage raises unless a file can be written to the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = _part(folder / "probe")
+    probe.write_text("")
+    probe.unlink()
+
+
+def persistently(
+    write: Callable[[], Any], path: epath.Path, *, waits: Sequence[float] = WAITS
+) -> None:
+    """Write, and again after each of `waits`, in seconds, while the error is one that can pass.
+
+    Raises UserError for any other error, such as a full disk, and for one that doesn't pass; of many
+    processes, Interrupted for the latter, for whatever starts them can start them again.
+    """
+    with storing(path):
+        for wait in waits:
+            try:
+                write()
+                return
+            except Exception as error:
+                if not can_pass(error, path):
+                    raise
+                words = first_line(error)
+                log.warning("%s can't be written (%s): again in %g s", path, words, wait)
+                time.sleep(wait)
+        write()
+
+
+@contextlib.contextmanager
+def storing(path: epath.Path) -> Iterator[None]:
+    """Raises as `persistently` does for an error in the block."""
+    try:
+        yield
+    except Exception as error:
+        if not _of_storage(error, path):
+            raise
+        if jax.process_count() > 1 and can_pass(error, path):
+            raise Interrupted(
+                f"{path} can't be written ({first_line(error)}); the same command goes on from the last "
+                f"checkpoint"
+            ) from error
+        raise storage_error(path, error) from error
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _of_storage(error: Exception, path: epath.Path) -> bool:
+    """Whether it is the storage that fails. Clients of buckets raise errors of every kind."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    return isinstance(error, OSError | ValueError) or _is_remote(path)
+
+
+def can_pass(error: Exception, path: epath.Path) -> bool:
+    """Whether it speaks of a network or a shared disk that may come back."""
+    if not _of_storage(error, path):
+        return False
+    if not isinstance(error, OSError | ValueError | ImportError):
+        return True
+    number = getattr(error, "errno", None)
+    if found := re.search(r"\[OS error (\d+)", str(error)):  # TensorStore's.
+        number = int(found[1])
+    return (
+        number in PASSING
+        or isinstance(error, ConnectionError | TimeoutError)
+        or any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+def storage_error(path: epath.Path, error: Exception) -> UserError:
+    """The sentence for a user whose disk is full or read-only."""
+    if isinstance(error, ImportError):
+        return _unreachable(path, error)
+    return UserError(
+        f"{path} can't be written ({first_line(error)}): make room or choose another "
+        f"--workdir, then run the same command to go on from the last checkpoint"
+    )
+
+
+def _unreachable(path: epath.Path, error: Exception) -> UserError:
+    if isinstance(error, ImportError):
+        todo = "gs:// needs the package's extra `tpu`"
+    else:
+        todo = "check its name, the network and your access to it"
+    return UserError(f"{path} can't be reached ({first_line(error)}): {todo}")
+
+
+def is_there(path: epath.Path) -> bool:
+    """Whether the path exists. Raises UserError if its storage can't be asked."""
+    try:
+        return path.exists()
+    except Exception as error:  # Clients of buckets raise errors of every kind.
+        raise _unreachable(path, error) from error
