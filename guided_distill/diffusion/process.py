@@ -16,8 +16,14 @@ and s < t:
                              (1 - r) sigma_s^2),   r = exp(lambda_t - lambda_s)
     (5)  q(z_t | z_s)    = N((alpha_t/alpha_s) z_s,                          forward hop    CFG
                              (1 - exp(lambda_t - lambda_s)) sigma_t^2)
-    (6)  x_tilde = (z_s - q z_t) / (alpha_s - q alpha_t),  q = sigma_s/sigma_t              PD alg. 2
-         the one x for which a single DDIM step (3) from z_t lands on z_s, for s on either side of t
+    (6)  x~   = (1 - c) x_1 + c x_2,      c = (1 - q_s/q_h) / (1 - q_s/q_t)  two steps      PD alg. 2
+         eps~ = (1 - d) eps_1 + d eps_2,  d = c q_h/q_t,   q = sigma/alpha   in one
+         DDIM moves z/sigma by the change of 1/q times x_hat, and z/alpha by that of q times eps_hat.
+         So the steps t -> h of (x_1, eps_1) and h -> s of (x_2, eps_2) make one step t -> s of their
+         means, each weighed by its share of the way, with s on either side of t:
+             to data       q_s = 0, c = 1: x~ is x_2, and eps~ what then is left of z_t
+             h = s         c = d = 0: there is no second step
+             from data     q_t = sigma_0/alpha_0: d is finite and c near 0, for x~ is almost z_t
     (7)  x_w = (1 + w) x_hat(z, c) - w x_hat(z)                              guidance       CFG eq. 6
 
 A prediction is carried as the pair (x, eps): DDIM is then one line, and each is computed from the
@@ -49,6 +55,11 @@ def broadcast_to_rank(per_example: jax.Array, like: jax.Array) -> jax.Array:
 def levels(log_snr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, sigma) at log_snr [B], shaped to multiply `like` [B, ...]."""
     return alpha_sigma(broadcast_to_rank(log_snr, like))
+
+
+def rise(log_snr_t: jax.Array, log_snr_s: jax.Array) -> jax.Array:
+    """log_snr_s - log_snr_t, which is 0 also where both are infinite, as they are for clean data."""
+    return jnp.where(log_snr_s == log_snr_t, 0.0, log_snr_s - log_snr_t)
 
 
 def add_noise(x: jax.Array, eps: jax.Array, *, log_snr: jax.Array) -> jax.Array:
@@ -145,11 +156,11 @@ def posterior_step(
     """
     alpha_t, sigma_t = levels(log_snr_t, z)
     alpha_s, sigma_s = levels(log_snr_s, z)
-    ratio = broadcast_to_rank(jnp.exp(log_snr_t - log_snr_s), z)
-    mean = ratio * (alpha_s / alpha_t) * z + (1.0 - ratio) * alpha_s * prediction.x
-    lower, upper = jnp.log(sigma_s), jnp.log(sigma_t)
-    sigma = jnp.exp((1.0 - variance_interpolation) * lower + variance_interpolation * upper)
-    return mean + jnp.sqrt(1.0 - ratio) * sigma * noise
+    fall = broadcast_to_rank(-rise(log_snr_t, log_snr_s), z)
+    ratio, rest = jnp.exp(fall), -jnp.expm1(fall)
+    mean = ratio * (alpha_s / alpha_t) * z + rest * alpha_s * prediction.x
+    sigma = sigma_s ** (1.0 - variance_interpolation) * sigma_t**variance_interpolation
+    return mean + jnp.sqrt(rest) * sigma * noise
 
 
 def forward_hop(
@@ -158,19 +169,31 @@ def forward_hop(
     """Equation (5): a draw of the noisier z_t given z_s = `z`, with unit `noise`."""
     alpha_s, _ = levels(log_snr_s, z)
     alpha_t, sigma_t = levels(log_snr_t, z)
-    ratio = broadcast_to_rank(jnp.exp(log_snr_t - log_snr_s), z)
-    return (alpha_t / alpha_s) * z + jnp.sqrt(1.0 - ratio) * sigma_t * noise
+    rest = -jnp.expm1(broadcast_to_rank(-rise(log_snr_t, log_snr_s), z))
+    return (alpha_t / alpha_s) * z + jnp.sqrt(rest) * sigma_t * noise
 
 
-def single_step(
-    z_t: jax.Array, z_s: jax.Array, *, log_snr_t: jax.Array, log_snr_s: jax.Array
+def two_steps_in_one(
+    first: Prediction,
+    second: Prediction,
+    *,
+    log_snr_t: jax.Array,
+    log_snr_h: jax.Array,
+    log_snr_s: jax.Array,
 ) -> Prediction:
-    """Equation (6): the prediction that takes one DDIM step from z_t exactly to z_s, either way."""
-    alpha_t, sigma_t = levels(log_snr_t, z_t)
-    alpha_s, sigma_s = levels(log_snr_s, z_t)
-    # Cramer's rule on (1) at t and at s: no division by a small noise or signal level.
-    determinant = sigma_t * alpha_s - sigma_s * alpha_t
-    return Prediction(
-        x=(sigma_t * z_s - sigma_s * z_t) / determinant,
-        eps=(alpha_s * z_t - alpha_t * z_s) / determinant,
-    )
+    """Equation (6): the prediction whose one DDIM step t -> s is `first`'s t -> h and `second`'s h -> s.
+
+    Where h is s, `second` plays no part. x lies between the two, so that clipped stays clipped.
+    """
+    # 1 - q_s/q_h by expm1: a difference of levels would lose the digits that they share.
+    rest = jnp.expm1(-0.5 * rise(log_snr_h, log_snr_s))
+    whole = jnp.expm1(-0.5 * rise(log_snr_t, log_snr_s))
+    c = rest / whole
+    d = c * jnp.exp(-0.5 * rise(log_snr_t, log_snr_h))
+    return Prediction(_mean(first.x, second.x, c), _mean(first.eps, second.eps, d))
+
+
+def _mean(first: jax.Array, second: jax.Array, share: jax.Array) -> jax.Array:
+    """Of [B, ...] each, `second` counting for `share` [B]; exactly one of them at a share of 0 or 1."""
+    share = broadcast_to_rank(share, first)
+    return (1.0 - share) * first + share * second

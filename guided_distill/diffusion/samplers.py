@@ -22,7 +22,7 @@ from guided_distill.diffusion.process import (
     levels,
     posterior_step,
 )
-from guided_distill.diffusion.schedules import Schedule
+from guided_distill.diffusion.schedules import Schedule, arrival
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
 
@@ -49,11 +49,6 @@ def _step_noise(keys: jax.Array, i: jax.Array, z: jax.Array) -> jax.Array:
     return normal(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i), z.shape[1:])
 
 
-def _unless_last(i: jax.Array, z_s: jax.Array, x: jax.Array) -> jax.Array:
-    # The step that ends at t = 0 answers x itself, for alpha_0 is not exactly 1 (PD, official code).
-    return jnp.where(i == 1, x, z_s)
-
-
 def ddim(
     predict: Predict,
     schedule: Schedule,
@@ -69,8 +64,7 @@ def ddim(
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
         i = start - n
         prediction = predict(z, _time(i, num_steps, z))
-        z_s = ddim_step(prediction, schedule(_time(i - 1, num_steps, z)))
-        return _unless_last(i, z_s, prediction.x)
+        return ddim_step(prediction, arrival(schedule, _time(i - 1, num_steps, z)))
 
     return jax.lax.fori_loop(0, start, body, z)
 
@@ -90,14 +84,13 @@ def ancestral(
         i = start - n
         t = _time(i, num_steps, z)
         prediction = predict(z, t)
-        z_s = posterior_step(
+        return posterior_step(
             prediction,
             _step_noise(keys, i, z),
             z=z,
             log_snr_t=schedule(t),
-            log_snr_s=schedule(_time(i - 1, num_steps, z)),
+            log_snr_s=arrival(schedule, _time(i - 1, num_steps, z)),
         )
-        return _unless_last(i, z_s, prediction.x)
 
     return jax.lax.fori_loop(0, start, body, z)
 
@@ -120,14 +113,13 @@ def stochastic(
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
         i = start - n
         prediction = predict(z, _time(i, num_steps, z))
-        log_snr_k = schedule(_time(i - 2, num_steps, z))
-        z_s = forward_hop(
+        log_snr_k = arrival(schedule, _time(i - 2, num_steps, z))
+        return forward_hop(
             ddim_step(prediction, log_snr_k),
             _step_noise(keys, i, z),
             log_snr_s=log_snr_k,
-            log_snr_t=schedule(_time(i - 1, num_steps, z)),
+            log_snr_t=arrival(schedule, _time(i - 1, num_steps, z)),
         )
-        return _unless_last(i, z_s, prediction.x)
 
     return jax.lax.fori_loop(0, start, body, z)
 
@@ -155,7 +147,7 @@ def dpm_solver_pp(
         i = start - n
         t, s = _time(i, num_steps, z), _time(i - 1, num_steps, z)
         x = predict(z, t).x
-        log_snr_t, log_snr_s = schedule(t), schedule(s)
+        log_snr_t, log_snr_s = schedule(t), arrival(schedule, s)
         h = 0.5 * (log_snr_s - log_snr_t)
         second_order = (n > 0) & (i > 1)
         slope = jnp.where(second_order, h / (2.0 * previous_h), 0.0)
@@ -163,7 +155,7 @@ def dpm_solver_pp(
         _, sigma_t = levels(log_snr_t, z)
         alpha_s, sigma_s = levels(log_snr_s, z)
         z_s = (sigma_s / sigma_t) * z - alpha_s * broadcast_to_rank(jnp.expm1(-h), z) * data
-        return _unless_last(i, z_s, x), x, h
+        return z_s, x, h
 
     carry = (z, jnp.zeros_like(z), jnp.ones(z.shape[:1], z.dtype))
     return jax.lax.fori_loop(0, start, body, carry)[0]

@@ -81,6 +81,15 @@ def shifted(schedule: Schedule, factor: float) -> Schedule:
     return lambda t: schedule(t) - 2.0 * np.log(factor)
 
 
+def arrival(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """The log-SNR that a step of a sampler to time t lands on: that of the schedule, infinite at t = 0.
+
+    Samplers return x itself there, for alpha_0 of a truncated schedule isn't exactly 1 (Salimans & Ho
+    2022, official code).
+    """
+    return jnp.where(t == 0.0, jnp.inf, schedule(t))
+
+
 def timestep_index(t: jax.Array, num_timesteps: int = NUM_TIMESTEPS) -> jax.Array:
     """Index in 0..T-1 of a discrete chain, as a float, that time t in [0, 1] stands for.
 

@@ -8,7 +8,7 @@ On the grid i/N the student learns one DDIM jump from t to s, for i in 1..N:
                                                of its own sampler, which then adds noise back over 1/N
     encode       t = (i-1)/N    s = t + 1/N    ddim run from data to noise, over t + 1/(2N)
 
-A jump that ends at t = 0 has the teacher's second x as its target, for samplers answer x there. The
+A jump that ends at t = 0 has the teacher's second x as its target, for samplers return x there. The
 stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x; at
 N = 1 that is the only jump, so the stochastic student of one step is its teacher, and isn't trained.
 """
@@ -23,13 +23,11 @@ from guided_distill.diffusion.guidance import Condition, Denoiser, with_clipping
 from guided_distill.diffusion.process import (
     Prediction,
     add_noise,
-    broadcast_to_rank,
     ddim_step,
-    prediction_from,
-    single_step,
+    two_steps_in_one,
 )
 from guided_distill.diffusion.samplers import ENCODE
-from guided_distill.diffusion.schedules import Schedule
+from guided_distill.diffusion.schedules import Schedule, arrival
 from guided_distill.objectives.guidance import sample_weights
 from guided_distill.objectives.weighting import Loss, prediction_loss
 
@@ -64,17 +62,17 @@ def halving_target(
     jump: Jump,
     schedule: Schedule,
 ) -> Prediction:
-    """What the student must predict at z [B, ...] to make the teacher's two DDIM steps in one."""
-    log_snr_t, log_snr_end = schedule(jump.t), schedule(jump.end)
+    """What the student must predict at z [B, ...] to make the teacher's two DDIM steps in one: (6)."""
+    log_snr_h = arrival(schedule, jump.half)
     first = teacher.predict(z, jump.t, condition, w)
-    z_half = ddim_step(first, schedule(jump.half))
-    second = teacher.predict(z_half, jump.half, condition, w)
-    z_end = ddim_step(second, log_snr_end)
-    target = single_step(z, z_end, log_snr_t=log_snr_t, log_snr_s=log_snr_end)
-    last_x = jnp.where(broadcast_to_rank(jump.half == 0.0, z), first.x, second.x)
-    at_end = prediction_from(last_x, source="x", z=z, log_snr=log_snr_t)
-    ends = broadcast_to_rank(jump.end == 0.0, z)
-    return Prediction(*(jnp.where(ends, *pair) for pair in zip(at_end, target, strict=True)))
+    second = teacher.predict(ddim_step(first, log_snr_h), jump.half, condition, w)
+    return two_steps_in_one(
+        first,
+        second,
+        log_snr_t=schedule(jump.t),
+        log_snr_h=log_snr_h,
+        log_snr_s=arrival(schedule, jump.end),
+    )
 
 
 def halving_loss(

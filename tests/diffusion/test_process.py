@@ -118,16 +118,6 @@ def test_ddim_with_the_true_x_lands_on_the_same_noise(name, t, s):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("start", "end"), [(0.7, 0.0), (0.7, 0.4), (0.0, 0.1), (0.4, 1.0)])
-def test_single_step_joins_both_ends(name, start, end):
-    z_t, z_s = draw(0), draw(1)
-    log_snr_t, log_snr_s = (SCHEDULES[name](jnp.full(6, each)) for each in (start, end))
-    prediction = process.single_step(z_t, z_s, log_snr_t=log_snr_t, log_snr_s=log_snr_s)
-    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_t), z_t, atol=5e-6)
-    np.testing.assert_allclose(process.ddim_step(prediction, log_snr_s), z_s, atol=5e-6)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("move", ["back", "forth"])
 def test_random_moves_keep_the_signal_and_the_variance(name, move):
     log_snr_t, log_snr_s = (SCHEDULES[name](jnp.array([each])) for each in (0.6, 0.5))
@@ -171,8 +161,14 @@ def exact_jump_predict(schedule, num_steps):
     def predict(z, t):
         end = jnp.maximum(t - 2 / num_steps, 0.0)
         z_end = z * (deviation_at(end) / deviation_at(t))[:, None]
-        log_snr = schedule(t)
-        return process.single_step(z, z_end, log_snr_t=log_snr, log_snr_s=schedule(end))
+        (alpha, sigma), (alpha_end, sigma_end) = (
+            process.levels(schedule(each), z) for each in (t, end)
+        )
+        determinant = sigma * alpha_end - sigma_end * alpha
+        return process.Prediction(
+            x=(sigma * z_end - sigma_end * z) / determinant,
+            eps=(alpha_end * z - alpha * z_end) / determinant,
+        )
 
     return predict
 
