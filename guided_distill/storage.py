@@ -34,6 +34,8 @@ is still writing into the folder that the next attempt clears."""
 
 def _part(path: epath.Path) -> epath.Path:
     """A name beside `path` that no other writer has."""
+    if not path.name:  # The current folder.
+        path = path.absolute()
     return path.parent / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
 
 
@@ -48,6 +50,8 @@ def whole(path: epath.Path) -> Iterator[epath.Path]:
     part = _part(path)
     try:
         yield part
+        if part.is_dir() and path.is_dir():
+            path.rmdir()
         part.replace(path)
     except BaseException:
         with contextlib.suppress(Exception):  # The first error is the one to report.

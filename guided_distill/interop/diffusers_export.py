@@ -11,7 +11,7 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.interop.weights import load_one_stage
+from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.layouts.diffusers_configs import (
     NUM_TIMESTEPS,
@@ -53,6 +53,13 @@ def export_diffusers(
     trained = load_one_stage(workdir, out, stages)
     about = trained.description
     check_exportable(about, epath.Path(trained.path).name)
+    with new_folder(out) as folder:
+        _write(trained, companions, folder)
+    return [out]
+
+
+def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
+    about = trained.description
     copy_folder(companions, out, leave_out=(MODEL_INDEX,))
     index = read_json(companions / MODEL_INDEX)
     _write_denoiser(trained, out, index)
@@ -68,7 +75,6 @@ def export_diffusers(
         script = importlib.resources.files("guided_distill.interop") / STOCHASTIC_SCHEDULER
         write_bytes(out / STOCHASTIC_SCHEDULER, script.read_bytes())
     write_text(out / "README.md", model_card(about, index=index, vae=_vae_config(out)))
-    return [out]
 
 
 def check_exportable(about: Description, stage: str) -> None:

@@ -15,7 +15,7 @@ from jax import export
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.interop.weights import load_one_stage
+from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.sampling import run_sampler
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description
@@ -46,11 +46,12 @@ def export_stablehlo(
         name: np.asarray(leaf) for name, leaf in flatten_dict(trained.params, sep="/").items()
     }
     program = export_sampler(about, weights)
-    write_bytes(out / "sampler.stablehlo", bytes(program.serialize()))
-    write_bytes(out / "weights.safetensors", safetensors.numpy.save(weights))
-    write_text(out / "about.json", json.dumps(_told(about), indent=2))
     script = importlib.resources.files("guided_distill.interop") / SCRIPT
-    write_bytes(out / SCRIPT, script.read_bytes())
+    with new_folder(out) as folder:
+        write_bytes(folder / "sampler.stablehlo", bytes(program.serialize()))
+        write_bytes(folder / "weights.safetensors", safetensors.numpy.save(weights))
+        write_text(folder / "about.json", json.dumps(_told(about), indent=2))
+        write_bytes(folder / SCRIPT, script.read_bytes())
     return [out]
 
 

@@ -1,14 +1,15 @@
 """A run's results in a folder of their own: what sampling and further stages need, and no more."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.pipeline import claim, finished_stages, read_config
-from guided_distill.storage import write_text
+from guided_distill.storage import is_there, storage_error, whole, write_text
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.metrics import read_metrics
 from guided_distill.training.trained import Trained, load_finished
@@ -20,23 +21,57 @@ def export_weights(
     """Copy a run to `out` with each stage's result alone: no optimizer, no older checkpoints.
 
     `out` is then a run like any other: it can be sampled, evaluated, and trained on from its last
-    stage. stages: folders of finished stages in the workdir; None for all of them. Answers the folders
-    written. Raises UserError if a stage isn't finished, or if `out` holds another run.
+    stage. stages: folders of finished stages in the workdir; None for all of them. Returns the folders
+    written. Raises UserError if a stage isn't finished, and as `new_folder`.
     """
-    experiment = read_config(workdir)
-    names = list(stages or finished_stages(workdir))
+    names = _named(workdir, stages) or finished_stages(workdir)
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     trained = [load_finished(workdir / name) for name in names]
-    claim(out, experiment)
-    bring_companions(workdir, out)
-    for name, each in zip(names, trained, strict=True):
-        with StageCheckpoints(out / name, keep=1) as checkpoints:
-            checkpoints.save_result(each.step, each.params, about=each.description.to_json())
-            checkpoints.wait()
-        rows = "".join(f"{json.dumps(row)}\n" for row in read_metrics(workdir / name))
-        write_text(out / name / "metrics.jsonl", rows)
+    with new_folder(out) as folder:
+        claim(folder, read_config(workdir))
+        bring_companions(workdir, folder)
+        for name, each in zip(names, trained, strict=True):
+            with StageCheckpoints(folder / name, keep=1) as checkpoints:
+                checkpoints.save_result(each.step, each.params, about=each.description.to_json())
+                checkpoints.wait()
+            rows = "".join(f"{json.dumps(row)}\n" for row in read_metrics(workdir / name))
+            write_text(folder / name / "metrics.jsonl", rows)
     return [out / name for name in names]
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.Path) -> Iterator[epath.Path]:
+    """Yields a place for an export, which becomes the folder `out` after the block.
+
+    If the block raises, nothing is written. Raises UserError if `out` is not empty, or can't be written.
+    """
+    _check_empty(out)
+    part = out
+    try:
+        with whole(out) as part:
+            part.mkdir()
+            yield part
+    except OSError as error:
+        raise storage_error(out, error) from error
+    except UserError as error:
+        # The place is gone by now.
+        raise UserError(str(error).replace(str(part), str(out))) from error
+
+
+def _check_empty(out: epath.Path) -> None:
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty: choose another folder")
+
+
+def _named(workdir: epath.Path, stages: Sequence[str] | None) -> list[str]:
+    """The stages; none for None. Raises UserError for a path in place of a name."""
+    for name in stages or ():
+        if epath.Path(name).name != name or name == "..":
+            raise UserError(
+                f"--stages names {name!r}: give the name of a folder in {workdir}, such as teacher"
+            )
+    return list(stages or ())
 
 
 def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
@@ -44,11 +79,10 @@ def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] |
 
     Raises UserError unless it is one, and if `out` holds anything.
     """
-    names = list(stages or finished_stages(workdir)[-1:])
+    names = _named(workdir, stages) or finished_stages(workdir)[-1:]
     if len(names) != 1:
         raise UserError(
             f"this format holds one finished stage, and there are {len(names)}: name one with --stages"
         )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: choose another folder")
+    _check_empty(out)
     return load_finished(workdir / names[0])

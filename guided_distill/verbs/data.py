@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from guided_distill.verbs.shared import CACHE, command
+from guided_distill.verbs.shared import CACHE, command, workdir
 
 
 def add_verbs(verbs: Any) -> None:
@@ -25,7 +25,7 @@ def _add_prepare(verbs: Any) -> None:
         "captioned drawings in three styles, for data.name=npz:FILE",
         "guided-distill prepare emoji --out data/emoji3.npz",
     )
-    emoji.add_argument("--out", required=True, type=epath.Path, help=".npz file to write")
+    emoji.add_argument("--out", required=True, type=workdir, help=".npz file to write")
     emoji.add_argument(
         "--image_size", type=int, default=64, help="side in pixels (default: %(default)s)"
     )
@@ -40,7 +40,7 @@ def _add_prepare(verbs: Any) -> None:
         "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
         "guided-distill prepare minilm --out data/minilm",
     )
-    minilm.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    minilm.add_argument("--out", required=True, type=workdir, help="folder to write to")
     minilm.add_argument("--cache", **CACHE)
 
 
@@ -76,7 +76,7 @@ def _add_encode(verbs: Any) -> None:
     encode.add_argument(
         "--shard_size", type=int, default=4096, help="examples in a file (default: %(default)s)"
     )
-    encode.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    encode.add_argument("--out", required=True, type=workdir, help="folder to write to")
 
 
 # As everywhere here, each verb imports what it needs when it runs.

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import command_of_run, parse_list
+from guided_distill.verbs.shared import command_of_run, parse_list, workdir
 
 
 def add_verbs(verbs: Any) -> None:
@@ -53,7 +53,7 @@ def add_verbs(verbs: Any) -> None:
         help="folders of stages, separated by commas (default: all that are finished; of the other "
         "formats the last one)",
     )
-    export.add_argument("--out", required=True, type=epath.Path, help="folder to write to")
+    export.add_argument("--out", required=True, type=workdir, help="new folder to write")
 
 
 # As everywhere here, each verb imports what it needs when it runs.

@@ -38,7 +38,7 @@ def command_of_run(
 
 
 def workdir(text: str) -> epath.Path:
-    """The folder that --workdir names, which isn't the current one by mistake."""
+    """The folder that --workdir or --out names, which isn't the current one by mistake."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give a folder, or . for the current one")
     return epath.Path(text)
@@ -92,9 +92,7 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--num_steps", type=int, help="sampling steps (default: as trained)")
     verb.add_argument("--sampler", help="sampler (default: as trained)")
     verb.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
-    verb.add_argument(
-        "--out", type=epath.Path, help="folder to write to (default: WORKDIR/samples)"
-    )
+    verb.add_argument("--out", type=workdir, help="folder to write to (default: WORKDIR/samples)")
     verb.add_argument(
         "--allow_untrained",
         action="store_true",

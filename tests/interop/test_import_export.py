@@ -219,6 +219,55 @@ def test_export_wants_one_stage_a_format_and_an_empty_folder(run, tmp_path, caps
     assert "not empty" in said(capsys)
 
 
+@pytest.mark.parametrize(
+    ("format_", "last"),
+    [("checkpoint", "weights.read_metrics"), ("diffusers", "diffusers_export.model_card")],
+)
+def test_an_export_that_is_cut_leaves_nothing(run, tmp_path, monkeypatch, format_, last):
+    arguments = [
+        "export",
+        "--workdir",
+        str(run),
+        "--format",
+        format_,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"guided_distill.interop.{last}", cut)
+        assert cli.main(arguments) == 130
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    assert cli.main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_is_not_written_over(run, tmp_path, capsys):
+    arguments = ["export", "--workdir", str(run), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    before = files(tmp_path)
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    assert "out is not empty" in said(capsys)
+    assert files(tmp_path) == before
+
+
+def test_a_stage_is_a_name_and_a_folder_is_given(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    arguments = ["export", "--workdir", str(run), "--out"]
+    stage = f"../{run.name}/teacher"
+    assert cli.main([*arguments, str(tmp_path / "out" / "in"), "--stages", stage]) == 2
+    assert f"--stages names '{stage}': give the name of a folder in {run}" in said(capsys)
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, ""])
+    assert "argument --out: it is empty" in capsys.readouterr().err
+
+
 def test_a_run_without_companions_is_told_so(run, tmp_path, capsys):
     (tmp_path / "alone").mkdir()
     shutil.copy(run / "config.json", tmp_path / "alone")
