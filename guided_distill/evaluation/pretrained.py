@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.torch_weights import read_tensors
+from guided_distill.layouts.safetensors_file import is_floating
 
 NORM_EPSILON = 1e-3
 """Of the batch norms of both networks, Lite0 and Inception."""
@@ -42,7 +43,7 @@ def read_params(
     of a layer in that tree to its tensors.
 
     Raises UserError if the file can't be read, or naming the first tensor that is missing, of
-    another shape, or not of this network.
+    another shape, not floating-point, or not of this network.
     """
     tensors = read_tensors(path)
     _check_layout(path, tensors, tensor_shapes(shapes, source))
@@ -75,7 +76,8 @@ def _kernels(shapes: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def fingerprint(path: epath.Path) -> str:
     """The first 8 hex digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def check_images(extractor: str, shape: tuple[int, ...]) -> None:
@@ -110,10 +112,14 @@ def _check_layout(
             raise UserError(
                 f"{path} holds {name} of shape {tensors[name].shape}, which should be {shape}: {advice}"
             )
+        if not is_floating(tensors[name].dtype):
+            raise UserError(
+                f"{path} holds {name} as {tensors[name].dtype}, which should be floating-point: {advice}"
+            )
     for name, tensor in tensors.items():
         if name not in expected and not name.endswith("num_batches_tracked"):
             raise UserError(
-                f"{path} holds {name} of shape {tensor.shape}, which this network has not: {advice}"
+                f"{path} holds {name!r:.80} of shape {tensor.shape}, which this network has not: {advice}"
             )
 
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.layouts.safetensors_file import read_safetensors
 from guided_distill.layouts.torch_layout import Tensors
 from guided_distill.storage import storage_error, whole, write_text
 
@@ -67,13 +68,7 @@ def read_tensors(path: epath.Path, wanted: Callable[[str], bool] = bool) -> dict
     """
     if path.suffix in _PICKLES:
         raise _pickled(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{path} can't be read as safetensors ({error}): is the file whole?"
-        ) from error
+    return read_safetensors(path, wanted)
 
 
 def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from guided_distill.errors import UserError
+from guided_distill.layouts.safetensors_file import is_floating
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -76,8 +77,8 @@ def torch_shapes(template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) -> dict[str, Any]:
     """`tensors` as the tree `template`, whose leaves need only a shape; the inverse of `to_tensors`.
 
-    Half precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
-    unless every tensor has a place of its shape and every place its tensor.
+    Lower precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
+    unless every tensor has a place of its shape, every place has its tensor, and all are floating-point.
     """
     _check(tensors, torch_shapes(template), source)
     return unflatten_dict(
@@ -136,6 +137,12 @@ def _check(tensors: Tensors, needed: Mapping[str, tuple[int, ...]], source: obje
             f"{source} {'; '.join(said)}: the weights don't belong to this config.json, or the file is "
             f"not whole".replace("has no place for", "holds what the network has no place for:")
         )
+    for name in needed:
+        if not is_floating(tensors[name].dtype):
+            raise UserError(
+                f"{source} holds {name} as {tensors[name].dtype}, and weights are read from "
+                f"floating-point numbers alone: get the model as it was before it was quantized"
+            )
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -70,6 +70,13 @@ def test_half_precision_is_read_exactly():
     np.testing.assert_array_equal(tree["dense"]["bias"], half["dense.bias"].astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "complex64"])
+def test_quantized_and_complex_weights_are_refused(dtype):
+    tensors = {"dense.bias": np.ones(2, dtype)}
+    with pytest.raises(UserError, match=rf"^FILE holds dense\.bias as {dtype}, .*quantized$"):
+        to_tree(tensors, {"dense": {"bias": np.zeros(2)}}, source="FILE")
+
+
 def test_old_names_are_read_as_todays(assert_same_weights):
     tree = tiny.vae()
     old = {}

@@ -1,0 +1,58 @@
+"""Reads weights files, each in a process of its own that may take little memory and time; tells of each.
+
+    python tests/hostile/weights_reader.py HONEST FILE...
+
+Prints a JSON object from a file's path to [signal, what the reader said]. After each file the same
+process reads HONEST, a dictionary of a = [0, 1, 2, 3] in float32: what it says ends in "then: " and that.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.evaluation.torch_weights import read_tensors
+
+MEMORY = 200 * 2**20
+SECONDS = 20
+
+
+def outcome(path):
+    """What reading a file came to, in words."""
+    try:
+        return f"read { ({name: each.tolist() for name, each in read_tensors(path).items()}) }"
+    except UserError as error:
+        return f"refused: {error}"
+    except BaseException as error:
+        return f"broken: {type(error).__name__}: {error}"
+
+
+def within_limits(path, honest):
+    """The signal that ended a process which reads both files, or 0, and what it said."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.write(sender, f"{outcome(path)} then: {outcome(honest)}".encode())
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, "rb") as said:
+        words = said.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), words
+
+
+def main(honest, *paths):
+    """Print all outcomes."""
+    print(json.dumps({path: within_limits(epath.Path(path), epath.Path(honest)) for path in paths}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
