@@ -92,7 +92,7 @@ fewer = {
 from etils import epath
 
 import guided_distill
-from guided_distill.data.folder import read_images
+from guided_distill.data.images import read_images
 from guided_distill.report.figures import image_rows
 
 teacher = guided_distill.load("runs/shapes/teacher")

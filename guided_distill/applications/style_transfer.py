@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from guided_distill.data.folder import read_images
+from guided_distill.data.images import read_images
 from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError

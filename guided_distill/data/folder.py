@@ -1,36 +1,46 @@
 """Image files in folders, one a class, decoded when they are asked for."""
 
+import collections
+import functools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from guided_distill.data.pixels import (
-    DAMAGED,
-    crop_and_resize,
-    fitted,
-    from_uint8,
-    upright_over_white,
-)
+from guided_distill.data.files import File, is_text, read_text, regular_file, warn_once
+from guided_distill.data.images import SUFFIXES, images_in, read_image, upright_size
+from guided_distill.data.pixels import crop_and_resize, from_uint8
 from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HEADER_THREADS = 16
 
 CAPTIONS = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The classes of a folder, its images with a class index each, and what lies there besides."""
+
+    class_names: tuple[str, ...]
+    files: tuple[File, ...]
+    labels: np.ndarray
+    skipped: tuple[epath.Path, ...]
 
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:
     """RGB images; a class is a sub-folder, by sorted name, or all images directly in `path`.
 
     With image_size, images are centre-cropped to squares and resized; without, all must be of one
-    size. Transparent pixels are laid over white. A tenth of each class is the test split. Captions come
-    from a file CAPTIONS in `path`, as Hugging Face's image folders have it: a JSON object a line, with
-    "file_name", a path below the folder, and "text".
+    size. Transparent pixels are laid over white. A tenth of each class is the test split. Files that
+    are no images, and folders in the classes' folders, are skipped, with a warning.
+
+    Captions come from a file CAPTIONS in `path`, as Hugging Face's image folders have it: a JSON object
+    a line, with "file_name", a path below the folder, and "text". An image with several lines is an
+    example with each of its captions, all in the same split.
 
     Raises:
       UserError: no images, a damaged file, sizes that differ, or an image without a caption where
@@ -38,75 +48,81 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
         read.
     """
     root = epath.Path(path)
-    class_names, files, labels = _list_images(root)
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        sizes = list(pool.map(_header_size, files))
+    listing = _list_images(root)
+    _warn_of_skipped(root, listing)
+    files, labels = [file.path for file in listing.files], listing.labels
+    sizes = _header_sizes(listing.files)
     size = (image_size, image_size) if image_size is not None else sizes[0]
     if image_size is None:
         for file, found in zip(files, sizes, strict=True):
             _check_size(file, found, expected=size)
-    indices = split_indices(labels, split=split, test_fraction=0.1)
-    if not len(indices):
+    rows = split_indices(labels, split=split, test_fraction=0.1)
+    if not len(rows):
         raise UserError(f"{path} has too few images for a {split} split: two a class are needed")
-    captions = _captions(root, files)[indices] if (root / CAPTIONS).exists() else None
-    files, labels = [files[i] for i in indices], labels[indices]
+    captions = None
+    if (root / CAPTIONS).exists():
+        texts = _captions(root, files)
+        captions = np.array([text for row in rows for text in texts[row]], object)
+        rows = np.repeat(rows, [len(texts[row]) for row in rows])
 
     def read(indices: np.ndarray) -> Examples:
-        pixels = np.stack([_decode(files[i], size, resize=image_size is not None) for i in indices])
-        return {"image": from_uint8(pixels), "label": labels[indices]}
+        chosen = rows[indices]
+        pixels = np.stack([_decode(files[i], size, resize=image_size is not None) for i in chosen])
+        return {"image": from_uint8(pixels), "label": labels[chosen]}
 
     return Source(
         name=f"folder:{path}",
         split=split,
         shape=(size[1], size[0], 3),
-        size=len(files),
-        class_names=tuple(class_names),
+        size=len(rows),
+        class_names=listing.class_names,
         read=read,
         captions=captions,
     )
 
 
-def read_images(path: epath.Path, *, shape: tuple[int, ...], limit: int) -> np.ndarray:
-    """A file, or the first `limit` of a folder by name: float32 [n, *shape] in [-1, 1].
-
-    Centre-cropped to squares and resized to shape, which is (size, size, 1 or 3). Raises UserError if
-    there is no image, or a damaged one.
-    """
-    files = [path] if path.is_file() else _images_in(path) if path.is_dir() else []
-    if not files:
-        raise UserError(f"no images at {path}: give a file, or a folder of {', '.join(_SUFFIXES)}")
-    pixels = []
-    for file in files[:limit]:
-        _header_size(file)
-        pixels.append(fitted(_open(file), shape))
-    return from_uint8(np.stack(pixels))
-
-
-def _captions(root: epath.Path, files: Sequence[epath.Path]) -> np.ndarray:
+def _captions(root: epath.Path, files: Sequence[epath.Path]) -> list[list[str]]:
+    """The texts of each file, one or more."""
     path = root / CAPTIONS
-    texts = {}
-    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-            texts[root / row["file_name"]] = str(row["text"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}, line {number}, is no JSON object with file_name and text: mend it"
-            ) from error
-    if missing := [file for file in files if file not in texts]:
+    texts: dict[epath.Path, list[str]] = {file: [] for file in files}
+    elsewhere = 0
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, text = _caption(line, where=f"{path}, line {number},")
+        if (root / name) in texts:
+            texts[root / name].append(text)
+        else:
+            elsewhere += 1
+    if missing := [file for file, those in texts.items() if not those]:
         raise UserError(f"{path} has no text for {missing[0]}: add a line for it")
-    return np.array([texts[file] for file in files], object)
+    if elsewhere:
+        warn_once(f"{path} has {elsewhere} lines whose file_name is none of the images: skipped")
+    return [texts[file] for file in files]
 
 
-def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndarray]:
-    """Class names, files, and the class index [N] of each file."""
+def _caption(line: str, *, where: str) -> tuple[str, str]:
+    """file_name and text of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON: mend it") from error
+    if not isinstance(row, dict) or not {"file_name", "text"} <= row.keys():
+        raise UserError(f"{where} is no JSON object with file_name and text: mend it")
+    for key in ("file_name", "text"):
+        if not is_text(row[key]):
+            raise UserError(
+                f"{where} has the {key} {json.dumps(row[key])[:50]}: give one string; another caption of "
+                f"the same image is another line"
+            )
+    return row["file_name"], row["text"]
+
+
+def _list_images(root: epath.Path) -> _Listing:
     if not root.is_dir():
         raise UserError(f"no folder {root}: give folder: the path of a folder of images")
-    folders = sorted(
-        (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
-        key=lambda entry: entry.name,
-    )
-    loose = _images_in(root)
+    loose, others = images_in(root)
+    folders = [entry for entry in others if entry.is_dir()]
     if loose and folders:
         raise UserError(
             f"{root} has both images, such as {loose[0].name}, and folders, such as "
@@ -114,53 +130,50 @@ def _list_images(root: epath.Path) -> tuple[list[str], list[epath.Path], np.ndar
         )
     classes = [root] if loose else folders
     if not classes:
-        raise UserError(f"no images in {root}: expected {', '.join(_SUFFIXES)} files")
+        raise UserError(f"no images in {root}: expected {', '.join(SUFFIXES)} files")
+    skipped = [each for each in others if each not in folders and each.name != CAPTIONS]
     files, labels = [], []
-    for label, folder in enumerate(classes):
-        found = _images_in(folder)
-        if not found:
-            raise UserError(f"no images in {folder}: fill or remove this folder")
-        files += found
-        labels += [label] * len(found)
-    return [folder.name for folder in classes], files, np.array(labels, np.int32)
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        for label, folder in enumerate(classes):
+            named, others = (loose, []) if folder == root else images_in(folder)
+            found = list(pool.map(regular_file, named))
+            images = [file for file in found if file is not None]
+            skipped += others
+            skipped += [path for path, file in zip(named, found, strict=True) if file is None]
+            if not images:
+                raise UserError(f"no images in {folder}: fill or remove this folder")
+            files += images
+            labels += [label] * len(images)
+    names = tuple(folder.name for folder in classes)
+    return _Listing(names, tuple(files), np.array(labels, np.int32), tuple(skipped))
 
 
-def _images_in(folder: epath.Path) -> list[epath.Path]:
-    found = [
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in _SUFFIXES and not entry.name.startswith(".")
-    ]
-    return sorted(found, key=lambda entry: entry.name)
+def _warn_of_skipped(root: epath.Path, listing: _Listing) -> None:
+    if not listing.skipped:
+        return
+    kinds = collections.Counter(path.suffix.lower() or "no suffix" for path in listing.skipped)
+    words = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5))
+    warn_once(
+        f"{root}: {len(listing.files)} images are read, and {len(listing.skipped)} other files and "
+        f"folders skipped ({words}; such as {listing.skipped[0]}): images are files named "
+        f"{', '.join(SUFFIXES)}, directly in the folder of a class"
+    )
 
 
-def _header_size(file: epath.Path) -> tuple[int, int]:
-    """(width, height) as stored."""
-    try:
-        with file.open("rb") as stream, Image.open(stream) as image:
-            size, mode = image.size, image.mode
-    except DAMAGED as error:
-        raise _damaged(file, error) from error
-    if mode.startswith("I") or mode == "F":
-        raise UserError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
-    return size
+@functools.lru_cache(maxsize=4)
+def _header_sizes(files: tuple[File, ...]) -> list[tuple[int, int]]:
+    """(width, height) of each, upright; kept, for both splits need them and headers take long."""
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return list(pool.map(upright_size, files))
 
 
 def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarray:
     """Pixels uint8 [H, W, 3] of an upright image over white."""
-    image = _open(file)
+    image = read_image(file)
     if resize:
         image = crop_and_resize(image, size[0])
     _check_size(file, image.size, expected=size)
     return np.asarray(image)
-
-
-def _open(file: epath.Path) -> Image.Image:
-    try:
-        with file.open("rb") as stream, Image.open(stream) as image:
-            return upright_over_white(image)
-    except DAMAGED as error:
-        raise _damaged(file, error) from error
 
 
 def _check_size(file: epath.Path, size: Sequence[int], *, expected: Sequence[int]) -> None:
@@ -169,7 +182,3 @@ def _check_size(file: epath.Path, size: Sequence[int], *, expected: Sequence[int
             f"{file} is {size[0]} x {size[1]} and others are {expected[0]} x {expected[1]}: set "
             "data.image_size to resize them all"
         )
-
-
-def _damaged(file: epath.Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as an image, repair or remove it: {error}")

@@ -1,192 +1,302 @@
 """Images in .npz files: one with both splits, or one for each; as arrays, or as encoded files."""
 
-import io
-import itertools
-import zipfile
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from guided_distill.data.pixels import DAMAGED, crop_and_resize
-from guided_distill.data.source import Source, from_arrays, split_indices, split_whole_groups
+from guided_distill.data.fields import Fields, check_fits, read_fields
+from guided_distill.data.files import is_text, regular_file, warn_once
+from guided_distill.data.images import decode_image
+from guided_distill.data.pixels import crop_and_resize
+from guided_distill.data.source import (
+    SPLITS,
+    Source,
+    from_arrays,
+    split_indices,
+    split_whole_groups,
+)
 from guided_distill.errors import UserError
 
 SPLIT = "{split}"
 TEST_FRACTION = 0.1
 
+MAX_CLASSES = 100_000
+"""Labels from this number on are no classes, but numbers of something else."""
 
-class Examples(NamedTuple):
-    """images [N, H, W, C], labels [N] and, where there are any, captions [N]."""
+_KINDS = ("image", "label", "caption")
+_NAMES = frozenset(
+    [
+        *("jpeg", "offset", "class_names", "group", "groups"),
+        *(f"{prefix}{kind}{s}" for prefix in ("", "test_") for kind in _KINDS for s in ("", "s")),
+    ]
+)
 
-    images: np.ndarray
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """Files end to end in `content`, bytes; that of image i is content[offset[i]:offset[i + 1]]."""
+
+    path: str
+    content: np.ndarray
+    offset: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offset) - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, H, W, 3], by the first image."""
+        return len(self), *self._pixels(0, None).shape
+
+    def decode(self, rows: np.ndarray, image_size: int | None) -> np.ndarray:
+        """Those of some rows, uint8 [n, H, W, 3]. Raises UserError if they are damaged or don't fit."""
+        shape = self.shape[1:] if image_size is None else (image_size, image_size, 3)
+        check_fits(len(rows) * math.prod(shape), f"{self.path}: `jpeg`, decoded,")
+        images = np.empty((len(rows), *shape), np.uint8)
+        for place, row in enumerate(rows):
+            pixels = self._pixels(row, image_size)
+            if pixels.shape != shape:
+                raise UserError(
+                    f"{self.path}: the images of `jpeg` differ in size; make them one size, or set "
+                    f"data.image_size"
+                )
+            images[place] = pixels
+        return images
+
+    def _pixels(self, row: int, image_size: int | None) -> np.ndarray:
+        file = self.content[self.offset[row] : self.offset[row + 1]].tobytes()
+        image = decode_image(file, what=f"{self.path}: image {row} of `jpeg`")
+        return np.asarray(image if image_size is None else crop_and_resize(image, image_size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """images, an array [N, H, W, C] or encoded; labels [N]; captions [N] strings, if there are any."""
+
+    images: np.ndarray | _Encoded
     labels: np.ndarray
     captions: np.ndarray | None
-
-    def at(self, indices: np.ndarray) -> "Examples":
-        """Those of some indices."""
-        captions = None if self.captions is None else self.captions[indices]
-        return Examples(self.images[indices], self.labels[indices], captions)
 
 
 def load(path: str, *, split: str, image_size: int | None) -> Source:
     """Reads `image` and, where there, `label`; both may also be plural.
 
-    Images are uint8, or float32 already in [-1, 1], [N, H, W, C] or [N, H, W]; or, in place of
-    `image`, `jpeg` and `offset`: image i is the file jpeg[offset[i]:offset[i + 1]] of bytes, in any
-    format that Pillow reads. Labels are integers [N]. With image_size, uint8 images are
-    centre-cropped to squares and resized. `class_names`, strings [K], and `caption`, strings [N], are
-    optional.
+    Images are uint8, or floats already in [-1, 1], [N, H, W, C] of 1 or 3 channels or [N, H, W]; or, in
+    place of `image`, `jpeg` and `offset`: image i is the file jpeg[offset[i]:offset[i + 1]] of bytes, in
+    any format that `data.images` reads. Labels are integers [N] in [0, MAX_CLASSES). With image_size,
+    images of bytes are centre-cropped to squares and resized. `class_names`, strings [K], and `caption`,
+    strings [N], are optional; strings may be bytes in UTF-8.
 
     The test split is a file of its own where the path holds "{split}", which stands for train and
     test; or `test_image`, `test_label` and `test_caption`; or a tenth of the images, held out by a
     fixed shuffle. With `group`, numbers or strings [N], it is a tenth of the groups: all images of one
     are in the same split.
 
+    A class without images, and floats without negative numbers, are warned of.
+
     Raises:
-      UserError: the file or a field of it is missing or not as said.
+      UserError: the file or a field of it is missing or not as said, or is larger than the memory.
     """
-    fields = _read(path.replace(SPLIT, split))
-    own_test = SPLIT in path or _find(fields, "test_image") is not None
-    train = _examples(path, fields, prefix="")
-    in_file = SPLIT not in path and own_test
-    test = _examples(path, fields, prefix="test_") if in_file else train
+    fields = read_fields(epath.Path(path.replace(SPLIT, split)), _NAMES)
+    in_file = SPLIT not in path and fields.find("test_image") is not None
+    train = _examples(fields, prefix="")
+    test = _examples(fields, prefix="test_") if in_file else train
     chosen = test if split == "test" else train
-    if chosen.images.shape[1:] != train.images.shape[1:]:
-        raise UserError(
-            f"{path}: test_image is {chosen.images.shape[1:]} an image and image is "
-            f"{train.images.shape[1:]}; make them one size"
-        )
-    if not own_test:
-        chosen = train.at(_held_out(path, fields, len(train.images), split))
-    images = chosen.images
-    if not len(images):
+    rows = np.arange(len(chosen.labels))
+    if in_file:
+        _check_one_shape(fields, train, test)
+    elif SPLIT not in path:
+        rows = _held_out(fields, len(train.labels), split)
+    if not len(rows):
         raise UserError(f"{path} has no images for the {split} split: add some")
-    if image_size is not None and images.dtype == np.uint8:
-        images = _resize(images, image_size)
-    num_classes = int(max(train.labels.max(initial=0), test.labels.max(initial=0))) + 1
+    others = _labels_of_other_files(path, split)
+    class_names = _class_names(fields, [train.labels, test.labels, *others])
+    images = chosen.images
+    if isinstance(images, _Encoded):
+        images = images.decode(rows, image_size)
+    elif image_size is not None and images.dtype == np.uint8:
+        images = _resized(images, rows, image_size)
     return from_arrays(
         f"npz:{path}",
         split=split,
         images=images,
-        labels=chosen.labels,
-        class_names=_class_names(path, fields, num_classes),
-        captions=chosen.captions,
+        labels=chosen.labels[rows],
+        class_names=class_names,
+        captions=None if chosen.captions is None else chosen.captions[rows],
+        # Both splits share an array of the file, and no part of it is copied.
+        rows=rows if images is chosen.images else None,
     )
 
 
-def _held_out(path: str, fields: Mapping[str, np.ndarray], count: int, split: str) -> np.ndarray:
+def _check_one_shape(fields: Fields, train: _Examples, test: _Examples) -> None:
+    shape, other = train.images.shape[1:], test.images.shape[1:]
+    if shape != other:
+        raise UserError(
+            f"{fields.path}: test_image is {other} an image and image is {shape}; make them one size"
+        )
+
+
+def _held_out(fields: Fields, count: int, split: str) -> np.ndarray:
     """Indices of one split of a file that doesn't have two."""
-    groups = _find(fields, "group")
+    groups = fields.find("group")
     if groups is None:
         return split_indices(np.zeros(count, int), split=split, test_fraction=TEST_FRACTION)
-    if groups.shape != (count,) or groups.dtype.kind not in "iuU":
+    if groups.shape != (count,) or groups.dtype.kind not in "iuUS":
         raise UserError(
-            f"{path}: group must be integers or strings [{count}]; it is {groups.dtype} "
+            f"{fields.path}: group must be integers or strings [{count}]; it is {groups.dtype} "
             f"{list(groups.shape)}"
         )
     return split_whole_groups(groups, split=split, test_fraction=TEST_FRACTION)
 
 
-def _read(path: str) -> dict[str, np.ndarray]:
-    try:
-        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}: give npz: the path of an .npz file") from error
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz file: {error}") from error
+def _labels_of_other_files(path: str, split: str) -> list[np.ndarray]:
+    """Those of the other split's file, where there are two."""
+    others = [epath.Path(path.replace(SPLIT, each)) for each in SPLITS if each != split]
+    if SPLIT not in path or regular_file(others[0]) is None:
+        return []
+    fields = read_fields(others[0], {"label", "labels"})
+    labels = fields.find("label")
+    return [] if labels is None else [_checked_labels(fields, labels, "label", labels.size)]
 
 
-def _decode(path: str, files: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Images [N, H, W, 3] of encoded files that lie end to end in the bytes `files`."""
-    if len(offset) < 2 or offset.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: offset must be integers, one more than there are images; it is "
-            f"{offset.dtype} {list(offset.shape)}"
-        )
-    images = []
-    for index, (start, end) in enumerate(itertools.pairwise(offset)):
-        try:
-            with Image.open(io.BytesIO(files[start:end].tobytes())) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except DAMAGED as error:
-            raise UserError(f"{path}: image {index} of `jpeg` cannot be read: {error}") from error
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"{path}: the images of `jpeg` differ in size; make them one size")
-    return np.stack(images)
-
-
-def _resize(images: np.ndarray, size: int) -> np.ndarray:
+def _resized(images: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     if images.shape[1:3] == (size, size):
-        return images
+        return images[rows]
     squeezed = images[..., 0] if images.shape[-1] == 1 else images
-    resized = [np.asarray(crop_and_resize(Image.fromarray(each), size)) for each in squeezed]
-    return np.stack(resized).reshape(len(images), size, size, -1)
+    resized = [np.asarray(crop_and_resize(Image.fromarray(squeezed[row]), size)) for row in rows]
+    return np.stack(resized).reshape(len(rows), size, size, -1)
 
 
-def _find(fields: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
-    return fields.get(name, fields.get(name + "s"))
-
-
-def _examples(path: str, fields: Mapping[str, np.ndarray], *, prefix: str) -> Examples:
+def _examples(fields: Fields, *, prefix: str) -> _Examples:
     """What the fields hold whose names start with prefix, checked."""
-    images = _find(fields, prefix + "image")
-    if images is None and not prefix and {"jpeg", "offset"} <= fields.keys():
-        images = _decode(path, fields["jpeg"], fields["offset"])
+    images = _images(fields, prefix)
+    labels = fields.find(prefix + "label")
+    if labels is None:
+        if prefix and fields.find("label") is not None:
+            raise UserError(f"{fields.path} has labels but no `{prefix}label`: add it")
+        labels = np.zeros(len(images), np.int32)
+    labels = _checked_labels(fields, labels, prefix + "label", len(images))
+    return _Examples(images, labels, _captions(fields, len(images), prefix=prefix))
+
+
+def _images(fields: Fields, prefix: str) -> np.ndarray | _Encoded:
+    name = prefix + "image"
+    images = fields.find(name)
+    if images is None and not prefix and {"jpeg", "offset"} <= fields.arrays.keys():
+        return _encoded(fields)
     if images is None:
-        raise UserError(f"{path} has no field `image`, only {sorted(fields)}: add it")
+        raise UserError(f"{fields.path} has no field `{name}`, only {sorted(fields.names)}: add it")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+    kind = "uint8" if images.dtype == np.uint8 else images.dtype.kind
+    if images.ndim != 4 or kind not in ("uint8", "f"):
         raise UserError(
-            f"{path}: {prefix}image must be uint8 or float32, [N, H, W, C] or [N, H, W]; it is "
+            f"{fields.path}: {name} must be uint8 or float32, [N, H, W, C] or [N, H, W]; it is "
             f"{images.dtype} {list(images.shape)}"
         )
-    if images.dtype == np.float32 and not np.all(np.abs(images) <= 1):
+    if images.shape[-1] not in (1, 3):
+        turned = images.shape[1] in (1, 3)
+        hint = ": transpose it by (0, 2, 3, 1)" if turned else ", of gray or of red, green and blue"
         raise UserError(
-            f"{path}: {prefix}image is float32 and must lie in [-1, 1]: rescale it, or save uint8"
+            f"{fields.path}: {name} is {list(images.shape)}, and [N, H, W, C] has 1 or 3 channels{hint}"
         )
-    labels = _find(fields, prefix + "label")
-    if labels is None:
-        if prefix and _find(fields, "label") is not None:
-            raise UserError(f"{path} has labels but no `{prefix}label`: add it")
-        labels = np.zeros(len(images), np.int32)
-    if (
-        labels.shape != images.shape[:1]
-        or labels.dtype.kind not in "iu"
-        or labels.min(initial=0) < 0
-    ):
+    if kind == "f" and images.size:
+        least, most = images.min(), images.max()
+        if not (least >= -1 and most <= 1):
+            raise UserError(
+                f"{fields.path}: {name} is {images.dtype} and must lie in [-1, 1]: rescale it, or save "
+                f"uint8"
+            )
+        if least >= 0:
+            warn_once(
+                f"{fields.path}: {name} lies in [{least:g}, {most:g}], half of the range [-1, 1]: if it "
+                f"was meant to be [0, 1], save 2 * {name} - 1, or uint8"
+            )
+    return images
+
+
+def _encoded(fields: Fields) -> _Encoded:
+    content, offset = fields.arrays["jpeg"], fields.arrays["offset"]
+    if offset.ndim != 1 or len(offset) < 2 or offset.dtype.kind not in "iu":
         raise UserError(
-            f"{path}: {prefix}label must be non-negative integers [{len(images)}]; it is "
+            f"{fields.path}: offset must be integers, one more than there are images; it is "
+            f"{offset.dtype} {list(offset.shape)}"
+        )
+    if content.ndim != 1 or content.dtype != np.uint8:
+        raise UserError(
+            f"{fields.path}: jpeg must be bytes, uint8 [n]; it is {content.dtype} {list(content.shape)}"
+        )
+    if offset[0] < 0 or np.any(offset[1:] < offset[:-1]) or offset[-1] > len(content):
+        raise UserError(
+            f"{fields.path}: offset must rise from 0 to the {len(content)} bytes of jpeg: save both anew"
+        )
+    return _Encoded(fields.path, content, offset.astype(np.int64))
+
+
+def _checked_labels(fields: Fields, labels: np.ndarray, name: str, count: int) -> np.ndarray:
+    """int32 [count]."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise UserError(
+            f"{fields.path}: {name} must be non-negative integers [{count}]; it is "
             f"{labels.dtype} {list(labels.shape)}"
         )
-    return Examples(images, labels, _captions(path, fields, len(images), prefix=prefix))
-
-
-def _captions(
-    path: str, fields: Mapping[str, np.ndarray], count: int, *, prefix: str
-) -> np.ndarray | None:
-    captions = _find(fields, prefix + "caption")
-    if captions is None and prefix and _find(fields, "caption") is not None:
-        raise UserError(f"{path} has captions but no `{prefix}caption`: add it")
-    if captions is not None and (captions.shape != (count,) or captions.dtype.kind != "U"):
+    if (largest := int(labels.max(initial=0))) >= MAX_CLASSES:
         raise UserError(
-            f"{path}: {prefix}caption must be strings [{count}]; it is {captions.dtype} "
-            f"{list(captions.shape)}"
+            f"{fields.path}: {name} goes up to {largest}, and labels are numbers of classes, below "
+            f"{MAX_CLASSES}: number the classes from 0"
         )
-    return captions
+    return labels.astype(np.int32)
 
 
-def _class_names(path: str, fields: Mapping[str, np.ndarray], num_classes: int) -> list[str]:
-    names = fields.get("class_names")
-    if names is None:
-        return [str(label) for label in range(num_classes)]
-    if len(names) < num_classes:
+def _captions(fields: Fields, count: int, *, prefix: str) -> np.ndarray | None:
+    captions, name = fields.find(prefix + "caption"), prefix + "caption"
+    if captions is None and prefix and fields.find("caption") is not None:
+        raise UserError(f"{fields.path} has captions but no `{name}`: add it")
+    return None if captions is None else _strings(fields, captions, name, shape=(count,))
+
+
+def _strings(
+    fields: Fields, values: np.ndarray, name: str, *, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """A list of strings, of that shape if one is given."""
+    expected = f"[{shape[0]}]" if shape else "[K]"
+    if values.ndim != 1 or shape not in (None, values.shape) or values.dtype.kind not in "US":
         raise UserError(
-            f"{path}: class_names has {len(names)} names, but labels go up to {num_classes - 1}: "
-            "name every class"
+            f"{fields.path}: {name} must be strings {expected}; it is {values.dtype} "
+            f"{list(values.shape)}"
         )
-    return [str(name) for name in names]
+    try:
+        texts = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{fields.path}: {name} holds bytes that are no UTF-8: save strings"
+        ) from error
+    if bad := [str(text) for text in texts if not is_text(text)]:
+        raise UserError(f"{fields.path}: {name} holds {bad[0]!a}, which is no whole text: mend it")
+    return texts
+
+
+def _class_names(fields: Fields, labels: Iterable[np.ndarray]) -> list[str]:
+    """A name for each class of the labels of all splits."""
+    counts = np.bincount(np.concatenate(list(labels)), minlength=1)
+    given = fields.arrays.get("class_names")
+    names = [str(label) for label in range(len(counts))]
+    if given is not None:
+        names = [str(name) for name in _strings(fields, given, "class_names")]
+    if not len(counts) <= len(names) <= MAX_CLASSES:
+        raise UserError(
+            f"{fields.path}: class_names has {len(names)} names, but labels go up to "
+            f"{len(counts) - 1}: name every class"
+        )
+    empty = [*np.flatnonzero(counts == 0), *range(len(counts), len(names))]
+    if empty and counts.sum():
+        some = ", ".join(f"{label} {names[label]!r}" for label in empty[:5])
+        warn_once(
+            f"{fields.path}: {len(empty)} of {len(names)} classes have no image ({some}), and samples of "
+            f"them will be asked for: number the classes from 0 without gaps, and name no others"
+        )
+    return names

@@ -1,12 +1,9 @@
-"""The one rule between 8-bit images and the model's range, one way to resize, one idea of damage."""
+"""The one rule between 8-bit images and the model's range, and one way to resize."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
-
-DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for damaged files."""
+from PIL import Image
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:
@@ -32,15 +29,6 @@ def crop_and_resize(image: Image.Image, image_size: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
-
-
-def upright_over_white(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF data say, its transparent pixels laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def fitted(image: Image.Image, shape: Sequence[int]) -> np.ndarray:

@@ -87,23 +87,25 @@ def from_arrays(
     labels: np.ndarray,
     class_names: Sequence[str],
     captions: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
 ) -> Source:
-    """Builds a source over images [N, ...], uint8 pixels or float32 values, and labels [N].
+    """Builds a source of N examples over images [M, ...], uint8 pixels or floats, and labels [N].
 
-    captions: strings [N], if there are any.
+    captions: strings [N], if there are any. rows: the image of each example [N], if they aren't in order.
     """
     labels = labels.astype(np.int32)
 
     def read(indices: np.ndarray) -> Examples:
-        chosen = images[indices]
-        pixels = from_uint8(chosen) if chosen.dtype == np.uint8 else chosen
+        chosen = images[indices if rows is None else rows[indices]]
+        of_bytes = chosen.dtype == np.uint8
+        pixels = from_uint8(chosen) if of_bytes else chosen.astype(np.float32, copy=False)
         return {"image": pixels, "label": labels[indices]}
 
     return Source(
         name=name,
         split=split,
         shape=images.shape[1:],
-        size=len(images),
+        size=len(labels),
         class_names=tuple(class_names),
         read=read,
         captions=captions,

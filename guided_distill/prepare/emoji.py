@@ -4,7 +4,6 @@ Each emoji is drawn as Noto, as Twemoji and, nearly always, as Fluent 3D; its Un
 The file that is written is one that the data source npz: reads.
 """
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from guided_distill.data.pixels import DAMAGED
+from guided_distill.data.images import decode_image
 from guided_distill.errors import UserError
 from guided_distill.prepare.packages import NpmPackage, fetch, read_members
 from guided_distill.storage import npz_bytes, write_bytes
@@ -195,17 +194,13 @@ def _plain(code: str) -> str:
 
 def _decode(what: str, file: bytes, size: int) -> np.ndarray:
     """Pixels uint8 [size, size, 3] over white."""
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            if max(image.size) > 2 * MAX_SIDE:
-                raise ValueError(f"it is {image.width} x {image.height} pixels")
-            drawing = image.convert("RGBA")
-    except DAMAGED as error:
-        raise UserError(f"{what} isn't the drawing it should be: {error}") from error
+    drawing = decode_image(file, what=what)
+    if max(drawing.size) > 2 * MAX_SIDE:
+        raise UserError(f"{what} isn't the drawing it should be: it is {drawing.size} pixels")
     side = max(drawing.size)
-    square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
-    return np.asarray(square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def _write(out: epath.Path, fields: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from guided_distill.applications.text_to_image import (
@@ -19,8 +18,8 @@ from guided_distill.applications.text_to_image import (
     inpaint,
     load_text_to_image,
 )
-from guided_distill.data.folder import read_images
-from guided_distill.data.pixels import DAMAGED
+from guided_distill.data.files import read_text
+from guided_distill.data.images import read_images, read_mask, size_at
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import last_finished
@@ -63,10 +62,8 @@ def read_prompts(
         raise UserError(f"--num is {num}; ask for at least 1 image")
     prompts = list(given or ())
     if file is not None:
-        try:
-            prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {file} can't be read as text: {error}") from error
+        lines = read_text(file, what="--prompts ").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("there is no text: give --prompt, or --prompts and a file of them")
     return tuple(prompt for prompt in prompts for _ in range(num))
@@ -112,14 +109,14 @@ def inpaint_to_files(
     Raises UserError as `inpaint` does, and if the mask is of another size than the image.
     """
     model = _load(workdir, stage)
-    sizes = [_size(path) for path in (image, mask)]
+    sizes = [size_at(path) for path in (image, mask)]
     if sizes[0] != sizes[1]:
         width, height = sizes[0]
         raise UserError(
             f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels, and the image {width} x {height}: "
             f"give a mask of its size"
         )
-    white = read_images(mask, shape=(*model.image_shape[:2], 1), limit=1)[0, ..., 0] > 0
+    white = read_mask(mask, shape=model.image_shape[:2])
     painted = inpaint(
         model,
         _repeated(_read(image, model), request),
@@ -141,15 +138,6 @@ def _read(path: epath.Path, model: TextToImage) -> np.ndarray:
 
 def _repeated(array: np.ndarray, request: Request) -> np.ndarray:
     return np.repeat(array[None], len(request.prompts), axis=0)
-
-
-def _size(path: epath.Path) -> tuple[int, int]:
-    """Width and height, upright. Raises UserError if it is no image."""
-    try:
-        with path.open("rb") as file, Image.open(file) as image:
-            return ImageOps.exif_transpose(image).size
-    except DAMAGED as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _write(

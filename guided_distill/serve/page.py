@@ -10,7 +10,8 @@ from etils import epath
 from PIL import Image
 
 from guided_distill.data.encoded import INPAINT
-from guided_distill.data.pixels import crop_and_resize, fitted, from_uint8, upright_over_white
+from guided_distill.data.images import upright
+from guided_distill.data.pixels import crop_and_resize, fitted, from_uint8
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
 from guided_distill.serve.run import TEACHER, Drawn, OpenRun, Request, calls_in_a_step
@@ -354,7 +355,7 @@ def _labels(about: Description, names: list[str], chosen: Chosen) -> dict[str, A
 def _pixels(image: Image.Image | None, shape: tuple[int, ...]) -> np.ndarray:
     if image is None:
         raise UserError("there is no image: upload one")
-    return from_uint8(fitted(upright_over_white(image), shape))
+    return from_uint8(fitted(upright(image), shape))
 
 
 def _hole(mask: Image.Image, shape: tuple[int, ...]) -> np.ndarray:

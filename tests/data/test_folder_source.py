@@ -1,4 +1,6 @@
+import collections
 import json
+import os
 
 import numpy as np
 import pytest
@@ -103,11 +105,53 @@ def test_damaged_pixels_are_found_at_access(tmp_path):
         source[0]
 
 
-def test_deep_pixels_are_refused(tmp_path):
+def test_gray_of_32_bits_is_refused(tmp_path):
     for name in "ab":
-        Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / f"{name}.png")
-    with pytest.raises(UserError, match=r"a\.png has more than 8 bits"):
-        load(tmp_path)
+        Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / f"{name}.tif")
+    with pytest.raises(UserError, match=r"[ab]\.tif .*32 bits a pixel"):
+        load(tmp_path)[0]
+
+
+def test_sizes_are_those_of_upright_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in "ab":
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}.jpg", exif=exif)
+    Image.new("RGB", (4, 6)).save(tmp_path / "c.png")
+    source = load(tmp_path)
+    assert source.shape == (6, 4, 3)
+    assert source.arrays()["image"].shape == (2, 6, 4, 3)
+
+
+def test_every_header_is_opened_once_for_both_splits(colour_folder, monkeypatch):
+    opened = collections.Counter()
+    whole = Image.open
+
+    def counting(stream, **options):
+        opened[stream.name] += 1
+        return whole(stream, **options)
+
+    monkeypatch.setattr(Image, "open", counting)
+    for split in sources.SPLITS:
+        load(colour_folder, split=split)
+    assert len(opened) == 40
+    assert set(opened.values()) == {1}
+    Image.new("RGB", (7, 7)).save(colour_folder / "red" / "0.png")
+    with pytest.raises(UserError, match=r"0\.png is 7 x 7"):
+        load(colour_folder)
+
+
+def test_what_is_skipped_is_counted(colour_folder, caplog):
+    (colour_folder / "red" / "older").mkdir()
+    for name in ("a.gif", "b.tif", "c.jfif"):
+        kind = "jpeg" if name == "c.jfif" else None
+        Image.new("RGB", (6, 6)).save(colour_folder / "red" / name, kind)
+    os.mkfifo(colour_folder / "red" / "pipe.png")
+    sizes = [len(load(colour_folder, split=split)) for split in sources.SPLITS]
+    assert sum(sizes) == 43
+    (line,) = caplog.messages
+    for said in ("43 images are read", "3 other files and folders", "1 of .txt", "1 of .png"):
+        assert said in line
 
 
 def test_folders_without_images_are_named(colour_folder, tmp_path):
@@ -156,15 +200,64 @@ def test_captions_belong_to_their_images_in_both_splits(colour_folder):
     assert len(set(seen)) == len(seen) == 40
 
 
+def test_an_image_of_several_captions_is_an_example_with_each(colour_folder):
+    more = [
+        json.dumps({"file_name": f"./{name}/0.png", "text": f"{name} once more"})
+        for name in COLOURS
+    ]
+    write_captions(colour_folder, [*rows_of(colour_folder), "", *more])
+    seen = {}
+    for split in sources.SPLITS:
+        source = load(colour_folder, split=split)
+        examples = source.arrays()
+        assert len(source.captions) == len(source) == len(examples["image"])
+        for text, label in zip(source.captions, examples["label"], strict=True):
+            assert text.split()[0] == source.class_names[label]
+        seen[split] = list(source.captions)
+    assert len(seen["train"] + seen["test"]) == 43
+    for name in COLOURS:
+        first = f"{name} {colour_folder / name / '0.png'}"
+        (both,) = [texts for texts in seen.values() if first in texts]
+        assert both[both.index(first) + 1] == f"{name} once more"
+
+
+def test_lines_of_other_files_are_counted(colour_folder, caplog):
+    write_captions(colour_folder, [*rows_of(colour_folder), '{"file_name": "x.png", "text": "x"}'])
+    load(colour_folder)
+    assert any("2 lines whose file_name is none of the images" in each for each in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda rows: rows[1:], "has no text for"),
-        (lambda rows: ["{", *rows], "line 1, is no JSON object"),
+        (lambda rows: ["{", *rows], "line 1, is no JSON"),
+        (lambda rows: [*rows, "[" * 100_000], "line 42, is no JSON"),
+        (lambda rows: [*rows, "7"], "line 42, is no JSON object"),
         (lambda rows: [*rows, '{"file_name": "a.png"}'], "line 42, is no JSON object"),
+        (
+            lambda rows: [*rows, '{"file_name": "a.png", "text": null}'],
+            "line 42, has the text null",
+        ),
+        (lambda rows: [*rows, '{"file_name": "a.png", "text": ["a"]}'], r"the text \[.a.\]"),
+        (lambda rows: [*rows, '{"file_name": "a.png", "text": 7}'], "line 42, has the text 7"),
+        (lambda rows: [*rows, '{"file_name": 7, "text": "a"}'], "line 42, has the file_name 7"),
+        (
+            lambda rows: [*rows, '{"file_name": "a.png", "text": "\\ud83d"}'],
+            "line 42, has the text",
+        ),
     ],
 )
 def test_captions_that_are_missing_or_damaged_are_named(colour_folder, change, said):
     write_captions(colour_folder, change(rows_of(colour_folder)))
     with pytest.raises(UserError, match=said):
+        load(colour_folder)
+
+
+def test_captions_are_utf_8(colour_folder):
+    text = "".join(f"{row}\n" for row in rows_of(colour_folder))
+    (colour_folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(load(colour_folder).captions) == 36
+    (colour_folder / "metadata.jsonl").write_bytes(text.encode() + "caf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"metadata\.jsonl can't be read as text, save it in UTF-8"):
         load(colour_folder)

@@ -1,10 +1,13 @@
+import collections
 import io
+import os
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_distill.data import sources
+from guided_distill.data import fields, npz, sources
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
 
@@ -13,6 +16,10 @@ def pixels(count, *, size=4, channels=3, start=0):
     """Images whose every value is their own index."""
     index = np.arange(start, start + count, dtype=np.uint8)
     return np.broadcast_to(index[:, None, None, None], (count, size, size, channels))
+
+
+def both_splits(name):
+    return [sources.load(name, split=split) for split in sources.SPLITS]
 
 
 @pytest.fixture
@@ -107,6 +114,34 @@ def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
         ({"image": np.zeros((5, 4), np.uint8)}, r"\[N, H, W\].*\[5, 4\]"),
         ({"image": pixels(5).astype(np.float32)}, r"\[-1, 1\]"),
         ({"image": np.full((5, 2, 2), np.nan, np.float32)}, r"\[-1, 1\]"),
+        (
+            {"image": pixels(5).transpose(0, 3, 1, 2)},
+            r"\[5, 3, 4, 4\].*transpose it by \(0, 2, 3, 1",
+        ),
+        ({"image": pixels(5, channels=5)}, r"1 or 3 channels"),
+        ({"image": pixels(5, channels=4)}, r"1 or 3 channels"),
+        ({"image": pixels(5), "label": np.array([1, 2, 3, 4, 10**9])}, r"up to 1000000000.* below"),
+        (
+            {"image": pixels(5), "label": np.full(5, 2**64 - 1, np.uint64)},
+            r"up to 18446744073709551615",
+        ),
+        (
+            {"image": pixels(5), "class_names": np.array("a")},
+            r"class_names must be strings \[K\].*\[\]",
+        ),
+        ({"image": pixels(5), "class_names": np.arange(2)}, r"class_names must be strings.*int64"),
+        (
+            {"image": pixels(5), "class_names": np.array([b"\xff"])},
+            r"class_names holds bytes that are no",
+        ),
+        (
+            {"image": pixels(5), "caption": np.array(["a"] * 4 + ["\ud83d"])},
+            r"caption holds '\\ud83d'",
+        ),
+        ({"jpeg": np.zeros(9, np.uint8), "offset": np.array(9)}, r"offset must be integers.*\[\]"),
+        ({"jpeg": np.zeros(9, np.uint8), "offset": np.array([0, 5, 3, 9])}, r"offset must rise"),
+        ({"jpeg": np.zeros(9, np.uint8), "offset": np.array([0, 99])}, r"offset must rise"),
+        ({"jpeg": np.zeros(9), "offset": np.array([0, 9])}, r"jpeg must be bytes"),
         ({"image": pixels(5), "label": np.zeros(4, int)}, r"integers \[5\].*\[4\]"),
         ({"image": pixels(5), "label": np.zeros(5)}, r"integers \[5\].*float64"),
         ({"image": pixels(5), "label": np.full(5, -1)}, r"non-negative"),
@@ -201,8 +236,9 @@ BROKEN = PNG[:33] + bytes([0, 0, 0, 5]) + PNG[37:]
     ],
 )
 def test_bad_encoded_files_are_named(save, images, message):
+    name = save(**encoded(images))
     with pytest.raises(UserError, match=rf"images\.npz: .*{message}"):
-        sources.load(save(**encoded(images)))
+        both_splits(name)
 
 
 def test_offsets_are_integers(save):
@@ -222,3 +258,151 @@ def test_unreadable_files_are_named(tmp_path):
     for name in (*damaged, "single.npy", "objects.npz"):
         with pytest.raises(UserError, match=rf"{name} cannot be read"):
             sources.load(f"npz:{tmp_path}/{name}")
+
+
+def test_strings_may_be_bytes(save):
+    fields = {"class_names": np.array([b"caf\xc3\xa9", b"bar"]), "caption": np.array([b"a"] * 5)}
+    source = sources.load(save(image=pixels(5), label=np.array([0, 0, 0, 1, 1]), **fields))
+    assert source.class_names == ("caf\u00e9", "bar")
+    assert list(source.captions) == ["a"] * 4
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_floats_of_any_precision_are_read_as_single(save, kind):
+    values = np.linspace(-1, 1, 20 * 25).reshape(20, 5, 5).astype(kind)
+    found = sources.load(save(image=values)).arrays()["image"]
+    assert found.dtype == np.float32
+    assert set(found.ravel()) < set(values.astype(np.float32).ravel())
+
+
+def warnings_of(caplog, name):
+    both_splits(name)
+    return caplog.messages
+
+
+def test_classes_without_images_are_warned_of_once(save, caplog):
+    (line,) = warnings_of(caplog, save(image=pixels(20), label=np.arange(20) % 3 + 1))
+    assert "1 of 4 classes have no image (0 '0')" in line
+
+
+def test_names_without_images_are_warned_of(save, caplog):
+    fields = {"label": np.arange(20) % 2, "class_names": np.array(["ant", "bee", "cow"])}
+    (line,) = warnings_of(caplog, save(image=pixels(20), **fields))
+    assert "1 of 3 classes have no image (2 'cow')" in line
+
+
+def test_floats_in_half_of_the_range_are_warned_of(save, caplog):
+    (line,) = warnings_of(caplog, save(image=np.linspace(0, 1, 500, dtype="f4").reshape(20, 5, 5)))
+    assert "image lies in [0, 1], half of the range" in line
+
+
+def test_classes_of_both_files_are_known(tmp_path, caplog):
+    for split, count in (("train", 3), ("test", 5)):
+        np.savez(tmp_path / f"x_{split}.npz", image=pixels(count), label=np.arange(count))
+    name = f"npz:{tmp_path}/x_{{split}}.npz"
+    assert [sources.load(name, split=split).num_classes for split in sources.SPLITS] == [5, 5]
+    assert not caplog.messages
+
+
+def test_encoded_images_are_flattened_turned_and_scaled(save):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    Image.fromarray(np.array([[9, 9], [0, 0]], np.uint8)).save(turned, "TIFF", exif=exif)
+    clear = np.zeros((2, 2, 4), np.uint8)
+    deep = np.full((2, 2), 257 * 30, np.uint16)
+    files = [turned.getvalue(), clear, deep] * 10
+    source = sources.load(save(**encoded(files), label=np.arange(30) % 3))
+    images, labels = source.arrays().values()
+    expected = np.array([[[0, 9], [0, 9]], np.full((2, 2), 255), np.full((2, 2), 30)])
+    np.testing.assert_array_equal(to_uint8(images)[..., 0], expected[labels])
+
+
+def test_encoded_images_of_many_sizes_are_resized(save):
+    files = [np.full((4 + i, 9, 3), 10 * i, np.uint8) for i in range(10)]
+    source = sources.load(save(**encoded(files), label=np.arange(10)), image_size=4)
+    images, labels = source.arrays().values()
+    np.testing.assert_array_equal(to_uint8(images)[:, 0, 0, 0], 10 * labels)
+
+
+def test_no_image_is_decoded_twice(save, monkeypatch):
+    decoded = []
+    whole = npz.decode_image
+
+    def counting(content, *, what):
+        decoded.append(what)
+        return whole(content, what=what)
+
+    monkeypatch.setattr(npz, "decode_image", counting)
+    name = save(**encoded([WHOLE[:4, :4]] * 20))
+    both_splits(name)
+    counts = collections.Counter(decoded)
+    assert len(counts) == 20
+    # The first one says how large all are.
+    assert sum(count > 1 for count in counts.values()) <= 1
+
+
+def test_both_splits_share_what_is_read(save, monkeypatch):
+    read = []
+    whole = np.lib.format.read_array
+    monkeypatch.setattr(
+        np.lib.format, "read_array", lambda *args, **rest: read.append(1) or whole(*args, **rest)
+    )
+    name = save(image=pixels(20), note=np.arange(3))
+    both_splits(name)
+    assert len(read) == 1
+    save(image=pixels(10, start=100))
+    assert sources.load(name).arrays()["image"].min() > -0.5
+
+
+def zip_of(path, method, shape, *, written=0):
+    """An npz file whose image is said to have that shape; `written` bytes of zeros are there."""
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open("image.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(written >> 20):
+            file.write(bytes(1 << 20))
+    return f"npz:{path}"
+
+
+def test_fields_larger_than_the_memory_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "_memory", lambda: 1 << 20)
+    name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (4 << 10, 32, 32), written=4 << 20)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(UserError, match=r"a\.npz takes 0\.0 GiB of memory, and there are 0\.0"):
+        sources.load(name)
+
+
+def test_decoded_images_larger_than_the_memory_are_refused(save, monkeypatch):
+    monkeypatch.setattr(fields, "_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="`jpeg`, decoded, takes"):
+        sources.load(save(**encoded([np.zeros((32, 32, 3), np.uint8)] * 20)))
+
+
+def test_bombs_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "_LARGE", 8 << 20)
+    name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (8 << 10, 32, 32), written=8 << 20)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(UserError, match=r"a\.npz cannot be read.*as no images do"):
+        sources.load(name)
+
+
+def test_fields_that_are_shorter_than_they_say_are_refused_unread(tmp_path, monkeypatch):
+    name = zip_of(tmp_path / "a.npz", zipfile.ZIP_STORED, (1 << 40, 32, 32))
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(UserError, match=r"a\.npz cannot be read.*isn't as long as its header says"):
+        sources.load(name)
+
+
+def test_encrypted_files_and_pipes_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, image=pixels(5))
+    content = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + place] |= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz cannot be read.*encrypted"):
+        sources.load(f"npz:{path}")
+    os.mkfifo(tmp_path / "b.npz")
+    with pytest.raises(UserError, match=r"no file .*b\.npz"):
+        sources.load(f"npz:{tmp_path}/b.npz")
