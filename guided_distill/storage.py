@@ -83,6 +83,15 @@ def npz_bytes(**arrays: np.ndarray) -> bytes:
     return data.getvalue()
 
 
+def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, by name. Raises UserError if it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # Whatever damaged bytes raise in zipfile and NumPy.
+        raise UserError(f"{path} can't be read ({first_line(error)}): remove it") from error
+
+
 def check_writable(folder: epath.Path) -> None:
     """Raises what the storage raises unless a file can be written to the folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from guided_distill.applications import style_transfer
 from guided_distill.data import sources
 from guided_distill.diffusion import samplers
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, comparable, read_results
+from guided_distill.evaluation.results import COLUMNS, comparable, read_results, write_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report.page import headline, write_report
 from guided_distill.sampling import cycling_labels, encode, of_labels, sample
@@ -274,7 +275,7 @@ def test_round_trips_are_measured_once_and_as_they_say(finished):
 
     path = workdir / "round_trip.csv"
     lines = path.read_text().splitlines()
-    assert lines[0] == "encoder,decoder,num_steps,w,rms_error,n,seed"
+    assert lines[0] == "encoder,decoder,num_steps,w,rms_error,n,seed,checkpoints"
     marked = lines[1].split(",")
     marked[4] = "7"
     path.write_text("\n".join([lines[0], ",".join(marked), *lines[2:-1]]) + "\n")
@@ -395,6 +396,10 @@ def test_transfer_wants_runs_of_one_shape(finished, tmp_path, capsys, monkeypatc
     assert f"{finished} has data of 8 x 8 x 1 and --to {other} of 16 x 16 x 1" in said
 
 
+def results_stage(result):
+    return f"halving_{result.sampler}_{result.num_steps}" if result.stage == "halving" else "other"
+
+
 def test_evaluate_and_report(finished, capsys):
     assert cli.main(["report", "--workdir", str(finished)]) == 2
     assert "guided-distill evaluate" in capsys.readouterr().err
@@ -405,7 +410,7 @@ def test_evaluate_and_report(finished, capsys):
         == ",".join(COLUMNS)
         == (
             "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
-            "network_calls,extractor,inception_score,alignment,caption_recall"
+            "network_calls,extractor,inception_score,alignment,caption_recall,checkpoint,against"
         )
     )
     results = read_results(epath.Path(finished) / "results.csv")
@@ -416,22 +421,39 @@ def test_evaluate_and_report(finished, capsys):
             factor = 2 if result.stage == "teacher" else 1
             assert result.network_calls == factor * result.num_steps
 
-    (finished / "results.csv").write_text("\n".join(text.splitlines()[:-2]) + "\n")
+    file = epath.Path(finished) / "results.csv"
+    wrong = [replace(result, fd=777.0) for result in results]
+    another = replace(wrong[0], checkpoint="another"), replace(wrong[-1], checkpoint="another")
+    write_results(file, [another[0], *wrong[1:-1], another[1]])
+    students = ["evaluate", "--workdir", str(finished), "--stages", results_stage(results[-1])]
+    assert cli.main(students) == 0
+    measured = {result.key for result in read_results(file) if result.fd != 777}
+    assert measured == {results[0].key, results[-1].key}
+    assert cli.main([*students, "--again"]) == 0
+    measured = {result.key for result in read_results(file) if result.fd != 777}
+    stage = [each.key for each in results if results_stage(each) == results_stage(results[-1])]
+    assert measured == {results[0].key, *stage}
+    assert len(read_results(file)) == len(results)
+
+    file.write_text("\n".join(text.splitlines()[:-2]) + "\n")
     assert cli.main(["evaluate", "--workdir", str(finished)]) == 0
     again = read_results(epath.Path(finished) / "results.csv")
     assert again[:-2] == results[:-2]
     assert [result.fd for result in again] == pytest.approx([r.fd for r in results], rel=1e-4)
 
-    flags = ["--num_samples", "40", "--w", "1,3", "--stages", "teacher,halving_ddim_1"]
-    assert cli.main(["evaluate", "--workdir", str(finished), *flags, "--num_steps", "3"]) == 0
+    flags = ["--num_samples", "40", "--w", f"1,{1 / 3}", "--stages", "teacher,halving_ddim_1"]
+    command = ["evaluate", "--workdir", str(finished), *flags, "--num_steps", "3"]
+    assert cli.main(command) == 0
     said = capsys.readouterr().err
     assert said.count("n = 40") == 2
     with_flags = read_results(epath.Path(finished) / "results.csv")
     assert with_flags[: len(again)] == again
+    assert cli.main(command) == 0
+    assert read_results(epath.Path(finished) / "results.csv") == with_flags
     assert {(each.stage, each.num_steps, each.w, each.n) for each in with_flags[len(again) :]} == {
         (stage, num_steps, w, 40)
         for stage, num_steps in (("teacher", 3), ("halving", 1))
-        for w in (1.0, 3.0)
+        for w in (1.0, 1 / 3)
     }
     assert not list((finished / "evaluation").rglob("*.npz"))
     events = list((finished / "tensorboard").rglob("events*"))

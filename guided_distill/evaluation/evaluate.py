@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from guided_distill.data.source import Source
 from guided_distill.evaluation.alignment import Align, fit_alignment
 from guided_distill.evaluation.clip import ClipExtractor, clip_scores
 from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
-from guided_distill.evaluation.events import log_rows
+from guided_distill.evaluation.events import forget, log_rows
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
@@ -26,10 +27,10 @@ from guided_distill.evaluation.reference import (
 from guided_distill.evaluation.registry import load_extractor
 from guided_distill.evaluation.results import (
     Result,
+    add_result,
     family,
     metric_name,
     read_results,
-    write_results,
 )
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
@@ -40,6 +41,8 @@ from guided_distill.sampling import sample_batches
 from guided_distill.storage import write_bytes
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.registry import load_text_encoder
+from guided_distill.training.checkpoints import checkpoint_id
+from guided_distill.training.processes import is_first
 from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
@@ -47,8 +50,9 @@ from guided_distill.training.trained import Trained, load_finished
 def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
     """Write `results.csv` and `round_trip.csv`, row by row, TensorBoard's events, and samples.
 
-    Rows that are there already are kept; a row of results.csv that was cut goes on where it was. Of many
-    processes, all sample, and each looks at its share of the samples.
+    Rows that are there already are kept, unless their stage was trained anew since, or the extractor or
+    the reference differs, or request.again; a row of results.csv that was cut goes on where it was. Of
+    many processes, all sample, and each looks at its share of the samples.
 
     Raises UserError if the folder holds no run or an unfinished one, or for what the request names.
     """
@@ -72,9 +76,9 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
             align = clip_scores(captions_of(test).tolist(), extractor)
         elif isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
             align = fit_alignment(train, test, extractor, encoder)
-    table = _Table(workdir / "results.csv", extractor, reference, settings.seed, align)
+    table = Table(workdir, extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
-    if not table.holds(real, count):
+    if request.again or not table.holds(real, count):
         captions = test.captions if count == test.size else None
         table.add(real, _real_outputs(test, extractor), count, captions)
     wanted = subjects(test, settings.num_samples, encoder)
@@ -88,17 +92,17 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
             words = ""
             directory = workdir / task.stage.name
             path = workdir / "samples" / f"{task.file_stem}_path.npz"
-            to_measure = not table.holds(task.row, len(labels))
+            checkpoint = checkpoint_id(directory)
+            to_measure = request.again or not table.holds(task.row, len(labels), checkpoint)
             if has_path(task, settings) and (to_measure or not path.exists()):
                 drawn = draw_path(load(directory), task, wanted, settings, to_pixels)
                 write_bytes(path, drawn)
             if to_measure:
-                folder = f"{task.file_stem}_seed{settings.seed}"
                 outputs = RowOutputs(
                     _drawing(load(directory), task, wanted, settings, to_pixels),
                     labels,
                     extractor,
-                    parts=workdir / "evaluation" / extractor.name / folder,
+                    parts=table.parts(task, len(labels), checkpoint),
                     pictures=workdir / "samples" / f"{task.file_stem}.npz",
                 )
                 result = table.add(
@@ -107,6 +111,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                     len(labels),
                     wanted.captions,
                     network_calls=task.network_calls,
+                    checkpoint=checkpoint,
                 )
                 outputs.remove_parts()
                 log_rows(workdir, table.results)
@@ -116,33 +121,41 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                 )
             advance(done, words)
     if not latent:
-        evaluate_round_trips(workdir, settings, request.stages)
+        evaluate_round_trips(workdir, settings, request.stages, again=request.again)
     return table.results
 
 
-class _Table:
+class Table:
     """`results.csv`, while rows of one extractor, reference and seed are added."""
 
     def __init__(
         self,
-        path: epath.Path,
+        workdir: epath.Path,
         extractor: Extractor,
         reference: Reference,
         seed: int,
         align: Align | None,
     ) -> None:
-        self.results = read_results(path)
-        self._path = path
+        self.results = read_results(workdir / "results.csv")
+        self._workdir = workdir
         self._extractor = extractor
         self._reference = reference
         self._seed = seed
         self._align = align
         self._name = f"{extractor.name}@{reference.of}" if reference.of else extractor.name
 
-    def holds(self, row: Row, count: int) -> bool:
-        """Whether the row was measured on `count` samples."""
-        key = (*row, count, self._seed, self._name)
-        return any(result.key == key for result in self.results)
+    def holds(self, row: Row, count: int, checkpoint: str | None = None) -> bool:
+        """Whether the row was measured on `count` samples of the checkpoint."""
+        key, against = (*row, count, self._seed, self._name), self._reference.fingerprint
+        return any(
+            result.key == key and result.made_of(checkpoint, against) for result in self.results
+        )
+
+    def parts(self, task: Task, count: int, checkpoint: str) -> epath.Path:
+        """The folder for what the extractor says of these samples, and of no others."""
+        of = (*task.row, count, self._seed, self._name, checkpoint, self._reference.fingerprint)
+        name = f"{task.file_stem}_{hashlib.sha256(repr(of).encode()).hexdigest()[:8]}"
+        return self._workdir / "evaluation" / self._extractor.name / name
 
     def add(
         self,
@@ -151,6 +164,7 @@ class _Table:
         count: int,
         captions: np.ndarray | None,
         network_calls: int | None = None,
+        checkpoint: str | None = None,
     ) -> Result:
         """Measure a row and write it. captions: what the samples show, where they are of texts."""
         align = None
@@ -170,9 +184,13 @@ class _Table:
             seconds=outputs.seconds if isinstance(outputs, RowOutputs) else None,
             network_calls=network_calls,
             extractor=self._name,
+            checkpoint=checkpoint,
+            against=self._reference.fingerprint,
         )
-        self.results.append(result)
-        write_results(self._path, self.results)
+        self.results = [each for each in self.results if each.key != result.key] + [result]
+        if is_first():
+            add_result(self._workdir / "results.csv", result)
+            forget(self._workdir, result)
         return result
 
 

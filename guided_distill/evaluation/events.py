@@ -7,7 +7,6 @@ steps. Each row has a file of its own, so that none is written twice.
 import io
 from collections.abc import Sequence
 
-import numpy as np
 from etils import epath
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
@@ -15,6 +14,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from guided_distill.evaluation.results import Result, file_stem
 from guided_distill.pictures import grid_or_plot, png
+from guided_distill.storage import read_npz
 from guided_distill.training.metrics import EventFile
 from guided_distill.training.processes import is_first
 
@@ -34,14 +34,28 @@ def log_rows(workdir: epath.Path, results: Sequence[Result]) -> None:
         return
     newest = {each.file_stem: each for each in results}
     for result in results:
-        group = f"{result.extractor}_n{result.n}_seed{result.seed}".replace("/", "_")
-        folder = workdir / "tensorboard" / group
-        if folder.exists() and any(folder.glob(f"*.{result.file_stem}")):
+        if _files(workdir, result):
             continue
         # The file of samples is the newest row's, whatever its n and seed.
         file = workdir / "samples" / f"{result.file_stem}.npz"
         picture = _picture(file) if newest[result.file_stem] is result and file.exists() else None
-        _log(folder, result, picture)
+        _log(_folder(workdir, result), result, picture)
+
+
+def forget(workdir: epath.Path, result: Result) -> None:
+    """Remove the events of an earlier row of the result's key."""
+    for file in _files(workdir, result):
+        file.unlink()
+
+
+def _folder(workdir: epath.Path, result: Result) -> epath.Path:
+    group = f"{result.extractor}_n{result.n}_seed{result.seed}".replace("/", "_")
+    return workdir / "tensorboard" / group
+
+
+def _files(workdir: epath.Path, result: Result) -> list[epath.Path]:
+    folder = _folder(workdir, result)
+    return list(folder.glob(f"*.{result.file_stem}")) if folder.exists() else []
 
 
 def _log(folder: epath.Path, result: Result, picture: bytes | None) -> None:
@@ -63,5 +77,5 @@ def _log(folder: epath.Path, result: Result, picture: bytes | None) -> None:
 
 
 def _picture(file: epath.Path) -> bytes:
-    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        return png(grid_or_plot(arrays["image"], arrays["label"], columns=COLUMNS_OF_IMAGES))
+    arrays = read_npz(file)
+    return png(grid_or_plot(arrays["image"], arrays["label"], columns=COLUMNS_OF_IMAGES))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from guided_distill.errors import UserError
 from guided_distill.evaluation.alignment import Alignment
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -53,11 +54,15 @@ def measure(
     score: InceptionScore | None = None
     kept, correct = [], 0
     for features, logits, labels in outputs:
+        if statistics.count + len(features) > count:
+            raise _miscounted(statistics.count + len(features), count)
         statistics = statistics.accumulate(features)
         if num_classes := logits.shape[1]:
             score = (score or InceptionScore.empty(count, num_classes)).accumulate(logits)
             correct += int((logits.argmax(axis=1) == labels).sum())
         kept.append(features)
+    if statistics.count < count:
+        raise _miscounted(statistics.count, count)
     features = np.concatenate(kept)
     kid = nearness = None
     if reference.features is not None and reference.manifold is not None:
@@ -76,6 +81,13 @@ def measure(
         inception_score=score.score() if score else None,
         alignment=alignment.cosine if alignment else None,
         caption_recall=alignment.recall_at_10 if alignment else None,
+    )
+
+
+def _miscounted(found: int, count: int) -> UserError:
+    return UserError(
+        f"there are features of {found} samples or more, and {count} are to be measured: remove the "
+        f"folder evaluation of the workdir, and evaluate again"
     )
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor
-from guided_distill.storage import npz_bytes, write_bytes
+from guided_distill.storage import npz_bytes, read_npz, write_bytes
 from guided_distill.training.processes import is_first
 
 SECONDS_BETWEEN_PARTS = 60.0
@@ -112,8 +113,11 @@ def _name(start: int) -> str:
 
 
 def _read_part(path: epath.Path) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Features, logits, seconds; None if there is no such part."""
+    """Features, logits, seconds; None if there is no such part, or a damaged one."""
     if not path.exists():
         return None
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
+    try:
+        part = read_npz(path)
         return part["features"], part["logits"], float(part["seconds"])
+    except (UserError, KeyError):
+        return None

@@ -36,11 +36,13 @@ FINGERPRINT_EXAMPLES = 1000
 class Reference:
     """Statistics of all examples, and features [N, D] of some, or None where there are none.
 
-    of: what results name beside the extractor; empty for the run's own training data.
+    fingerprint: 8 hex digits of the extractor's weights and the data, or the file, that it is of. of:
+    what results name beside the extractor; empty for the run's own training data.
     """
 
     statistics: FeatureStatistics
     features: np.ndarray | None
+    fingerprint: str
     of: str = ""
 
     @cached_property
@@ -60,9 +62,18 @@ def training_reference(source: Source, extractor: Extractor, folder: epath.Path)
         fields = _read(path)
         if fields and _intact(fields) and all(fields[key] == about[key] for key in about):
             return _reference(fields)
-    reference = _compute(source, extractor)
-    _write(path, reference, about)
-    return reference
+    statistics, features = _compute(source, extractor)
+    fields = {
+        "mean": statistics.mean,
+        "covariance": statistics.covariance,
+        "count": np.asarray(statistics.count),
+        "features": features,
+        **{key: np.asarray(value) for key, value in about.items()},
+    }
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, **fields, checksum=np.asarray(_checksum(fields)))
+    write_bytes(path, data.getvalue())
+    return _reference(fields)
 
 
 def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Reference:
@@ -75,7 +86,9 @@ def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Re
         mean, covariance = (np.asarray(fields[key], np.float64) for key in ("mu", "sigma"))
         _check_width(path, mean, covariance, extractor)
         # The format doesn't say of how many; a distance asks for two at least.
-        return Reference(FeatureStatistics(mean, covariance, count=2), None, of=path.stem)
+        statistics = FeatureStatistics(mean, covariance, count=2)
+        fingerprint = _sha256([_weights(extractor), mean, covariance])[:8]
+        return Reference(statistics, None, fingerprint, of=path.stem)
     if "checksum" not in fields:
         raise UserError(
             f"--reference {path} holds no statistics: give an .npz file of WORKDIR/reference, or one "
@@ -101,10 +114,11 @@ def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Re
 
 def _reference(fields: Mapping[str, np.ndarray], of: str = "") -> Reference:
     statistics = FeatureStatistics(fields["mean"], fields["covariance"], int(fields["count"]))
-    return Reference(statistics, fields["features"], of)
+    fingerprint = _sha256([fields["weights"], fields["data"]])[:8]
+    return Reference(statistics, fields["features"], fingerprint, of)
 
 
-def _compute(source: Source, extractor: Extractor) -> Reference:
+def _compute(source: Source, extractor: Extractor) -> tuple[FeatureStatistics, np.ndarray]:
     count = min(source.size, MAX_EXAMPLES)
     # Examples come in the source's order, which may be by class: the subset is drawn.
     chosen = np.zeros(count, bool)
@@ -117,16 +131,20 @@ def _compute(source: Source, extractor: Extractor) -> Reference:
             kept.append(features[chosen[statistics.count :][: len(features)]])
             statistics = statistics.accumulate(features)
             advance(statistics.count, extractor.name)
-    return Reference(statistics, np.concatenate(kept))
+    return statistics, np.concatenate(kept)
 
 
 def _about(source: Source, extractor: Extractor) -> dict[str, str]:
     return {
         "extractor": extractor.name,
-        "weights": _sha256(jax.tree.leaves(extractor.params)),
+        "weights": _weights(extractor),
         "shape": " x ".join(map(str, source.shape)),
         "data": data_fingerprint(source),
     }
+
+
+def _weights(extractor: Extractor) -> str:
+    return _sha256(jax.tree.leaves(extractor.params))
 
 
 def data_fingerprint(source: Source) -> str:
@@ -160,20 +178,6 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception:  # Whatever damaged bytes raise in zipfile and NumPy.
         return {}
-
-
-def _write(path: epath.Path, reference: Reference, about: Mapping[str, str]) -> None:
-    assert reference.features is not None
-    fields = {
-        "mean": reference.statistics.mean,
-        "covariance": reference.statistics.covariance,
-        "count": np.asarray(reference.statistics.count),
-        "features": reference.features,
-        **{key: np.asarray(value) for key, value in about.items()},
-    }
-    data = io.BytesIO()
-    np.savez(data, allow_pickle=False, **fields, checksum=np.asarray(_checksum(fields)))
-    write_bytes(path, data.getvalue())
 
 
 def _check_width(

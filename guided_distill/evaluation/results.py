@@ -7,13 +7,14 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
-from guided_distill.storage import write_text
+from guided_distill.errors import UserError
+from guided_distill.storage import first_line, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,7 +31,8 @@ class Result:
     of drawing all n in batches, compilation apart; network_calls: calls for one sample; extractor: the
     feature space, with @FILE where statistics of other data took the training data's place; alignment,
     caption_recall: how well samples show their captions, cosine and recall at 10 of `alignment.py`, or
-    of `clip.py`, where the cosine is the CLIP score.
+    of `clip.py`, where the cosine is the CLIP score; checkpoint: the stage's (`checkpoint_id`); against:
+    a fingerprint of the extractor's weights and the reference. Earlier versions wrote neither.
     """
 
     stage: str
@@ -50,10 +52,12 @@ class Result:
     inception_score: float | None = None
     alignment: float | None = None
     caption_recall: float | None = None
+    checkpoint: str | None = None
+    against: str | None = None
 
     @property
     def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:
-        """What was measured: two rows with one key measure the same thing."""
+        """What was measured: of two rows with one key, the newer replaces the older."""
         return (
             self.stage,
             self.sampler,
@@ -63,6 +67,10 @@ class Result:
             self.seed,
             self.extractor,
         )
+
+    def made_of(self, checkpoint: str | None, against: str) -> bool:
+        """Whether the row is of these, as far as it says."""
+        return self.checkpoint in (None, checkpoint) and self.against in (None, against)
 
     @property
     def seconds_per_sample(self) -> float | None:
@@ -111,14 +119,17 @@ def metric_name(column: str, extractor: str) -> str:
 
 
 def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
-    """The rows of one extractor and one number of samples: distances fall with it.
+    """The rows of one extractor, one reference and one number of samples: distances fall with it.
 
-    extractor: the config's; if it has no rows, the one that measured last stands in. Of the numbers, the
+    extractor: the config's; if it has no rows, the one that measured last stands in. The extractor's
+    weights and the reference are the last row's. Of the numbers, the
     one that most things were measured on, the larger of two; real images stay, whatever their number.
     """
     names = [each.extractor for each in results]
     own = [name for name in names if family(name) == family(extractor)]
     chosen = [each for each in results if each.extractor in (own or names)[-1:]]
+    against = [each.against for each in chosen if each.against][-1:]
+    chosen = [each for each in chosen if each.against in (None, *against)]
     counts = Counter(each.n for each in chosen if each.stage != "real")
     n = max(counts, key=lambda n: (counts[n], n), default=None)
     return [each for each in chosen if each.stage == "real" or each.n == n]
@@ -141,9 +152,15 @@ def at_weights(results: Sequence[Result], weights: Collection[float]) -> list[Re
 COLUMNS = tuple(field.name for field in fields(Result))
 
 
-def write_results(path: epath.Path, results: list[Result]) -> None:
+def write_results(path: epath.Path, results: Sequence[Result]) -> None:
     """Write all rows, whole or not at all."""
     write_rows(path, Result, results)
+
+
+def add_result(path: epath.Path, result: Result) -> None:
+    """Write a row to the file, in place of an older one of its key, beside rows that others added."""
+    others = [each for each in read_results(path) if each.key != result.key]
+    write_results(path, [*others, result])
 
 
 def read_results(path: epath.Path) -> list[Result]:
@@ -159,7 +176,7 @@ def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
     for row in rows:
         writer.writerow(
             {
-                name: f"{value:.6g}" if isinstance(value, float) else value
+                name: repr(float(value)) if isinstance(value, float) else value
                 for name, value in asdict(row).items()
             }
         )
@@ -167,14 +184,29 @@ def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
-    """What `write_rows` wrote; nothing where there is no file. A column that isn't there is None."""
+    """What `write_rows` wrote; nothing where there is no file. A column that isn't there is None.
+
+    Raises UserError for a file that isn't whole.
+    """
     if not path.exists():
         return []
-    kinds = {field.name: str(field.type) for field in fields(kind)}
-    return [
-        kind(**{name: _parse(kind_of, row.get(name, "")) for name, kind_of in kinds.items()})
-        for row in csv.DictReader(io.StringIO(path.read_text()))
-    ]
+    try:
+        lines = csv.reader(io.StringIO(path.read_bytes().decode()), strict=True)
+        names = next(lines)
+        return [_row(kind, dict(zip(names, line, strict=True))) for line in lines if line]
+    except (ValueError, StopIteration, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}): mend or remove it, and measure again"
+        ) from error
+
+
+def _row(kind: type[Row], texts: Mapping[str, str]) -> Row:
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        values[field.name] = _parse(str(field.type), texts.get(field.name, ""))
+        if values[field.name] is None and "None" not in str(field.type):
+            raise ValueError(f"a row has no {field.name}")
+    return kind(**values)
 
 
 def _parse(kind: str, text: str) -> Any:

@@ -19,6 +19,7 @@ from guided_distill.evaluation.results import read_rows, write_rows
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import encode, sample
 from guided_distill.stages import all_stages
+from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.progress import progress
 from guided_distill.training.trained import Trained, load_finished
 
@@ -34,7 +35,8 @@ class RoundTrip:
     """A row: encoder and decoder are folders of stages, both run in num_steps steps at weight w.
 
     rms_error: root of the mean squared difference over all values of n test examples, pixels being in
-    [-1, 1]; seed: draws which examples, where the test split has more than n.
+    [-1, 1]; seed: draws which examples, where the test split has more than n; checkpoints: the encoder's
+    and the decoder's, which earlier versions didn't write.
     """
 
     encoder: str
@@ -44,10 +46,11 @@ class RoundTrip:
     rms_error: float
     n: int
     seed: int
+    checkpoints: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int, float, int, int]:
-        """What was measured: two rows with one key measure the same thing."""
+        """What was measured: of two rows with one key, the newer replaces the older."""
         return (self.encoder, self.decoder, self.num_steps, self.w, self.n, self.seed)
 
 
@@ -63,8 +66,10 @@ def evaluate_round_trips(
     workdir: epath.Path,
     settings: Evaluation | None = None,
     stages: Collection[str] | None = None,
+    *,
+    again: bool = False,
 ) -> list[RoundTrip]:
-    """Write `round_trip.csv`, row by row; rows that are there already are kept.
+    """Write `round_trip.csv`, row by row; rows of the same checkpoints are kept, unless `again`.
 
     settings: in place of the config's; its num_samples, batch_size, weights and seed count. stages: only
     trips by encoders among these folders, and plain ones of as many steps. A run that
@@ -83,13 +88,15 @@ def evaluate_round_trips(
     images = examples.pop("image")
     path = workdir / "round_trip.csv"
     rows = read_rows(path, RoundTrip)
-    known = {row.key for row in rows}
     ways: dict[str, Trained] = {}
     with progress("round trips", total=len(trips), unit="rows") as advance:
         for done, (pair, w) in enumerate(trips, start=1):
             words = ""
-            if (*pair, w, len(images), settings.seed) not in known:
-                names = (pair.encoder, pair.decoder)
+            names = (pair.encoder, pair.decoder)
+            checkpoints = "-".join(checkpoint_id(workdir / name) for name in names)
+            key = (*pair, w, len(images), settings.seed)
+            known = any(row.key == key and row.checkpoints in (None, checkpoints) for row in rows)
+            if again or not known:
                 ways = {name: ways.get(name) or load_finished(workdir / name) for name in names}
                 back = round_trip(
                     ways[pair.encoder],
@@ -101,7 +108,11 @@ def evaluate_round_trips(
                     batch_size=settings.batch_size,
                 )
                 error = float(np.sqrt(np.mean(np.square(back - images))))
-                rows.append(RoundTrip(*pair, w, error, len(images), settings.seed))
+                others = [row for row in rows if row.key != key]
+                rows = [
+                    *others,
+                    RoundTrip(*pair, w, error, len(images), settings.seed, checkpoints),
+                ]
                 write_rows(path, RoundTrip, rows)
                 words = f"{pair.encoder} {pair.decoder} N={pair.num_steps} w={w:g}: {error:.4f}"
             advance(done, words)

@@ -22,7 +22,7 @@ class Request:
     """What the command line asks for in place of the config; None leaves a thing as it is there.
 
     stages: folders of the workdir; None for all. num_steps: the teacher's. reference: a file of
-    statistics; None for the training data's.
+    statistics; None for the training data's. again: whether to measure what was measured already.
     """
 
     extractor: str | None = None
@@ -31,6 +31,7 @@ class Request:
     stages: tuple[str, ...] | None = None
     num_steps: tuple[int, ...] | None = None
     reference: epath.Path | None = None
+    again: bool = False
 
 
 class Row(NamedTuple):

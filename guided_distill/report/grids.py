@@ -11,6 +11,7 @@ from guided_distill.evaluation.results import Result, metric_name
 from guided_distill.pictures import grid_or_plot, point_plots
 from guided_distill.report.figures import WORDS
 from guided_distill.report.html import data_url
+from guided_distill.storage import read_npz
 
 ROW_IMAGES = 10
 FEW_STEPS = 4
@@ -116,8 +117,8 @@ def _strips(workdir: epath.Path, results: Iterable[Result], run: str = "") -> li
         file = workdir / "samples" / f"{result.file_stem}.npz"
         if not file.exists():
             continue
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            samples, labels = arrays["image"], arrays["label"]
+        arrays = read_npz(file)
+        samples, labels = arrays["image"], arrays["label"]
         points = samples.ndim == 2
         if not points:
             samples, labels = samples[:ROW_IMAGES], labels[:ROW_IMAGES]
@@ -136,8 +137,8 @@ def _strips(workdir: epath.Path, results: Iterable[Result], run: str = "") -> li
 
 
 def _path_strip(result: Result, file: epath.Path) -> Strip:
-    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        x, times, labels = arrays["x"], arrays["t"], arrays["label"]
+    arrays = read_npz(file)
+    x, times, labels = arrays["x"], arrays["t"], arrays["label"]
     steps, count = x.shape[:2]
     if x.ndim == 3:
         picture = data_url(point_plots(x, labels, size=1.6))

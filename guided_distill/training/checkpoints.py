@@ -7,6 +7,7 @@ weights of a teacher are never written again in its student's checkpoint.
 """
 
 import contextlib
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,16 @@ def latest_step(directory: epath.Path) -> int | None:
         else []
     )
     return max(steps, default=None)
+
+
+def checkpoint_id(directory: epath.Path) -> str:
+    """8 hex digits that differ for the newest checkpoints of two trainings, even of one config.
+
+    They are of Orbax's note of when and what it saved, which a copy of the folder keeps.
+    """
+    step = latest_step(directory)
+    note = directory / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    return hashlib.sha256(note.read_bytes() if note.exists() else b"").hexdigest()[:8]
 
 
 class Restored(NamedTuple):

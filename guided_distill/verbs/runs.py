@@ -105,6 +105,9 @@ def add_verbs(verbs: Any) -> None:
         type=epath.Path,
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
+    evaluate.add_argument(
+        "--again", action="store_true", help="measure rows anew that were measured already"
+    )
     evaluate.add_argument("--cache", **CACHE)
     add_process_arguments(evaluate)
 
@@ -189,6 +192,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
             stages=parse_list("--stages", options.stages, str),
             num_steps=parse_list("--num_steps", options.num_steps, int),
             reference=options.reference,
+            again=options.again,
         )
         evaluate(options.workdir, request)
         if is_first():

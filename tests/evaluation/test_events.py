@@ -12,8 +12,8 @@ from PIL import Image
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.events import log_rows
-from guided_distill.evaluation.outputs import npz_bytes
 from guided_distill.evaluation.results import Result
+from guided_distill.storage import npz_bytes
 
 STUDENT = Result(
     stage="halving",

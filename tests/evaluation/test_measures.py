@@ -1,13 +1,17 @@
 """All measures of a stream of outputs, and what is said of them."""
 
 import itertools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
+from guided_distill.config import parse
+from guided_distill.errors import UserError
 from guided_distill.evaluation import outputs as outputs_module
+from guided_distill.evaluation.evaluate import Table
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
 from guided_distill.evaluation.kid import kernel_distance
@@ -15,6 +19,8 @@ from guided_distill.evaluation.measures import caveats, measure
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
 from guided_distill.evaluation.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.reference import Reference
+from guided_distill.evaluation.tasks import Task
+from guided_distill.stages import all_stages
 
 RNG = np.random.default_rng(0)
 REAL = RNG.normal(size=(90, 3))
@@ -34,7 +40,7 @@ def extractor_of(*, own_classes=True):
 
 
 def reference_of(features=REAL):
-    return Reference(FeatureStatistics.from_features(REAL), features)
+    return Reference(FeatureStatistics.from_features(REAL), features, fingerprint="0123abcd")
 
 
 def in_chunks(size, extractor):
@@ -75,6 +81,31 @@ def test_what_cannot_be_told_is_none():
     )
     assert (found.kid, found.precision, found.recall, found.accuracy) == (None,) * 4
     assert found.fd > 0
+
+
+@pytest.mark.parametrize("count", [79, 81])
+def test_another_number_of_samples_is_refused(count):
+    extractor, reference = extractor_of(), reference_of()
+    with pytest.raises(UserError, match=f"features of .* samples or more, and {count} are to be"):
+        measure(in_chunks(30, extractor), count=count, extractor=extractor, reference=reference)
+
+
+def test_parts_are_of_one_row_alone(tmp_path):
+    experiment = parse({})
+    stages = [stage for stage in all_stages(experiment) if stage.num_steps]
+    task = Task(stages[0], "ddim", 4, 1.0)
+    tables = [
+        Table(epath.Path(tmp_path), extractor_of(), replace(reference_of(), **changes), seed, None)
+        for changes, seed in (({}, 0), ({}, 1), ({"fingerprint": "ffffffff"}, 0))
+    ]
+    folders = [table.parts(task, 80, "0123abcd") for table in tables]
+    folders += [
+        tables[0].parts(task, 30, "0123abcd"),
+        tables[0].parts(task, 80, "ffffffff"),
+        tables[0].parts(replace(task, w=1 + 1e-12), 80, "0123abcd"),
+    ]
+    assert len({str(folder) for folder in folders}) == len(folders)
+    assert folders[0] == tables[0].parts(task, 80, "0123abcd")
 
 
 def test_caveats_say_what_holds():
@@ -129,6 +160,10 @@ def test_a_cut_row_goes_on_where_it_was(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate([each.features for each in outputs]), SAMPLES)
     np.testing.assert_array_equal(np.concatenate([each.labels for each in outputs]), LABELS)
     assert all(len(each.logits) == len(each.labels) for each in outputs)
+    damaged = sorted(places["parts"].iterdir())[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    rows = list(row(batch=13))
+    np.testing.assert_array_equal(np.concatenate([each.features for each in rows]), SAMPLES)
     with np.load(places["pictures"]) as pictures:
         np.testing.assert_array_equal(pictures["image"], SAMPLES[:15])
         np.testing.assert_array_equal(pictures["label"], LABELS[:15])

@@ -2,16 +2,20 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from etils import epath
 
+from guided_distill.errors import UserError
 from guided_distill.evaluation.results import (
     COLUMNS,
     Result,
+    add_result,
     at_weights,
     comparable,
     metric_name,
     read_results,
+    read_rows,
     shared_weights,
     write_results,
 )
@@ -45,16 +49,68 @@ def test_rows_are_read_as_written(tmp_path):
     assert read_results(epath.Path(tmp_path / "results.csv")) == [RESULT, empty]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_files_without_the_newest_columns_are_read(tmp_path, count):
-    newest = ("inception_score", "alignment", "caption_recall")
-    assert COLUMNS[-3:] == newest
+    newest = {
+        "inception_score": 3.5,
+        "alignment": 0.5,
+        "caption_recall": 0.25,
+        "checkpoint": "0123abcd",
+        "against": "4567cdef",
+    }
+    assert COLUMNS[-5:] == tuple(newest)
     file = epath.Path(tmp_path / "results.csv")
-    write_results(file, [row(alignment=0.5, caption_recall=0.25)])
+    write_results(file, [row(**newest)])
     lines = [line.rsplit(",", count)[0] for line in file.read_text().splitlines()]
     file.write_text("\n".join(lines) + "\n")
-    kept = {"alignment": 0.5, "caption_recall": 0.25} | dict.fromkeys(newest[-count:])
-    assert read_results(file) == [row(**kept)]
+    assert read_results(file) == [row(**newest | dict.fromkeys(list(newest)[-count:]))]
+
+
+@pytest.mark.parametrize("w", [1 / 3, 0.1 + 0.2, 1e-17, np.float64(2 / 3), 123456.789])
+def test_a_row_is_known_by_the_weight_that_was_read(tmp_path, w):
+    file = epath.Path(tmp_path / "results.csv")
+    write_results(file, [row(w=w)])
+    assert read_results(file)[0].key == row(w=w).key
+
+
+def test_a_row_is_of_its_checkpoint_and_reference():
+    whole = row(checkpoint="0123abcd", against="4567cdef")
+    assert whole.made_of("0123abcd", "4567cdef")
+    assert not whole.made_of("ffffffff", "4567cdef")
+    assert not whole.made_of("0123abcd", "ffffffff")
+    assert RESULT.made_of("0123abcd", "4567cdef"), "earlier versions didn't write them"
+
+
+def test_a_row_replaces_the_older_one_and_no_others(tmp_path):
+    file = epath.Path(tmp_path / "results.csv")
+    old, other = row(checkpoint="0123abcd"), row(n=5, checkpoint="0123abcd")
+    write_results(file, [old, other])
+    new = row(checkpoint="ffffffff", fd=7.0)
+    add_result(file, new)
+    assert read_results(file) == [other, new]
+
+
+WHOLE = "a,b\n1,x\n,y\n"
+
+
+@dataclasses.dataclass
+class Pair:
+    a: int | None
+    b: str
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"a,b\n1,x\n,", b"a,b\n1,x\n2", b"a,b\n1.5,x\n", b'a,b\n1,"x\n', b"a,b\n1,\xff\n"],
+    ids=repr,
+)
+def test_a_damaged_file_is_told_in_one_sentence(tmp_path, damaged):
+    file = epath.Path(tmp_path / "rows.csv")
+    file.write_text(WHOLE)
+    assert read_rows(file, Pair) == [Pair(1, "x"), Pair(None, "y")]
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"rows\.csv is damaged \([^\n]*\): mend or remove it"):
+        read_rows(file, Pair)
 
 
 def test_a_file_that_does_not_know_the_seconds_is_read(tmp_path):
@@ -118,3 +174,9 @@ def test_only_rows_of_one_extractor_and_number_of_samples_are_compared():
     assert comparable([points, many], "classifier") == [points]
     assert comparable([row(extractor="lite0-224", w=3.0), many], "lite0") == [many]
     assert comparable([], "classifier") == []
+
+
+def test_rows_of_another_reference_are_not_compared():
+    old, stale, new = row(w=0.0), row(w=1.0, against="0123abcd"), row(w=2.0, against="ffffffff")
+    assert comparable([old, stale, new], "classifier") == [old, new]
+    assert comparable([old, stale], "classifier") == [old, stale]

@@ -7,9 +7,9 @@ import numpy as np
 from etils import epath
 
 from guided_distill.config import parse
-from guided_distill.evaluation.outputs import npz_bytes
 from guided_distill.evaluation.results import Result, write_results
 from guided_distill.stages import all_stages
+from guided_distill.storage import npz_bytes
 
 ROW = Result(
     stage="teacher",
