@@ -24,8 +24,8 @@ from guided_distill.layouts.diffusers_folder import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     write_component,
-    write_json,
 )
+from guided_distill.layouts.json_files import write_json
 from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel

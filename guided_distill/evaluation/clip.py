@@ -20,7 +20,8 @@ from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.pretrained import check_images
 from guided_distill.layouts.companions import CLIP_TEXT_DEFAULTS, fingerprint
 from guided_distill.layouts.config_keys import one_of, whole_number
-from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, read_json, read_weights
+from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, read_weights
+from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import to_tree
 from guided_distill.models.stable_diffusion.attention import attend
 from guided_distill.models.stable_diffusion.text_encoder import (

@@ -29,10 +29,9 @@ from guided_distill.layouts.diffusers_folder import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     copy_folder,
-    read_json,
     write_component,
-    write_json,
 )
+from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained

@@ -1,9 +1,11 @@
 """A published model as a teacher of ours: `guided-distill import`."""
 
 import contextlib
+import dataclasses
 import importlib
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from etils import epath
 from guided_distill.config import Data, Experiment, Model, Teacher
 from guided_distill.errors import UserError
 from guided_distill.interop.single_file import read_single_file, write_folder
-from guided_distill.layouts.companions import COMPANIONS, read_autoencoder
+from guided_distill.layouts.companions import COMPANIONS, read_autoencoder, shapes_of
 from guided_distill.layouts.diffusers_configs import (
     Chain,
     Denoiser,
@@ -26,24 +28,53 @@ from guided_distill.layouts.diffusers_folder import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     copy_folder,
-    read_json,
+    files_to_copy,
     read_model_index,
     read_weights,
+    weights_files,
 )
+from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
 from guided_distill.pipeline import claim
 from guided_distill.text.registry import load_text_encoder
+from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.trained import Description, package_version
+
+log = logging.getLogger(__name__)
 
 HUB = "hub:"
 DENOISERS = ("unet", "transformer")
 IMPORTED_STEPS = 1
 """How many updates an imported teacher counts: as many as make a stage that is finished."""
 
-# What a pipeline needs; a hub's repository often holds the same weights several times.
-_HUB_FILES = (MODEL_INDEX, "*/*.json", "*/*.txt", "*/*.safetensors")
-_HUB_COPIES = ("*fp16*", "*non_ema*", "*openvino*", "*flax*")
+_WITH_WEIGHTS = (*DENOISERS, "vae", "text_encoder", CLASS_EMBEDDER)
+_UNREAD = ("feature_extractor", "image_encoder", "safety_checker")
+"""Components of a pipeline that neither training nor sampling reads."""
+
+# What is read here; a hub's repository often holds the same weights several times.
+_HUB_FILES = (
+    MODEL_INDEX,
+    *(
+        f"{part}/*.{ending}"
+        for part in (*_WITH_WEIGHTS, "scheduler", "tokenizer")
+        for ending in ("json", "txt", "safetensors")
+    ),
+)
+_HUB_HALVES = ("*fp16*", "*bf16*")
+_HUB_COPIES = (*_HUB_HALVES, "*non_ema*", "*openvino*", "*flax*")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What only a single file needs: what it predicts, whose tokenizer is its, and which weights to take.
+
+    prediction_type, tokenizer: None unless given. averaged: the U-Net's moving averages.
+    """
+
+    prediction_type: str | None = None
+    tokenizer: epath.Path | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,17 +89,13 @@ class _Model:
 
 
 def import_model(
-    source: str,
-    workdir: epath.Path,
-    *,
-    prediction_type: str | None = None,
-    tokenizer: epath.Path | None = None,
+    source: str, workdir: epath.Path, *, single: SingleFile | None = None
 ) -> list[epath.Path]:
-    """Write a teacher, W/teacher, and its companions, W/companions; answer both folders.
+    """Write a teacher, W/teacher, and its companions, W/companions; return both folders.
 
-    source: a diffusers folder, a single .safetensors file, or hub:ID for one that is fetched.
-    prediction_type, tokenizer: what a single file may not tell and doesn't hold. Nothing is written
-    unless everything was read. Raises UserError for what is not a supported model.
+    source: a diffusers folder, a single .safetensors file, or hub:ID or hub:ID@REVISION for a folder
+    that is fetched. Nothing is written unless everything was read. Raises UserError for what is not a
+    supported model.
     """
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: choose another --workdir")
@@ -78,54 +105,76 @@ def import_model(
                 f"{workdir / name} is there without a config.json, as if an import had been cut: remove "
                 f"it, or choose another --workdir"
             )
-    with _as_folder(source, prediction_type, tokenizer) as folder:
+    with _as_folder(source, single or SingleFile()) as (folder, name):
         index = read_model_index(folder)
         model = _read_model(folder, index)
-        about = _describe(model, name=epath.Path(source).name or source)
-        template = jax.eval_shape(about.network().init, jax.random.key(0))
+        about = _describe(model, name=name)
+        network = about.network()
+        template = shapes_of(lambda: network.init(jax.random.key(0)), folder)
         params = to_tree(model.tensors, template, source=folder)
-        _check_companions(folder, index)
+        kept = _checked_companions(folder, index)
         with StageCheckpoints(workdir / "teacher", keep=1) as checkpoints:
             checkpoints.save_result(IMPORTED_STEPS, params, about=about.to_json())
             checkpoints.wait()
-        _copy_companions(folder, index, workdir / COMPANIONS)
+        copy_folder(folder, workdir / COMPANIONS, leave_out=_left_out(folder, kept))
+        if kept != index:
+            write_json(workdir / COMPANIONS / MODEL_INDEX, kept)
         # Last of all, for it makes the folder a run.
         claim(workdir, about.experiment)
     return [workdir / "teacher", workdir / COMPANIONS]
 
 
 @contextlib.contextmanager
-def _as_folder(
-    source: str, prediction_type: str | None, tokenizer: epath.Path | None
-) -> Iterator[epath.Path]:
-    """The diffusers folder that a source is, or is turned into for the time being."""
+def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, str]]:
+    """The diffusers folder that a source is, or is turned into for the time being, and its name."""
     is_file = not source.startswith(HUB) and epath.Path(source).is_file()
-    for flag, value in (("--prediction_type", prediction_type), ("--tokenizer", tokenizer)):
-        if value is not None and not is_file:
-            raise UserError(f"{flag} is for a single file, and {source} is a folder: leave it out")
-    if source.startswith(HUB):
-        yield _fetched(source.removeprefix(HUB))
-    elif not is_file:
-        yield epath.Path(source)
-    else:
-        if prediction_type not in (None, "epsilon", "v_prediction"):
+    for field in dataclasses.fields(single):
+        if getattr(single, field.name) != field.default and not is_file:
             raise UserError(
-                f"--prediction_type is {prediction_type!r}; choose epsilon or v_prediction"
+                f"--{field.name} is for a single file, and {source} is a folder: leave it out"
             )
-        checkpoint = read_single_file(epath.Path(source), prediction_type=prediction_type)
-        if checkpoint.text_encoder and (tokenizer is None or not tokenizer.is_dir()):
+    if source.startswith(HUB):
+        folder = _fetched(source.removeprefix(HUB))
+        repository, _, _ = source.partition("@")
+        yield folder, f"{repository}@{folder.name}"
+    elif not is_file:
+        yield epath.Path(source), epath.Path(source).name or source
+    else:
+        with _unpacked(source, single) as folder:
+            yield folder, epath.Path(source).name
+
+
+@contextlib.contextmanager
+def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
+    """A single file as a folder, in whose place errors name the file."""
+    if single.prediction_type not in (None, "epsilon", "v_prediction"):
+        raise UserError(
+            f"--prediction_type is {single.prediction_type!r}; choose epsilon or v_prediction"
+        )
+    checkpoint = read_single_file(
+        epath.Path(source), prediction_type=single.prediction_type, averaged=single.averaged
+    )
+    if checkpoint.text_encoder:
+        if single.tokenizer is None or not single.tokenizer.is_dir():
             raise UserError(
                 f"{source} holds no tokenizer: add --tokenizer and the folder of one, such as "
                 f"`tokenizer` in a diffusers folder of the same model"
             )
-        with tempfile.TemporaryDirectory() as scratch:
-            write_folder(checkpoint, epath.Path(scratch), tokenizer)
-            del checkpoint
+        clip_tokenizer(single.tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_folder(checkpoint, epath.Path(scratch), single.tokenizer)
+        del checkpoint
+        try:
             yield epath.Path(scratch)
+        except UserError as error:
+            raise UserError(str(error).replace(scratch, source)) from error
 
 
 def _fetched(name: str) -> epath.Path:
-    """The folder of a hub's repository, fetched unless it is in the cache already."""
+    """The folder of a hub's repository, ID or ID@REVISION, fetched unless it is in the cache already.
+
+    Its own name is the commit's.
+    """
     try:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:
@@ -133,13 +182,29 @@ def _fetched(name: str) -> epath.Path:
             f"--from {HUB}{name} needs the package huggingface_hub: pip install it "
             f"(the extra `hub`), or give the path of a folder"
         ) from None
-    try:
+    repository, _, revision = name.partition("@")
+
+    def fetch(revision: str | None, patterns: Sequence[str], copies: Sequence[str]) -> epath.Path:
         return epath.Path(
-            hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+            hub.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(copies),
+            )
         )
+
+    try:
+        folder = fetch(revision or None, _HUB_FILES, _HUB_COPIES)
+        parts = [part for part in _WITH_WEIGHTS if (folder / part).is_dir()]
+        lacking = [part for part in parts if not weights_files(folder / part)]
+        if lacking:
+            halves = [f"{part}/{half}" for part in lacking for half in _HUB_HALVES]
+            fetch(folder.name, halves, ("*.bin", "*.msgpack", *_HUB_COPIES[len(_HUB_HALVES) :]))
     except Exception as error:  # Whatever the network or the hub says.
         words = " ".join(str(error).split())[:200]
         raise UserError(f"--from {HUB}{name} can't be fetched ({words})") from error
+    return folder
 
 
 def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
@@ -155,8 +220,7 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
     chain = read_scheduler(read_json(scheduler), scheduler)
     tensors = canonical(read_weights(part, WEIGHTS))
     if denoiser.num_classes:
-        names = index.get("id2label") or {}
-        class_names = tuple(names.get(str(i), str(i)) for i in range(denoiser.num_classes))
+        class_names = _class_names(index, denoiser.num_classes, folder / MODEL_INDEX)
         return _Model(denoiser, chain, tensors, class_names, {"label": ()})
     if (folder / CLASS_EMBEDDER).is_dir():
         table = read_weights(folder / CLASS_EMBEDDER, WEIGHTS).get("embedding.weight")
@@ -171,6 +235,13 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
         height, width, channels = denoiser.data_shape
         shapes["inpaint"] = (height, width, 1 + channels)
     return _Model(denoiser, chain, tensors, (), shapes)
+
+
+def _class_names(index: Mapping[str, Any], count: int, where: epath.Path) -> tuple[str, ...]:
+    names = index.get("id2label") or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{where}: id2label must be an object with a text for each number")
+    return tuple(names.get(str(i), str(i)) for i in range(count))
 
 
 def _describe(model: _Model, *, name: str) -> Description:
@@ -202,23 +273,39 @@ def _describe(model: _Model, *, name: str) -> Description:
     )
 
 
-def _check_companions(folder: epath.Path, index: Mapping[str, Any]) -> None:
-    """Raises UserError unless all are there, and our own networks can be given their weights."""
+def _checked_companions(folder: epath.Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The companions' model_index.json: the source's, without what is neither there nor read.
+
+    Raises UserError unless all the others are there and can be copied, and our own networks can be given
+    their weights.
+    """
+    kept = dict(index)
     for name in index:
-        if _in_use(index, name) and not (folder / name).is_dir():
+        if not _in_use(index, name):
+            continue
+        if name in _UNREAD and not _can_be_loaded(folder / name):
+            log.warning("%s is left out: %s has no safetensors of it", name, folder)
+            kept[name] = [None, None]
+        elif not (folder / name).is_dir():
             raise UserError(
                 f"{folder / MODEL_INDEX} names {name}, which is not there: get the whole folder"
             )
+    files_to_copy(folder, leave_out=_left_out(folder, kept))
     read_autoencoder(folder / "vae")
+    return kept
 
 
-def _copy_companions(folder: epath.Path, index: Mapping[str, Any], target: epath.Path) -> None:
-    others = [
+def _can_be_loaded(part: epath.Path) -> bool:
+    """Whether a component that isn't read is there, with weights if its kind has any."""
+    return part.is_dir() and (part.name == "feature_extractor" or bool(weights_files(part)))
+
+
+def _left_out(folder: epath.Path, index: Mapping[str, Any]) -> list[str]:
+    return [
         path.name
         for path in folder.iterdir()
         if path.name != MODEL_INDEX and (path.name in DENOISERS or not _in_use(index, path.name))
     ]
-    copy_folder(folder, target, leave_out=others)
 
 
 def _in_use(index: Mapping[str, Any], name: str) -> bool:

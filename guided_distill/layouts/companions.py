@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,23 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.errors import FlaxError
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.config_keys import must, number, one_of, whole_number, whole_numbers
+from guided_distill.layouts.config_keys import (
+    a_list,
+    divides,
+    must,
+    one_of,
+    positive,
+    whole_number,
+    whole_numbers,
+)
 from guided_distill.layouts.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
     TEXT_WEIGHTS,
     WEIGHTS,
     copy_folder,
-    read_json,
     read_weights,
 )
+from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import canonical, to_tree
 from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder
-from guided_distill.storage import whole
+from guided_distill.storage import first_line, whole
 
 COMPANIONS = "companions"
 """Their folder in a workdir."""
@@ -85,8 +94,10 @@ def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Param
         ),
         "image_channels": whole_number(config.get("in_channels", 3), "in_channels", where),
         "attention_levels": _attention_levels(config, where),
-        "scaling_factor": number(config.get("scaling_factor", 0.18215), "scaling_factor", where),
+        "scaling_factor": positive(config.get("scaling_factor", 0.18215), "scaling_factor", where),
     }
+    for width in fields["block_out_channels"]:
+        divides(fields["norm_num_groups"], width, "norm_num_groups", "block_out_channels", where)
     if config["_class_name"] == "VQModel":
         must(config.get("vq_embed_dim") or latent_channels, latent_channels, "vq_embed_dim", where)
         fields["num_vq_embeddings"] = whole_number(
@@ -133,6 +144,8 @@ def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
         for key, default in CLIP_TEXT_DEFAULTS.items()
     }
     module = CLIPTextEncoder(hidden_act=activation, **numbers)
+    heads = numbers["num_attention_heads"]
+    divides(heads, numbers["hidden_size"], "num_attention_heads", "hidden_size", where)
     tokens = jax.ShapeDtypeStruct((1, numbers["max_position_embeddings"]), jnp.int32)
     return module, _weights(module, tokens, folder, TEXT_WEIGHTS)
 
@@ -143,7 +156,7 @@ def _attention_levels(config: Mapping[str, Any], where: epath.Path) -> tuple[int
         ("down_block_types", "DownEncoderBlock2D", 1),
         ("up_block_types", "UpDecoderBlock2D", -1),
     ):
-        types = config.get(key, [kind])[::ways]
+        types = a_list(config.get(key, [kind]), key, where)[::ways]
         for each in types:
             one_of(each, (kind, f"Attn{kind}"), key, where)
         levels.append(tuple(i for i, each in enumerate(types) if each.startswith("Attn")))
@@ -156,8 +169,20 @@ def _weights(
     module: nn.Module, example: jax.ShapeDtypeStruct, folder: epath.Path, stem: str
 ) -> Params:
     init = functools.partial(module.init, jax.random.key(0))
-    template = jax.eval_shape(lambda: init(jnp.zeros(example.shape, example.dtype))["params"])
+    template = shapes_of(
+        lambda: init(jnp.zeros(example.shape, example.dtype))["params"], folder / "config.json"
+    )
     return to_tree(canonical(read_weights(folder, stem)), template, source=folder)
+
+
+def shapes_of(init: Callable[[], Any], where: epath.Path) -> Any:
+    """Shapes of a network's weights. Raises UserError, naming `where`, if it can't be built."""
+    try:
+        return jax.eval_shape(init)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, FlaxError) as error:
+        raise UserError(
+            f"{where} is of a network that can't be built ({first_line(error)}): is it the model's own?"
+        ) from error
 
 
 def fingerprint(settings: object, params: Any) -> str:

@@ -1,6 +1,7 @@
 """Checks of a config.json's values. Each raises UserError, naming the file `where` and the key."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from guided_distill.errors import UserError
@@ -18,10 +19,10 @@ def one_of(value: Any, choices: Collection[str], key: str, where: object) -> Non
         raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
 
 
-def number(value: Any, key: str, where: object) -> float:
-    """The value as a float, if it is a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{where}: {key} is {value!r}, and must be a number")
+def positive(value: Any, key: str, where: object) -> float:
+    """The value as a float, if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {value!r}, and must be a number above 0")
     return float(value)
 
 
@@ -34,6 +35,17 @@ def whole_number(value: Any, key: str, where: object) -> int:
 
 def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
     """The values, if they are a list of whole numbers above 0."""
+    return tuple(whole_number(value, key, where) for value in a_list(values, key, where))
+
+
+def a_list(values: Any, key: str, where: object) -> Sequence[Any]:
+    """The values, if they are a list that isn't empty."""
     if not isinstance(values, list | tuple) or not values:
-        raise UserError(f"{where}: {key} is {values!r}, and must be a list of whole numbers")
-    return tuple(whole_number(value, key, where) for value in values)
+        raise UserError(f"{where}: {key} is {values!r}, and must be a list of at least one entry")
+    return values
+
+
+def divides(parts: int, whole: int, key: str, of: str, where: object) -> None:
+    """`whole`, a value of the key `of`, has to be a multiple of `parts`, the key's value."""
+    if whole % parts:
+        raise UserError(f"{where}: {key} is {parts}, which doesn't divide {of}, {whole}")

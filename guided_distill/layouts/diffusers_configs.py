@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.config_keys import must, number, one_of, whole_number, whole_numbers
+from guided_distill.layouts.config_keys import (
+    a_list,
+    divides,
+    must,
+    one_of,
+    positive,
+    whole_number,
+    whole_numbers,
+)
 from guided_distill.layouts.diffusers_folder import DIFFUSERS_VERSION
 
 PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
@@ -144,10 +152,10 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
     schedule = config.get("beta_schedule", "linear")
     one_of(schedule, ("linear", "scaled_linear"), "beta_schedule", where)
     betas = {
-        key: number(config.get(key, default), key, where)
+        key: positive(config.get(key, default), key, where)
         for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))
     }
-    if not 0 < betas["beta_start"] <= betas["beta_end"] < 1:
+    if not betas["beta_start"] <= betas["beta_end"] < 1:
         raise UserError(f"{where}: beta_start and beta_end must rise between 0 and 1")
     return Chain(PARAMETERIZATIONS[prediction], schedule, betas)
 
@@ -236,6 +244,11 @@ def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
         raise UserError(
             f"{where}: attention_head_dim needs one number for each of block_out_channels"
         )
+    # The middle attends too.
+    for width, count, attending in zip(widths, heads, [*attends[:-1], True], strict=True):
+        divides(numbers["norm_num_groups"], width, "norm_num_groups", "block_out_channels", where)
+        if attending:
+            divides(count, width, "attention_head_dim", "block_out_channels", where)
     size = _sample_size(config, where)
     return Denoiser(
         name="sd_unet",
@@ -291,9 +304,7 @@ def _sample_size(config: Mapping[str, Any], where: object) -> int:
 
 def _attending(types: Any, key: str, way: str, where: object) -> list[bool]:
     kinds = {f"CrossAttn{way}Block2D": True, f"{way}Block2D": False}
-    if not isinstance(types, list | tuple) or not types:
-        raise UserError(f"{where}: {key} must be a list of block types")
-    for each in types:
+    for each in a_list(types, key, where):
         one_of(each, kinds, key, where)
     return [kinds[each] for each in types]
 
@@ -303,6 +314,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
     channels = whole_number(read["in_channels"], "in_channels", where)
     numbers = {key: whole_number(read[key], key, where) for key in _DIT_NUMBERS}
     size = whole_number(read["sample_size"], "sample_size", where)
+    divides(numbers["patch_size"], size, "patch_size", "sample_size", where)
     if read["out_channels"] not in (None, channels, 2 * channels):
         raise UserError(
             f"{where}: out_channels is {read['out_channels']}, and can be in_channels or twice as many"

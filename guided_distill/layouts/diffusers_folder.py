@@ -1,8 +1,9 @@
 """Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
 
-import json
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import safetensors.numpy
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.safetensors_file import read_safetensors
 from guided_distill.layouts.torch_layout import Tensors
-from guided_distill.storage import storage_error, whole, write_text
+from guided_distill.storage import storage_error, whole
 
 DIFFUSERS_VERSION = "0.42.1"
 """What written configs call themselves: pipelines mend the configs of much older versions."""
@@ -27,26 +29,17 @@ WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
 """What weights files are called: of diffusers' models, and of transformers' text encoders."""
 
-_VARIANTS = ("", ".fp16", ".bf16")
+_VARIANTS = ("", "fp16", "bf16")
+"""Copies of the weights in other precisions, by their mark in a file's name; the first one is read."""
+
+_VARIANT = re.compile(r"\.(fp16|bf16)(?=[.-])")
+_WEIGHTS_FILE = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
+
+_COPIED = (".json", ".txt")
+"""What is copied beside weights: nothing that could run."""
+
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON file's object. Raises UserError if it is missing or isn't one."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: give a folder that diffusers' save_pretrained wrote")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): is the file whole?") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, and should hold an object")
-    return values
-
-
-def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as diffusers writes its own."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_model_index(folder: epath.Path) -> dict[str, Any]:
@@ -71,19 +64,39 @@ def read_tensors(path: epath.Path, wanted: Callable[[str], bool] = bool) -> dict
     return read_safetensors(path, wanted)
 
 
+def weights_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """The files of a component's weights by their names without the mark of a variant.
+
+    Of several variants, whole precision comes first.
+    """
+    variants: dict[str, dict[str, epath.Path]] = {variant: {} for variant in _VARIANTS}
+    for path in folder.glob("*.safetensors*"):
+        mark = _VARIANT.search(path.name)
+        name = plain_name(path.name)
+        if _WEIGHTS_FILE.fullmatch(name):
+            variants[mark[1] if mark else ""][name] = path
+    for files in variants.values():
+        # Shards without their index are what is left of something.
+        if any(not _SHARD.fullmatch(name) for name in files):
+            return files
+    return {}
+
+
+def plain_name(name: str) -> str:
+    """A file's name without the mark of a variant, wherever diffusers or transformers put it."""
+    return _VARIANT.sub("", name)
+
+
 def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
-    """The tensors of a component: of one file, of all shards of an index, or of a half-precision variant.
+    """The tensors of a component: of one file, or of all shards of an index.
 
     stem: WEIGHTS or TEXT_WEIGHTS. Raises UserError if there are none in safetensors.
     """
-    for variant in _VARIANTS:
-        if (path := folder / f"{stem}{variant}.safetensors").is_file():
-            return read_tensors(path)
-        # diffusers puts the variant at the end; its older versions, and transformers, do not.
-        for end in (f".safetensors.index{variant}.json", f"{variant}.safetensors.index.json"):
-            name = f"{stem}{end}"
-            if (path := folder / name).is_file():
-                return _read_shards(path)
+    files = weights_files(folder)
+    if path := files.get(f"{stem}.safetensors"):
+        return read_tensors(path)
+    if index := files.get(f"{stem}.safetensors.index.json"):
+        return _read_shards(index)
     pickles = sorted(path for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         raise _pickled(pickles[0])
@@ -94,8 +107,7 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
 
 def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
-    where = read_json(index).get("weight_map", {})
-    for name in sorted(set(where.values())):
+    for name in sorted(set(_weight_map(index).values())):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
             raise UserError(f"{index} names a shard {name} that is not there: get the whole folder")
@@ -104,6 +116,14 @@ def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path} holds {twice[0]}, which another shard holds too: get it again")
         tensors |= shard
     return tensors
+
+
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    """Which shard holds each tensor."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(each, str) for each in where.values()):
+        raise UserError(f"{index}: weight_map must name a file for each tensor: get the file again")
+    return where
 
 
 def write_component(
@@ -121,22 +141,75 @@ def write_component(
         raise storage_error(path, error) from error
 
 
-def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: Collection[str] = ()) -> None:
-    """Copy every file below `source`, byte for byte, but for top entries named in `leave_out`.
+@dataclass(frozen=True)
+class _Copied:
+    """A file and the name that its copy gets, below the copied folder."""
 
-    Raises UserError if that fails.
+    path: epath.Path
+    name: str
+
+
+def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: Collection[str] = ()) -> None:
+    """Copy a model's JSON, text and safetensors files, byte for byte, but for `leave_out`.
+
+    leave_out: names of entries at the top. A component that has its weights in half precision alone gets
+    them without the mark of the variant, as `from_pretrained` looks for them. Nothing else is copied: no
+    pickles, no programs, no hidden files. Raises UserError if that fails, and for a link out of
+    `source`, before anything is written.
     """
+    files = files_to_copy(source, leave_out=leave_out)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if path.name in leave_out:
-                continue
-            if path.is_dir():
-                copy_folder(path, target / path.name)
+        for each in files:
+            copy = target / each.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if copy.name.endswith(".index.json"):
+                _copy_index(each.path, copy)
             else:
-                path.copy(target / path.name, overwrite=True)
+                each.path.copy(copy, overwrite=True)
     except OSError as error:
         raise storage_error(target, error) from error
+
+
+def files_to_copy(source: epath.Path, *, leave_out: Collection[str] = ()) -> list[_Copied]:
+    """The files that `copy_folder` copies. Raises UserError for a link out of `source`."""
+    files = [each for each in _files(source, "") if each.name.partition("/")[0] not in leave_out]
+    for each in files:
+        _check_link(each.path, source)
+    return files
+
+
+def _files(folder: epath.Path, prefix: str) -> Iterator[_Copied]:
+    for name, path in weights_files(folder).items():
+        yield _Copied(path, prefix + name)
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        elif path.suffix in _COPIED and ".safetensors.index." not in path.name:
+            yield _Copied(path, prefix + path.name)
+
+
+def _check_link(path: epath.Path, source: epath.Path) -> None:
+    """A hub's cache keeps its files as links into a folder `blobs` of the same repository."""
+    found = epath.Path(os.path.realpath(path))
+    if found.is_relative_to(os.path.realpath(source)):
+        return
+    snapshots = found.parent.parent / "snapshots"
+    if found.parent.name == "blobs" and epath.Path(os.path.abspath(path)).is_relative_to(snapshots):
+        return
+    raise UserError(f"{path} is a link out of {source}: put the file itself there")
+
+
+def _copy_index(source: epath.Path, target: epath.Path) -> None:
+    """Byte for byte, unless it names shards of a variant."""
+    where = _weight_map(source)
+    named = {tensor: plain_name(name) for tensor, name in where.items()}
+    if named == where:
+        source.copy(target, overwrite=True)
+    else:
+        write_json(target, {**read_json(source), "weight_map": named})
 
 
 def _pickled(path: epath.Path) -> UserError:

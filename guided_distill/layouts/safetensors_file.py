@@ -5,9 +5,10 @@ The format: the header's length in 8 bytes, a JSON object that places each tenso
 files alone.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -64,14 +65,27 @@ def read_safetensors(
     Takes the memory of those tensors, and of the header. Raises UserError if the file is missing or
     damaged, or holds numbers of a kind that NumPy and ml_dtypes have not.
     """
+    with _opened(path) as (file, size):
+        places = _places(_header(file, size), size - file.tell())
+        begin = file.tell()
+        return {name: _read(file, begin, place) for name, place in places.items() if wanted(name)}
+
+
+def read_metadata(path: epath.Path) -> dict[str, Any]:
+    """What a safetensors file says of itself. Raises UserError if it is missing or damaged."""
+    with _opened(path) as (file, size):
+        metadata = _header(file, size).get("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its length. Raises UserError for an error of the storage or of what is read."""
     try:
-        size = path.stat().length
         with path.open("rb") as file:
-            places = _places(file, size)
-            begin = file.tell()
-            return {
-                name: _read(file, begin, place) for name, place in places.items() if wanted(name)
-            }
+            yield file, path.stat().length
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} can't be read as safetensors ({str(error)[:200]}): is the file whole?"
@@ -83,22 +97,27 @@ def is_floating(dtype: np.dtype) -> bool:
     return dtype in _FLOATS
 
 
-def _places(file: BinaryIO, size: int) -> dict[str, _Place]:
-    """The places of all tensors, which fill the file without a gap; `file` ends behind the header."""
+def _header(file: BinaryIO, size: int) -> dict[str, Any]:
+    """The header's object; `file` ends behind it."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size - 8, _LONGEST_HEADER):
         raise ValueError(f"its header is {length} bytes long, in a file of {size}")
     header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
+    return header
+
+
+def _places(header: dict[str, Any], size: int) -> dict[str, _Place]:
+    """The places of all tensors, which fill `size` bytes without a gap."""
     places = {name: _place(name, at) for name, at in header.items() if name != "__metadata__"}
     end = 0
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
         if place.start != end:
             raise ValueError(f"{name!r:.80} doesn't begin where the tensor before it ends")
         end = place.end
-    if end != size - 8 - length:
-        raise ValueError(f"its tensors take {end} bytes, in a file that has {size - 8 - length}")
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, in a file that has {size}")
     return places
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.diffusers_folder import read_json, read_tensors
+from guided_distill.layouts.config_keys import divides, positive, whole_number
+from guided_distill.layouts.diffusers_folder import read_tensors
+from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import to_tree
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.tokenizers import wordpiece_tokenizer
@@ -209,4 +211,10 @@ def _network(path: epath.Path) -> Bert:
     fields = [field for field in Bert.__dataclass_fields__ if field not in ("parent", "name")]
     if missing := [field for field in fields if field not in config]:
         raise UserError(f"{path} lacks {', '.join(missing)}: is it MiniLM's config.json?")
-    return Bert(**{field: config[field] for field in fields})
+    read: dict[str, Any] = {
+        field: whole_number(config[field], field, path) for field in fields[:-1]
+    }
+    divides(
+        read["num_attention_heads"], read["hidden_size"], "num_attention_heads", "hidden_size", path
+    )
+    return Bert(**read, layer_norm_eps=positive(config[fields[-1]], fields[-1], path))

@@ -3,7 +3,8 @@
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.diffusers_folder import copy_folder, read_json, write_json
+from guided_distill.layouts.diffusers_folder import copy_folder
+from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.minilm import LENGTH, load_minilm

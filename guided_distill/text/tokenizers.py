@@ -4,9 +4,8 @@ The rules of both are those that their published vocabularies were made with (Ra
 et al. 2019), carried out by the library `tokenizers`.
 """
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers
 
 from guided_distill.errors import UserError
+from guided_distill.layouts.json_files import read_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORD = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _BERT_MARKS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
 
 
@@ -67,29 +68,32 @@ def clip_tokenizer(folder: epath.Path) -> Tokenizer:
     """The tokenizer of a diffusers model, from its folder `tokenizer`.
 
     Its length is model_max_length. Which token fills up differs: <|endoftext|> in Stable Diffusion 1,
-    "!" in 2; special_tokens_map.json says it, or else tokenizer_config.json.
+    "!" in 2. As in transformers, tokenizer_config.json names it, with the tokens that were added to the
+    vocabulary, where it lists those; in older folders special_tokens_map.json and added_tokens.json do.
 
-    Raises UserError if a file is missing or can't be read.
+    Raises UserError if a file is missing or can't be read, or if a token can't have its number.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    named = dict(config)
-    if (special := folder / "special_tokens_map.json").exists():
-        named |= _read_json(special)
+    where = folder / "tokenizer_config.json"
+    config = read_json(where)
     length = config.get("model_max_length")
     if not isinstance(length, int) or not 2 <= length <= 4096:
         raise UserError(
-            f"{folder}/tokenizer_config.json has the model_max_length {length}: set it to the text "
-            "encoder's max_position_embeddings, which is 77 in Stable Diffusion"
+            f"{where} has the model_max_length {length}: set it to the text encoder's "
+            "max_position_embeddings, which is 77 in Stable Diffusion"
         )
-    vocabulary = _clip_vocabulary(folder)
+    named, special = dict(config), folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and special.exists():
+        named |= read_json(special)
     marks = [
-        _content(named.get(key, default))
+        _content(named.get(key, default), f"{folder}: {key}")
         for key, default in (
             ("bos_token", _CLIP_START),
             ("eos_token", _CLIP_END),
             ("pad_token", _CLIP_END),
         )
     ]
+    vocabulary = _clip_vocabulary(folder)
+    _add_tokens(vocabulary, _added_tokens(folder, config, marks), folder)
     start, end, pad = (_number(vocabulary, mark, folder) for mark in marks)
     # So "!", where it fills up, is a token by itself in prompts too.
     vocabulary.add_special_tokens(marks)
@@ -101,7 +105,7 @@ def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
 
     Raises UserError if the file can't be read or lacks BERT's own tokens.
     """
-    words = _read_text(file).splitlines()
+    words = read_text(file).splitlines()
     numbers = {word: number for number, word in enumerate(words)}
     vocabulary = tokenizers.Tokenizer(
         models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=100)
@@ -116,14 +120,14 @@ def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
 def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
         try:
-            vocabulary = tokenizers.Tokenizer.from_str(_read_text(folder / "tokenizer.json"))
+            vocabulary = tokenizers.Tokenizer.from_str(read_text(folder / "tokenizer.json"))
         except Exception as error:  # The library's errors have no class of their own.
             raise UserError(f"{folder}/tokenizer.json can't be read: {error}") from error
         vocabulary.no_padding()
         vocabulary.no_truncation()
         return vocabulary
-    numbers = _read_json(folder / "vocab.json")
-    lines = _read_text(folder / "merges.txt").splitlines()
+    numbers = read_json(folder / "vocab.json")
+    lines = read_text(folder / "merges.txt").splitlines()
     pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     try:
         merges = [(first, second) for first, second in pairs]
@@ -149,9 +153,68 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     return vocabulary
 
 
-def _content(token: Any) -> str:
-    """A token's text; the files give it by itself or as an object."""
-    return token["content"] if isinstance(token, dict) else token
+def _added_tokens(
+    folder: epath.Path, config: Mapping[str, Any], marks: Collection[str]
+) -> dict[int, tokenizers.AddedToken]:
+    """The tokens beside the vocabulary's, such as those of textual inversion, by their numbers."""
+    where = folder / "tokenizer_config.json"
+    if (decoder := config.get("added_tokens_decoder")) is not None:
+        return {
+            _whole(number, where): _token(token, where)
+            for number, token in _object(decoder, where).items()
+        }
+    added = {}
+    if (where := folder / "added_tokens.json").exists():
+        for token, number in read_json(where).items():
+            is_mark = token in marks
+            added[_whole(number, where)] = tokenizers.AddedToken(
+                token, normalized=not is_mark, special=is_mark
+            )
+    return added
+
+
+def _add_tokens(
+    vocabulary: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken], folder: epath.Path
+) -> None:
+    for number, token in sorted(added.items()):
+        vocabulary.add_tokens([token])
+        if (given := vocabulary.token_to_id(token.content)) != number:
+            raise UserError(
+                f"{folder}: the added token {token.content} has the number {number}, and the vocabulary "
+                f"gives it {given}: get the whole folder of the tokenizer"
+            )
+
+
+def _token(token: Any, where: epath.Path) -> tokenizers.AddedToken:
+    content = _content(token, f"{where}: a token of added_tokens_decoder")
+    how = {name: token[name] for name in _TOKEN_FLAGS if name in _object(token, where)}
+    if not all(isinstance(value, bool) for value in how.values()):
+        raise UserError(
+            f"{where}: the added token {content} needs true or false for {', '.join(how)}"
+        )
+    return tokenizers.AddedToken(content, **how)
+
+
+def _object(value: Any, where: epath.Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: added_tokens_decoder must hold an object for each number")
+    return value
+
+
+def _whole(number: Any, where: epath.Path) -> int:
+    if isinstance(number, bool) or not str(number).isdecimal():
+        raise UserError(f"{where} has the number {number!r} for an added token: it must be whole")
+    return int(number)
+
+
+def _content(token: Any, what: str) -> str:
+    """A token's text; the files hold it by itself or in an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise UserError(
+            f"{what} is {content!r}, and must be a text: get the tokenizer's folder again"
+        )
+    return content
 
 
 def _number(vocabulary: tokenizers.Tokenizer, token: str, source: epath.Path) -> int:
@@ -159,19 +222,3 @@ def _number(vocabulary: tokenizers.Tokenizer, token: str, source: epath.Path) ->
     if number is None:
         raise UserError(f"{source} has no token {token}: is it the whole vocabulary?")
     return number
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(_read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): is the file whole?") from error
-
-
-def _read_text(path: epath.Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give a folder that holds the tokenizer") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error

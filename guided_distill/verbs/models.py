@@ -22,7 +22,8 @@ def add_verbs(verbs: Any) -> None:
         "--from",
         dest="source",
         required=True,
-        help="a diffusers folder, a .safetensors file of Stable Diffusion, or hub:ID to fetch a folder",
+        help="a diffusers folder, a .safetensors file of Stable Diffusion, or hub:ID or "
+        "hub:ID@REVISION to fetch a folder",
     )
     imported.add_argument(
         "--prediction_type",
@@ -32,6 +33,12 @@ def add_verbs(verbs: Any) -> None:
         "--tokenizer",
         type=epath.Path,
         help="a tokenizer's folder, which a single file doesn't hold",
+    )
+
+    imported.add_argument(
+        "--averaged",
+        action="store_true",
+        help="take the moving averages (model_ema.*) that a single file holds, not its weights",
     )
 
     export = command_of_run(
@@ -60,15 +67,10 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.interop.import_model import import_model
+    from guided_distill.interop.import_model import SingleFile, import_model
 
-    paths = import_model(
-        options.source,
-        options.workdir,
-        prediction_type=options.prediction_type,
-        tokenizer=options.tokenizer,
-    )
-    for path in paths:
+    single = SingleFile(options.prediction_type, options.tokenizer, options.averaged)
+    for path in import_model(options.source, options.workdir, single=single):
         print(path)
 
 

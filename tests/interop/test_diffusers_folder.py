@@ -1,6 +1,7 @@
 """Components on disk: every way in which weights lie, and what is never read."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from guided_distill.layouts.diffusers_folder import (
     TEXT_WEIGHTS,
     WEIGHTS,
     copy_folder,
-    read_json,
     read_model_index,
     read_tensors,
     read_weights,
     write_component,
 )
+from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import to_tensors
 
 TENSORS = {
@@ -133,15 +134,99 @@ def test_folders_that_are_no_pipelines(folder):
         read_model_index(folder)
 
 
-def test_a_copy_is_byte_for_byte(folder):
-    source = folder / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "deep" / "file").write_bytes(bytes(range(256)))
-    (source / "kept").write_bytes(b"1")
-    (source / "left").write_bytes(b"2")
-    copy_folder(source, folder / "target", leave_out=("left",))
-    assert (folder / "target" / "deep" / "file").read_bytes() == bytes(range(256))
-    assert {path.name for path in (folder / "target").iterdir()} == {"deep", "kept"}
+def names(folder):
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)) for path in paths}
+
+
+def write(folder, *paths):
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(path.encode())
+
+
+def test_a_copy_is_byte_for_byte_and_of_what_a_model_is_made_of_alone(folder):
+    kept = ["model_index.json", "vae/config.json", "vae/model.safetensors", "tokenizer/merges.txt"]
+    others = ["vae/model.bin", "vae/model.py", "vae/model.non_ema.safetensors", ".git/config.json"]
+    write(folder / "source", *kept, *others, "left/config.json")
+    copy_folder(folder / "source", folder / "target", leave_out=("left",))
+    assert names(folder / "target") == set(kept)
+    for path in kept:
+        assert (folder / "target" / path).read_text() == path
+
+
+def test_a_copy_has_one_naming_for_weights_in_half_precision_alone(folder):
+    """As diffusers and transformers save with variant="fp16"; `from_pretrained` looks for plain names."""
+    source, target = folder / "source", folder / "target"
+    write(
+        source,
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.fp16.safetensors",
+    )
+    write(source, *(f"both/model{mark}.safetensors" for mark in ("", ".fp16", ".bf16")))
+    shards = [f"diffusion_pytorch_model-0000{n}-of-00002" for n in (1, 2)]
+    write(source, *(f"unet/{shard}.fp16.safetensors" for shard in shards))
+    where = {name: f"{shard}.fp16.safetensors" for name, shard in zip("ab", shards, strict=True)}
+    index = "diffusion_pytorch_model.safetensors.index"
+    (source / "unet" / f"{index}.fp16.json").write_text(json.dumps({"weight_map": where}))
+    copy_folder(source, target)
+    assert names(target) == {
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "both/model.safetensors",
+        f"unet/{index}.json",
+        *(f"unet/{shard}.safetensors" for shard in shards),
+    }
+    assert (target / "both" / "model.safetensors").read_text() == "both/model.safetensors"
+    found = json.loads((target / "unet" / f"{index}.json").read_text())["weight_map"]
+    assert found == {name: f"{shard}.safetensors" for name, shard in zip("ab", shards, strict=True)}
+
+
+def test_links_out_of_a_folder_are_refused_but_for_those_of_a_hubs_cache(folder):
+    """Its layout: models--X/snapshots/COMMIT/vae/config.json -> ../../../blobs/HASH."""
+    cache = folder / "models--some--model"
+    write(cache, "blobs/abc", "snapshots/0f/model_index.json")
+    (cache / "snapshots" / "0f" / "vae").mkdir()
+    os.symlink("../../../blobs/abc", cache / "snapshots" / "0f" / "vae" / "config.json")
+    copy_folder(cache / "snapshots" / "0f", folder / "target")
+    assert (folder / "target" / "vae" / "config.json").read_text() == "blobs/abc"
+    assert not os.path.islink(folder / "target" / "vae" / "config.json")
+
+    write(folder, "secret.txt", "blobs/other", "deeper/blobs/other")
+    for link in ("../secret.txt", "../blobs/other", "../deeper/blobs/other"):
+        source = folder / f"source{len(list(folder.iterdir()))}"
+        source.mkdir()
+        os.symlink(link, source / "vocab.txt")
+        with pytest.raises(UserError, match=r"vocab\.txt is a link out of"):
+            copy_folder(source, folder / "refused")
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("where", [[], ["a"], {"a": 1}, None, "x"])
+def test_an_index_that_maps_nothing(folder, where):
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    if where == []:
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="weight_map must name a file for each tensor"):
+        read_weights(folder, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "can't be read"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b"null", "holds a NoneType"),
+        (b"3", "holds a int"),
+    ],
+)
+def test_files_that_are_no_json_objects(folder, content, said):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_json(folder / "config.json")
 
 
 def test_an_autoencoder_is_read(folder, assert_same_weights):
@@ -178,7 +263,12 @@ def test_a_text_encoder_is_read(folder, assert_same_weights):
         (read_autoencoder, tiny.VAE, {"use_quant_conv": False}, "use_quant_conv"),
         (read_autoencoder, tiny.VAE, {"latent_channels": "4"}, "latent_channels"),
         (read_autoencoder, tiny.VAE, {"scaling_factor": None}, "scaling_factor"),
+        (read_autoencoder, tiny.VAE, {"scaling_factor": float("nan")}, "scaling_factor"),
+        (read_autoencoder, tiny.VAE, {"scaling_factor": 0}, "scaling_factor"),
+        (read_autoencoder, tiny.VAE, {"norm_num_groups": 7}, "norm_num_groups is 7, which doesn't"),
         (read_autoencoder, tiny.VAE, {"down_block_types": ["Strange"] * 3}, "down_block_types"),
+        (read_autoencoder, tiny.VAE, {"down_block_types": None}, "down_block_types is None"),
+        (read_autoencoder, tiny.VAE, {"up_block_types": [None] * 3}, "up_block_types is None"),
         (
             read_autoencoder,
             tiny.VAE,
@@ -189,6 +279,9 @@ def test_a_text_encoder_is_read(folder, assert_same_weights):
         (read_text_encoder, tiny.TEXT, {"hidden_act": "relu"}, "hidden_act"),
         (read_text_encoder, tiny.TEXT, {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
         (read_text_encoder, tiny.TEXT, {"hidden_size": 0}, "hidden_size"),
+        (read_text_encoder, tiny.TEXT, {"num_attention_heads": 7}, "num_attention_heads is 7"),
+        (read_text_encoder, tiny.TEXT, {"hidden_act": None}, "hidden_act"),
+        (read_text_encoder, tiny.TEXT, {"model_type": ["clip_text_model"]}, "model_type"),
     ],
 )
 def test_other_companions_are_refused_by_their_key(folder, read, base, change, said):

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,12 @@ def edit(change):
     return spoil
 
 
+def linked(folder):
+    path = folder / "vae" / "config.json"
+    path.rename(folder.parent / "elsewhere.json")
+    path.symlink_to(folder.parent / "elsewhere.json")
+
+
 def without(*parts):
     return lambda folder: folder.joinpath(*parts).rename(folder / "elsewhere")
 
@@ -317,6 +324,7 @@ def without(*parts):
         (pickled, "is a pickle"),
         (foreign_scheduler, "_class_name"),
         (sdxl, "addition_embed_type"),
+        (linked, "config.json is a link out of"),
         (edit(lambda tensors: tensors.pop("conv_in.weight")), "lacks conv_in.weight"),
         (edit(lambda tensors: tensors.update(more=np.ones(1))), "no place for: more"),
         (
@@ -355,17 +363,68 @@ def test_a_run_is_not_written_over(source, run, capsys):
 
 
 def test_the_hub_is_asked_for_safetensors_and_text_alone(source, tmp_path, monkeypatch):
-    asked = {}
-
-    class Hub:
-        @staticmethod
-        def snapshot_download(name, **patterns):
-            asked.update(patterns, name=name)
-            return str(source)
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
-    workdir = str(tmp_path / "run")
-    assert cli.main(["import", "--from", "hub:some/model", "--workdir", workdir]) == 0
-    assert asked["name"] == "some/model"
+    hub = hub_of(source, tmp_path / "0f3a")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    workdir = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", "hub:some/model@v2", "--workdir", str(workdir)]) == 0
+    (asked,) = hub.asked
+    assert (asked["name"], asked["revision"]) == ("some/model", "v2")
     ends = {pattern.rpartition(".")[2] for pattern in asked["allow_patterns"]}
     assert ends == {"json", "txt", "safetensors"}
+    about = load_finished(workdir / "teacher").description
+    assert about.experiment.data.name == "hub:some/model@0f3a"
+
+
+def hub_of(repository, snapshot):
+    """huggingface_hub in the small: by its own rule, a name has to match a pattern to come along."""
+
+    class Hub:
+        def __init__(self):
+            self.asked = []
+
+        def snapshot_download(self, name, *, revision, allow_patterns, ignore_patterns):
+            self.asked.append(
+                {"name": name, "revision": revision, "allow_patterns": allow_patterns}
+            )
+            for path in files(repository):
+                if any(fnmatch(path, each) for each in allow_patterns) and not any(
+                    fnmatch(path, each) for each in ignore_patterns
+                ):
+                    (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(Path(repository) / path, snapshot / path)
+            return str(snapshot)
+
+    return Hub()
+
+
+def in_halves(source, target):
+    """As pipeline.save_pretrained(variant="fp16") names files."""
+    shutil.copytree(source, target)
+    for path in Path(target).rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    return target
+
+
+def with_a_safety_checker(folder):
+    index = read_json(folder / "model_index.json")
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    tiny.write_json(folder / "model_index.json", index)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
+
+
+def test_a_repository_in_half_precision_alone(source, tmp_path, monkeypatch, caplog):
+    repository = in_halves(source, tmp_path / "halves")
+    with_a_safety_checker(repository)
+    hub = hub_of(repository, tmp_path / "0f3a")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    run = epath.Path(tmp_path / "run")
+    assert cli.main(["import", "--from", "hub:some/model", "--workdir", str(run)]) == 0
+    assert [asked["revision"] for asked in hub.asked] == [None, "0f3a"]
+    assert not (tmp_path / "0f3a" / "safety_checker").exists()
+    assert "safety_checker is left out" in caplog.text
+    assert read_json(run / "companions" / "model_index.json")["safety_checker"] == [None, None]
+    assert export(run, "teacher", tmp_path / "out") == 0
+    weights = {name for name in files(tmp_path / "out") if name.endswith(".safetensors")}
+    assert weights == {name for name in files(source) if name.endswith(".safetensors")}

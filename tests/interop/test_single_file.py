@@ -1,6 +1,7 @@
 """Single files in CompVis' layout, made from small models by the names that diffusers reads."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +45,24 @@ def vae_file(tree):
     return made | {f"first_stage_model.{name}": tensor for name, tensor in codes.items()}
 
 
-def clip_file():
-    prefix = "cond_stage_model.transformer.text_model."
-    made = {f"{prefix}{name}": each for name, each in to_tensors(tiny.text_encoder()).items()}
+TEXT_1, TEXT_2 = (to_tensors(tiny.text_encoder(layers)) for layers in (12, 24))
+READ_2 = {name: each for name, each in TEXT_2.items() if "layers.23." not in name}
+"""What diffusers reads of Stable Diffusion 2's: it ignores the block `resblocks.23`."""
+
+
+def clip_file(tensors=TEXT_1, prefix="text_model."):
+    prefix = f"cond_stage_model.transformer.{prefix}"
+    made = {f"{prefix}{name}": each for name, each in tensors.items()}
     return {**made, f"{prefix}embeddings.position_ids": np.arange(tiny.LENGTH)[None]}
 
 
-def open_clip_file():
-    """With one block more than Stable Diffusion 2 reads, and CLIP's other parts."""
+def open_clip_file(blocks):
+    """With CLIP's other parts."""
     prefix = "cond_stage_model.model."
-    tensors = to_tensors(tiny.text_encoder())
+    tensors = dict(TEXT_2)
     made = {f"{prefix}positional_embedding": tensors.pop("embeddings.position_embedding.weight")}
     made[f"{prefix}token_embedding.weight"] = tensors.pop("embeddings.token_embedding.weight")
-    for layer in range(2):
+    for layer in range(24):
         for leaf in ("weight", "bias"):
             parts = [
                 tensors.pop(f"encoder.layers.{layer}.self_attn.{each}_proj.{leaf}")
@@ -64,14 +70,17 @@ def open_clip_file():
             ]
             block = f"{prefix}transformer.resblocks.{layer}"
             made[f"{block}.attn.in_proj_{leaf}"] = np.concatenate(parts)
-    made |= renamed(tensors, "open_clip", prefix)
-    made |= {
-        name.replace("resblocks.1.", "resblocks.2."): tensor
-        for name, tensor in made.items()
-        if "resblocks.1." in name
+    names = {
+        theirs.removeprefix("text_model."): name for name, theirs in NAMES["open_clip"].items()
     }
+    for name, tensor in tensors.items():
+        number = re.search(r"layers\.(\d+)\.|$", name)[1]
+        layer, _, leaf = name.replace(f"layers.{number}.", "layers.1.").rpartition(".")
+        layer = names[layer].replace("resblocks.1.", f"resblocks.{number}.")
+        made[f"{prefix}{layer}.{leaf}"] = tensor
+    unread = tuple(f"{prefix}transformer.resblocks.{number}." for number in range(blocks, 24))
     return {
-        **made,
+        **{name: each for name, each in made.items() if not name.startswith(unread)},
         f"{prefix}logit_scale": np.ones(()),
         f"{prefix}text_projection": np.ones((2, 2)),
     }
@@ -84,12 +93,14 @@ def scaled_linear(start, end):
 OTHERS = {
     "model_ema.decay": np.ones(()),
     "model_ema.diffusion_modelout2weight": np.ones(3),
-    "alphas_cumprod": np.ones(1000),
+    "alphas_cumprod": np.cumprod(1 - scaled_linear(0.00085, 0.012)),
+    "scale_factor": np.array(0.18215, np.float16),
     "logvar": np.zeros(1000),
     "first_stage_model.loss.logvar": np.zeros(()),
 }
 SD1 = {**unet_file(), **vae_file(tiny.vae()), **clip_file(), **OTHERS}
-SD2 = {**unet_file(linear=True), **vae_file(tiny.vae()), **open_clip_file()}
+UNET_2 = unet_file(linear=True)
+SD2 = {**UNET_2, **vae_file(tiny.vae()), **open_clip_file(24)}
 CLASSES = {
     **unet_file(),
     **vae_file(tiny.vq()),
@@ -97,10 +108,10 @@ CLASSES = {
 }
 
 
-def read(tmp_path, tensors, prediction_type=None):
+def read(tmp_path, tensors, prediction_type=None, metadata=None, **how):
     path = epath.Path(tmp_path) / "model.safetensors"
-    safetensors.numpy.save_file(tensors, path)
-    return read_single_file(path, prediction_type=prediction_type)
+    safetensors.numpy.save_file(tensors, path, metadata)
+    return read_single_file(path, prediction_type=prediction_type, **how)
 
 
 def assert_same(tensors, expected):
@@ -113,24 +124,73 @@ def test_stable_diffusion_1(tmp_path):
     found = read(tmp_path, {**SD1, "betas": scaled_linear(0.00085, 0.012)})
     assert_same(found.unet.tensors, to_tensors(tiny.unet()))
     assert_same(found.vae.tensors, to_tensors(tiny.vae()))
-    assert_same(canonical(found.text_encoder.tensors), to_tensors(tiny.text_encoder()))
+    assert_same(canonical(found.text_encoder.tensors), TEXT_1)
     assert found.class_embedder is None
     expected = read_denoiser({**tiny.UNET, "sample_size": 64}, "F")
     assert read_denoiser(found.unet.config, "F") == expected
     assert {key: found.vae.config[key] for key in tiny.VAE} == tiny.VAE
-    assert {key: found.text_encoder.config[key] for key in tiny.TEXT} == tiny.TEXT
+    expected = {**tiny.TEXT, "num_hidden_layers": 12}
+    assert {key: found.text_encoder.config[key] for key in tiny.TEXT} == expected
     assert found.scheduler["prediction_type"] == "epsilon"
 
 
-def test_stable_diffusion_2(tmp_path):
-    found = read(tmp_path, SD2, "v_prediction")
+def test_text_names_of_transformers_5(tmp_path):
+    """Its CLIPTextModel has no `text_model` inside."""
+    tensors = {name: each for name, each in SD1.items() if "text_model" not in name}
+    found = read(tmp_path, {**tensors, **clip_file(prefix="")})
+    assert_same(canonical(found.text_encoder.tensors), TEXT_1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        open_clip_file(24),
+        open_clip_file(23),
+        clip_file(TEXT_2),
+        clip_file(READ_2),
+        clip_file(READ_2, prefix=""),
+    ],
+    ids=["whole", "without the last block", "renamed", "renamed, 23 blocks", "transformers 5"],
+)
+def test_stable_diffusion_2(tmp_path, text):
+    found = read(tmp_path, {**UNET_2, **vae_file(tiny.vae()), **text}, "v_prediction")
     assert_same(found.unet.tensors, to_tensors(tiny.unet(linear=True)))
-    assert_same(found.text_encoder.tensors, to_tensors(tiny.text_encoder()))
+    assert_same(canonical(found.text_encoder.tensors), READ_2)
     assert found.text_encoder.config["hidden_act"] == "gelu"
+    assert found.text_encoder.config["num_hidden_layers"] == 23
     assert found.unet.config["attention_head_dim"] == [1, 1]
     assert found.unet.config["use_linear_projection"]
     assert found.scheduler["prediction_type"] == "v_prediction"
     assert found.unet.config["sample_size"] == 96
+
+
+def test_averages_take_the_place_of_the_weights(tmp_path):
+    """Named as ldm's LitEma names them: a weight's name without its dots."""
+    prefix = "model.diffusion_model."
+    averages = {
+        "model_ema.diffusion_model" + name.removeprefix(prefix).replace(".", ""): tensor + 1
+        for name, tensor in unet_file().items()
+    }
+    for averaged in (False, True):
+        found = read(tmp_path, {**SD1, **averages}, averaged=averaged)
+        expected = {name: each + averaged for name, each in to_tensors(tiny.unet()).items()}
+        assert_same(found.unet.tensors, expected)
+    with pytest.raises(UserError, match="leave --averaged out"):
+        read(tmp_path, SD2, "epsilon", averaged=True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "asked", "expected"),
+    [
+        ({**SD1, "v_pred": np.zeros(0)}, None, None, "v_prediction"),
+        ({**SD2, "v_pred": np.zeros(0)}, None, None, "v_prediction"),
+        (SD2, {"modelspec.prediction_type": "v"}, None, "v_prediction"),
+        (SD2, {"modelspec.prediction_type": "epsilon"}, "epsilon", "epsilon"),
+    ],
+)
+def test_what_a_file_says_that_it_predicts(tmp_path, tensors, metadata, asked, expected):
+    found = read(tmp_path, tensors, asked, metadata)
+    assert found.scheduler["prediction_type"] == expected
 
 
 def test_classes(tmp_path):
@@ -151,7 +211,7 @@ def test_a_file_becomes_a_folder(tmp_path, assert_same_weights):
     _, vae = read_autoencoder(folder / "vae")
     assert_same_weights(vae, tiny.vae())
     _, text_encoder = read_text_encoder(folder / "text_encoder")
-    assert_same_weights(text_encoder, tiny.text_encoder())
+    assert_same_weights(text_encoder, tiny.text_encoder(12))
     assert (folder / "tokenizer" / "vocab.json").read_bytes() == b"{}"
     unet = safetensors.numpy.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same_weights(to_tree(unet, tiny.unet(), source="F"), tiny.unet())
@@ -174,6 +234,25 @@ def test_a_file_is_imported_with_the_tokenizer_that_it_lacks(tmp_path, capsys, a
     assert {each.name for each in (run / "companions").iterdir()} == companions
 
 
+def without(tensors, part):
+    return {name: each for name, each in tensors.items() if part not in name}
+
+
+def test_a_prediction_type_that_the_file_contradicts(tmp_path):
+    with pytest.raises(UserError, match="leave --prediction_type out"):
+        read(tmp_path, {**SD1, "v_pred": np.zeros(0)}, "epsilon")
+
+
+def test_errors_about_a_file_name_it_and_no_scratch_folder(tmp_path, capsys):
+    spoiled = {**SD1, "first_stage_model.encoder.conv_out.bias": np.ones(3, np.float32)}
+    safetensors.numpy.save_file(spoiled, tmp_path / "model.safetensors")
+    tiny.write_tokenizer(epath.Path(tmp_path) / "words")
+    arguments = ["--from", str(tmp_path / "model.safetensors"), "--workdir", str(tmp_path / "run")]
+    assert cli.main(["import", *arguments, "--tokenizer", str(tmp_path / "words")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/model.safetensors/vae has the wrong shape in encoder.conv_out.bias" in said
+
+
 def test_a_ckpt_is_never_read(tmp_path, capsys):
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -187,16 +266,28 @@ def test_a_ckpt_is_never_read(tmp_path, capsys):
     ("tensors", "said"),
     [
         ({"a": np.ones(1)}, "not a checkpoint of Stable Diffusion"),
-        (clip_file(), "not a checkpoint of Stable Diffusion"),
-        ({**SD1, "cond_stage_model.embedding.weight": np.ones((2, 2))}, "not a checkpoint"),
+        (clip_file(), r"no U-Net \(model\.diffusion_model\.\*\) and no autoencoder"),
+        (unet_file(), r"no autoencoder \(first_stage_model\.\*\) and no text encoder"),
+        ({**unet_file(), **clip_file()}, "no autoencoder .* holds the whole model"),
+        ({**unet_file(), **vae_file(tiny.vae())}, "no text encoder"),
+        ({**SD1, "cond_stage_model.embedding.weight": np.ones((2, 2))}, "a model has one of them"),
+        ({**SD1, "strange": np.ones(1)}, "strange"),
+        ({**SD1, "ztsnr": np.zeros(0)}, "marked ztsnr"),
+        ({**SD1, "alphas_cumprod": np.ones(1000)}, "other alphas_cumprod"),
+        ({**SD1, "scale_factor": np.array(1.0)}, "scales its latents by 1"),
+        ({**SD2, **unet_file()}, "text encoder of Stable Diffusion 2 and the U-Net of Stable"),
+        (
+            {**UNET_2, **vae_file(tiny.vae()), **open_clip_file(22), "v_pred": np.zeros(0)},
+            "lacks block 22",
+        ),
+        ({**SD1, **clip_file(READ_2)}, "has block 12 of the text encoder"),
+        (without(SD1, "encoder.layers.11."), "lacks block 11 of the text encoder"),
+        ({**SD1, "model.diffusion_model.out.2.bias": np.ones(())}, "has 0 axes"),
         ({**SD1, "strange.tensor": np.ones(1)}, "strange.tensor"),
         ({**SD1, "model.diffusion_model.label_emb.0.0.bias": np.ones(1)}, "label_emb.0.0.bias"),
         ({**SD1, "betas": scaled_linear(0.001, 0.012)}, "other betas"),
         (SD2, "--prediction_type"),
-        (
-            {name: each for name, each in SD1.items() if "out.2.bias" not in name},
-            "conv_out.bias",
-        ),
+        (without(SD1, "out.2.bias"), "conv_out.bias"),
     ],
 )
 def test_other_files(tmp_path, tensors, said):

@@ -159,8 +159,8 @@ def vq():
     return random_tree(module, jnp.zeros((1, 8, 8, 3)), seed=3)
 
 
-def text_encoder():
-    module = CLIPTextEncoder(VOCABULARY, WIDTH, 128, 2, 1, LENGTH)
+def text_encoder(layers=2):
+    module = CLIPTextEncoder(VOCABULARY, WIDTH, 128, layers, 1, LENGTH)
     return random_tree(module, jnp.zeros((1, LENGTH), jnp.int32), seed=4)
 
 

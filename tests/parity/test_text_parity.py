@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from etils import epath
 from random_arrays import random_pixels, random_tensors, spots
-from text_cases import BERT, CLIP, LENGTH, PROMPTS, write_clip_tokenizer, write_words
+from text_cases import (
+    ADDED,
+    ADDED_PROMPTS,
+    BERT,
+    CLIP,
+    LENGTH,
+    PROMPTS,
+    write_added_tokens,
+    write_clip_tokenizer,
+    write_words,
+)
 
 from guided_distill.evaluation import clip
 from guided_distill.text.minilm import Bert, bert_params
@@ -22,6 +32,16 @@ def test_clip_tokens(tmp_path, pads):
     write_clip_tokenizer(tmp_path, pads)
     tokens, _ = clip_tokenizer(epath.Path(tmp_path))(PROMPTS)
     np.testing.assert_array_equal(tokens, GOLDENS["tokens"][pads])
+
+
+@pytest.mark.parametrize("where", ["file", "config"])
+def test_tokens_beside_the_vocabulary(tmp_path, where):
+    write_clip_tokenizer(tmp_path, "sd1")
+    write_added_tokens(tmp_path, where)
+    tokens, _ = clip_tokenizer(epath.Path(tmp_path))(ADDED_PROMPTS)
+    golden = GOLDENS["tokens"][f"added in {where}"]
+    np.testing.assert_array_equal(tokens, golden)
+    assert set(ADDED.values()) <= set(np.ravel(golden))
 
 
 def test_bert_tokens(tmp_path):

@@ -31,6 +31,18 @@ PADS = {
     "sd2": {"pad_token": {"content": "!", "lstrip": False, "normalized": False}},
 }
 
+ADDED = {"<sks>": 524, "<Two Words>": 525, "tok-en": 526}
+"""Words beside the vocabulary, as textual inversion adds them, and their numbers."""
+
+ADDED_PROMPTS = (
+    "a <sks> apple",
+    "<sks>the<sks>",
+    "<Two Words>,tok-en",
+    "TOK-EN <SKS>",
+    "<two words>",
+)
+
+
 WORDS = (
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *"abcdefghijklmnopqrstuvwxyz0123456789!,.'",
@@ -96,6 +108,27 @@ def write_clip_tokenizer(folder: Path, pads: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     special = {**marks, **PADS[pads], "unk_token": "<|endoftext|>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+def write_added_tokens(folder: Path, where: str) -> None:
+    """More tokens for a tokenizer in the folder: in `added_tokens.json`, or in the config as of 2023."""
+    if where == "file":
+        (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+        return
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    how = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    config["added_tokens_decoder"] = {
+        **{
+            str(number): {"content": mark, **how, "special": True}
+            for number, mark in ((522, "<|startoftext|>"), (523, "<|endoftext|>"))
+        },
+        **{
+            str(number): {"content": word, **how, "special": False, "normalized": word != "tok-en"}
+            for word, number in ADDED.items()
+        },
+    }
+    path.write_text(json.dumps(config))
 
 
 def write_words(file: Path) -> None:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import torch
 from random_arrays import random_pixels, random_tensors, spots
-from text_cases import BERT, CLIP, LENGTH, PADS, PROMPTS, write_clip_tokenizer, write_words
+from text_cases import (
+    ADDED_PROMPTS,
+    BERT,
+    CLIP,
+    LENGTH,
+    PADS,
+    PROMPTS,
+    write_added_tokens,
+    write_clip_tokenizer,
+    write_words,
+)
 from transformers import (
     BertConfig,
     BertModel,
@@ -20,6 +30,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+WHERE = ("file", "config")
 GOLDENS = Path(__file__).with_suffix(".json")
 
 
@@ -29,20 +40,27 @@ def main() -> None:
         folder = Path(name)
         tokens = {pads: clip_tokens(folder / pads, pads) for pads in PADS}
         tokens["bert"] = bert_tokens(folder)
+        tokens |= {f"added in {where}": added_tokens(folder / where, where) for where in WHERE}
     clip = clip_spots(tokens["sd1"])
     goldens = {"tokens": tokens, "bert": bert_spots(tokens["bert"]), "clip": clip}
     lines = [f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in goldens.items()]
     GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def filled(tokenizer) -> list[list[int]]:
+def filled(tokenizer, prompts=PROMPTS) -> list[list[int]]:
     options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
-    return tokenizer(list(PROMPTS), **options)["input_ids"]
+    return tokenizer(list(prompts), **options)["input_ids"]
 
 
 def clip_tokens(folder: Path, pads: str) -> list[list[int]]:
     write_clip_tokenizer(folder, pads)
     return filled(CLIPTokenizer.from_pretrained(folder))
+
+
+def added_tokens(folder: Path, where: str) -> list[list[int]]:
+    write_clip_tokenizer(folder, "sd1")
+    write_added_tokens(folder, where)
+    return filled(CLIPTokenizer.from_pretrained(folder), ADDED_PROMPTS)
 
 
 def bert_tokens(folder: Path) -> list[list[int]]:

@@ -100,6 +100,13 @@ def test_missing_folders_say_how_to_make_them(tmp_path):
     [
         ("vocab.txt", "a\nb\n", r"vocab\.txt has no token \[CLS\]"),
         ("config.json", '{"model_type": "roberta"}', r"model_type 'roberta'; only 'bert'"),
+        ("config.json", json.dumps({**BERT, "hidden_size": "24"}), "hidden_size is '24'"),
+        (
+            "config.json",
+            json.dumps({**BERT, "num_attention_heads": 5}),
+            "doesn't divide hidden_size",
+        ),
+        ("config.json", json.dumps({**BERT, "layer_norm_eps": None}), "layer_norm_eps is None"),
         ("config.json", "{}", r"lacks vocab_size.*MiniLM's config\.json"),
         ("config.json", json.dumps({**BERT, "num_hidden_layers": 3}), r"lacks encoder\.layer"),
         ("model.safetensors", "x", r"can't be read as safetensors"),
@@ -121,6 +128,27 @@ def test_damaged_files_of_minilm_are_named(tmp_path, file, content, message):
         ("vocab.json", '{"a": 0}', r"no token <\|startoftext\|>|don't fit"),
         ("tokenizer_config.json", "{}", r"model_max_length None: set it"),
         ("special_tokens_map.json", '{"pad_token": "?!"}', r"no token \?!"),
+        ("special_tokens_map.json", '{"pad_token": null}', "pad_token is None, and must be a text"),
+        ("special_tokens_map.json", '{"pad_token": {"x": 1}}', "pad_token is None"),
+        ("special_tokens_map.json", '{"bos_token": [1]}', r"bos_token is \[1\]"),
+        ("special_tokens_map.json", "[]", "should hold an object"),
+        ("added_tokens.json", '{"<sks>": "x"}', "number 'x' for an added token"),
+        ("added_tokens.json", '{"<sks>": 900}', r"<sks> has the number 900.*gives it 524"),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": 24, "added_tokens_decoder": ["<sks>"]}',
+            "must hold an object for each number",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": 24, "added_tokens_decoder": {"524": "<sks>"}}',
+            "must hold an object for each number",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": 24, "added_tokens_decoder": {"524": {"content": "a", "special": 1}}}',
+            "needs true or false for special",
+        ),
     ],
 )
 def test_damaged_files_of_a_clip_tokenizer_are_named(tmp_path, file, content, message):
