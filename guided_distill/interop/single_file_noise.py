@@ -51,7 +51,7 @@ class NoiseInFile:
 
     path: epath.Path
     buffers: Tensors
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     betas: tuple[float, float]
     needs_type: bool
 
@@ -83,7 +83,7 @@ def scheduler_of(noise: NoiseInFile, asked: str | None) -> dict[str, Any]:
 
 
 def _prediction_type(noise: NoiseInFile, asked: str | None) -> str:
-    said = _TYPES.get(noise.metadata.get("modelspec.prediction_type", ""))
+    said = _TYPES.get(str(noise.metadata.get("modelspec.prediction_type")))
     if "v_pred" in noise.buffers:
         said = "v_prediction"
     if asked and said and asked != said:
