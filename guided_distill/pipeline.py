@@ -1,5 +1,6 @@
 """Which stages a run has, in which order, from which checkpoint; and how each is trained."""
 
+import contextlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from guided_distill.latent_space import latents_of, open_data, outline_of_latent
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, student_params
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
-from guided_distill.storage import check_writable, is_there, persistently, write_text
+from guided_distill.storage import check_writable, held, is_there, persistently, write_text
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
@@ -55,17 +56,20 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
         own_latents = experiment.autoencoder.steps > 0
         outline = outline_of_latents(source, experiment) if own_latents else source
         Pipeline(experiment, workdir, outline)  # Checks the config before the folder is claimed.
-    first_alone(lambda: claim(workdir, experiment))
-    with together():
-        check_shared(workdir)
-    for origin in (experiment.start_from, experiment.teacher.initial):
-        if origin:
-            first_alone(partial(bring_companions, epath.Path(origin).parent, workdir))
-    if own_latents:
-        source = latents_of(source, experiment, workdir)
-    pipeline = Pipeline(experiment, workdir, source)
-    for chain in chains(experiment):
-        pipeline.train_chain(chain)
+    first_alone(lambda: check_unclaimed(workdir, experiment))
+    with contextlib.ExitStack() as stack:
+        first_alone(lambda: stack.enter_context(held(workdir)))
+        first_alone(lambda: claim(workdir, experiment))
+        with together():
+            check_shared(workdir)
+        for origin in (experiment.start_from, experiment.teacher.initial):
+            if origin:
+                first_alone(partial(bring_companions, epath.Path(origin).parent, workdir))
+        if own_latents:
+            source = latents_of(source, experiment, workdir)
+        pipeline = Pipeline(experiment, workdir, source)
+        for chain in chains(experiment):
+            pipeline.train_chain(chain)
 
 
 def check_same_config(experiment: Experiment) -> None:
@@ -101,8 +105,13 @@ def check_shared(workdir: epath.Path) -> None:
 
 def claim(workdir: epath.Path, experiment: Experiment) -> None:
     """Write the config to the workdir. Raises UserError if one that differs is there already."""
-    path = workdir / "config.json"
-    if is_there(path):
+    check_unclaimed(workdir, experiment)
+    write_text(workdir / "config.json", json.dumps(asdict(experiment), indent=2))
+
+
+def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
+    """Raises UserError if the workdir holds a config that differs."""
+    if is_there(workdir / "config.json"):
         changes = changed_keys(read_config(workdir), experiment)
         if changes:
             listed = "; ".join(
@@ -113,7 +122,6 @@ def claim(workdir: epath.Path, experiment: Experiment) -> None:
                 f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
                 f"the same values to go on"
             )
-    write_text(path, json.dumps(asdict(experiment), indent=2))
 
 
 def read_config(workdir: epath.Path) -> Experiment:

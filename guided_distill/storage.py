@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
+import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,13 @@ PASSING = {
 }
 """The errors of shared disks and networks that are away for a while; the last, where a save that failed
 is still writing into the folder that the next attempt clears."""
+
+
+LOCK = ".lock"
+LOST_AFTER = 600.0
+"""Seconds without a sign of life after which a process of another machine counts as ended."""
+
+_BEAT = 60.0
 
 
 def _part(path: epath.Path) -> epath.Path:
@@ -98,6 +108,93 @@ def check_writable(folder: epath.Path) -> None:
     probe = _part(folder / "probe")
     probe.write_text("")
     probe.unlink()
+
+
+@contextlib.contextmanager
+def held(folder: epath.Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder while the block runs.
+
+    The file `LOCK` in it names the process. The lock is the kernel's, and ends with the process however
+    that ends. Other machines may not see it, and buckets have none: there the file's age tells whether
+    its process lives, which touches it every minute.
+
+    Raises UserError if another process holds the folder, or the file can't be written.
+    """
+    file = folder / LOCK
+    with storing(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, free = _locked(file)
+        owner = file.read_text().split() if file.exists() else []
+        foreign = bool(owner) and owner[0] != socket.gethostname()
+        if free and owner and (foreign or descriptor is None):
+            lost = time.time() - file.stat().mtime > LOST_AFTER
+            free = lost or not (foreign or _runs(int(owner[1])))
+    try:
+        if not free:
+            raise _held_by(folder, owner, foreign=foreign)
+        with storing(file):
+            file.write_text(f"{socket.gethostname()} {os.getpid()}\n")
+        with _beating(file):
+            yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(file: epath.Path) -> tuple[int | None, bool]:
+    """A descriptor with the kernel's lock, None where there are no locks; and whether no other has it."""
+    if _is_remote(file):
+        return None, True
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        return None, not isinstance(error, BlockingIOError)
+    return descriptor, True
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # Another user's.
+        pass
+    return process != os.getpid()
+
+
+def _held_by(folder: epath.Path, owner: Sequence[str], *, foreign: bool) -> UserError:
+    who = f"process {owner[1]} on {owner[0]}" if owner else "another process"
+    todo = (
+        f"; if it no longer runs there, remove {folder / LOCK}, or start again in "
+        f"{LOST_AFTER / 60:.0f} minutes"
+    )
+    return UserError(
+        f"{who} is training in {folder}: wait for its end, or choose another --workdir"
+        f"{todo if foreign else ''}"
+    )
+
+
+@contextlib.contextmanager
+def _beating(file: epath.Path) -> Iterator[None]:
+    """Renews the file's time every minute; empties the file in the end."""
+    ended, text = threading.Event(), file.read_text()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT):
+            with contextlib.suppress(Exception):  # A disk that is away for a while.
+                file.write_text(text) if _is_remote(file) else os.utime(file)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(Exception):
+            file.write_text("")
 
 
 def persistently(

@@ -248,5 +248,5 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
     (tmp_path / "file").write_text("")
     assert cli.main(["train", *tiny_arguments, "--workdir", str(tmp_path / "file" / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "config.json can't be written" in line
+    assert "run/.lock can't be written" in line
     assert "another --workdir" in line

@@ -1,0 +1,117 @@
+"""A workdir is one training's at a time, and of none that has died."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from guided_distill import cli, storage
+from guided_distill.errors import UserError
+from guided_distill.storage import LOCK, LOST_AFTER, held
+
+HERE = socket.gethostname()
+HOLD = """
+import sys, time
+from etils import epath
+from guided_distill.storage import held
+with held(epath.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path) / "run"
+
+
+@pytest.fixture(scope="module")
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def owned(folder, host, process, *, age=0.0):
+    folder.mkdir(parents=True)
+    (folder / LOCK).write_text(f"{host} {process}\n")
+    os.utime(folder / LOCK, (time.time() - age,) * 2)
+
+
+def hold(folder):
+    with held(folder):
+        return (folder / LOCK).read_text()
+
+
+OURS = f"{HERE} {os.getpid()}\n"
+
+
+def test_the_lock_dies_with_its_process(folder):
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"^process {holder.pid} on {HERE} is training in "):
+            hold(folder)
+        holder.send_signal(signal.SIGKILL)
+    assert (folder / LOCK).read_text() == f"{HERE} {holder.pid}\n"
+    assert hold(folder) == OURS
+
+
+def test_it_ends_with_the_block(folder):
+    with pytest.raises(KeyboardInterrupt), held(folder):
+        raise KeyboardInterrupt
+    assert (folder / LOCK).read_text() == ""
+    assert hold(folder) == hold(folder) == OURS
+
+
+def test_of_two_trainings_one_is_told(folder, tiny_arguments, capsys):
+    with held(folder):
+        assert cli.main(["train", *tiny_arguments, "--workdir", str(folder)]) == 2
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"guided-distill: process {os.getpid()} on {HERE} is training in {folder}: wait for its end, or "
+        f"choose another --workdir"
+    )
+
+
+def test_of_another_machine_the_age_of_its_last_sign_decides(folder):
+    owned(folder, "elsewhere", 17, age=LOST_AFTER - 60)
+    with pytest.raises(
+        UserError, match=rf"^process 17 on elsewhere .*remove {folder}/\.lock, or .*10 m"
+    ):
+        hold(folder)
+    os.utime(folder / LOCK, (time.time() - LOST_AFTER - 60,) * 2)
+    assert hold(folder) == OURS
+
+
+def test_its_owner_gives_signs_of_life(folder, monkeypatch):
+    monkeypatch.setattr(storage, "_BEAT", 0.01)
+    with held(folder):
+        os.utime(folder / LOCK, (0, 0))
+        deadline = time.monotonic() + 20
+        while (folder / LOCK).stat().mtime < time.time() - 60:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_without_locks_of_the_storage_the_process_is_looked_for(folder, monkeypatch, dead, alive):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    owned(folder, HERE, os.getppid() if alive else dead)
+    if alive:
+        with pytest.raises(UserError, match=f"^process {os.getppid()} on {HERE} is training"):
+            hold(folder)
+    else:
+        assert hold(folder) == OURS
