@@ -18,6 +18,7 @@ import ml_collections
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import ENCODE, SAMPLERS
 from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, SCHEDULES
+from guided_distill.draws import check_seed
 from guided_distill.errors import UserError
 from guided_distill.objectives.halving import JUMPS
 from guided_distill.objectives.weighting import WEIGHTINGS
@@ -434,6 +435,8 @@ def _check(experiment: Experiment) -> None:
                 f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only {steps} "
                 f"updates by config.{name}: make the warm-up shorter"
             )
+    check_seed("config.seed", experiment.seed)
+    check_seed("config.evaluation.seed", experiment.evaluation.seed)
     _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
     _fraction("teacher.dropout", experiment.teacher.dropout)
     for key, value in dataclasses.asdict(experiment.cadence).items():

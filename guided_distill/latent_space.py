@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from guided_distill import draws
 from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
 from guided_distill.data import sources
 from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
@@ -159,7 +160,7 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
     settings = experiment.autoencoder
     module = check_autoencoder(settings, source)
     seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
-    init_key, loop_key = jax.random.split(jax.random.key(seed))
+    init_key, loop_key = jax.random.split(draws.key_of(seed))
     params = jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
     optimizer = make_optimizer(settings, steps=settings.steps)
     mesh = data_mesh()

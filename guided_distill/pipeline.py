@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from guided_distill import draws
 from guided_distill.config import (
     AUTOENCODER,
     STAGES,
@@ -210,7 +211,7 @@ class Pipeline:
         experiment = self._experiment
         directory = self._workdir / stage.name
         seed = zlib.crc32(f"{experiment.seed}/{stage.name}".encode())
-        init_key, loop_key = jax.random.split(jax.random.key(seed))
+        init_key, loop_key = jax.random.split(draws.key_of(seed))
         order = all_stages(experiment)
         about = self._describe(stage, teacher)
         if teacher is not None and stage.total_steps == 0:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from guided_distill import draws
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition, with_clipping, with_guidance
 from guided_distill.diffusion.process import Prediction
@@ -105,11 +106,10 @@ def compiled_sampler(
 
 @functools.cache
 def compiled_noise(data_shape: tuple[int, ...], mesh: Mesh) -> CompiledNoise:
-    """f(key, indices [B]) -> (unit noise [B, *data_shape], keys [B]); row i from fold_in(key, i)."""
+    """f(key, indices [B]) -> (unit noise [B, *data_shape], the steps' keys [B]), each from its index."""
 
     def draw(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys = samplers.sample_keys(key, indices)
-        return samplers.normal(keys, data_shape), keys
+        return samplers.initial_noise(key, indices, data_shape), samplers.step_keys(key, indices)
 
     split = split_batch(mesh)
     return jax.jit(draw, in_shardings=(replicated(mesh), split), out_shardings=(split, split))
@@ -120,7 +120,7 @@ def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
     mesh = data_mesh()
     indices = np.arange(-(-count // mesh.size) * mesh.size)
     indices = on_all_processes(indices, split_batch(mesh))
-    return to_host(compiled_noise(about.data_shape, mesh)(jax.random.key(seed), indices)[0])[:count]
+    return to_host(compiled_noise(about.data_shape, mesh)(draws.key_of(seed), indices)[0])[:count]
 
 
 def sample(trained: Trained, **request: Any) -> np.ndarray:
@@ -297,6 +297,7 @@ def _run(
     tell: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
+    draws.check_seed("--seed", seed)
     network, mesh = trained.description.network(), mesh or data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
     run = compiled_sampler(network, sampler, mesh, clipped=clipped, tell=tell)
@@ -305,7 +306,7 @@ def _run(
     for begin in range(start, count, batch_size):
         indices = np.arange(begin, begin + batch_size)
         rows = indices % count
-        noise, keys = draw(jax.random.key(seed), on_all_processes(indices, split))
+        noise, keys = draw(draws.key_of(seed), on_all_processes(indices, split))
         given, conditions, kept, weights = on_all_processes(
             (
                 None if z is None else np.asarray(z[rows], np.float32),

@@ -57,6 +57,8 @@ def values(section, **changes):
             {"model": {"schedule": "scaled_linear"}, "halving": {"first_num_steps": 512}},
             ["config.halving.first_num_steps", "1024", "chain of 1000"],
         ),
+        (values("", seed=-1), ["config.seed", "-1"]),
+        (values("evaluation", seed=2**64), ["config.evaluation.seed", "2^64"]),
         (values("", stage="autoencoder"), ["config.autoencoder.steps"]),
     ],
 )

@@ -13,6 +13,7 @@ from etils import epath
 from guided_distill.data.images import read_images
 from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.draws import check_seed
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import encode, of_labels, sample
@@ -124,6 +125,7 @@ def class_index(text: str, about: Description, *, flag: str) -> int:
 
 def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.ndarray:
     """Up to `count` random images of a class. Raises UserError if it has none."""
+    check_seed("--seed", seed)
     order = np.random.default_rng(seed).permutation(source.size)
     found: list[np.ndarray] = []
     for start in range(0, source.size, _READ_CHUNK):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from guided_distill import draws
 from guided_distill.data.mixture import DEFAULT_MIXTURE
 from guided_distill.data.source import SPLITS, Source, from_arrays, split_indices
 
@@ -38,7 +39,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 def mixture2d(split: str, *, seed: int) -> Source:
     """Fixed points [2] of `DEFAULT_MIXTURE`, drawn from seed, equally many of every class."""
     labels = np.arange(_MIXTURE_SIZE[split]) % DEFAULT_MIXTURE.num_classes
-    key = jax.random.fold_in(jax.random.key(seed), SPLITS.index(split))
+    key = jax.random.fold_in(draws.key_of(seed), SPLITS.index(split))
     return from_arrays(
         "mixture2d",
         split=split,

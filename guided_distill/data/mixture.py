@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
+from guided_distill import draws
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -41,7 +43,7 @@ class Mixture:
         component_key, noise_key = jax.random.split(key)
         labels = jnp.asarray(labels)
         component = jax.random.categorical(component_key, jnp.log(self.weights)[labels])
-        noise = jax.random.normal(noise_key, (len(labels), 2))
+        noise = draws.normal(noise_key, (len(labels), 2))
         stds = jnp.asarray(self.stds)[labels, component]
         return jnp.asarray(self.means)[labels, component] + stds[:, None] * noise
 

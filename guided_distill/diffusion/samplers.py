@@ -1,9 +1,9 @@
 """Samplers: plain functions over predict(z, t) -> Prediction, on the uniform grid t = i/N.
 
 `schedule` is log_snr(t). num_steps may be a traced integer, so one compilation serves every N.
-Samplers that draw noise take one typed key per example, so that a sample depends on its own seed
-alone. Every sampler but `encode` starts from z at t = n/N, n being `first` (N for pure noise), calls
-predict n times, and answers the last x: shapes [B, ...] throughout.
+Samplers that draw noise take one typed key per example, of `step_keys`, so that a sample depends on
+its own seed alone. Every sampler but `encode` starts from z at t = n/N, n being `first` (N for pure
+noise), calls predict n times, and returns the last x: shapes [B, ...] throughout.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import io_callback
 from jax.typing import ArrayLike
 
+from guided_distill import draws
 from guided_distill.diffusion.process import (
     Prediction,
     broadcast_to_rank,
@@ -30,14 +31,28 @@ ENCODE = "encode"
 """What takes the place of a sampler's name, in configs and checkpoints, where `encode` is meant."""
 
 
-def sample_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B], one for each global sample index [B]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, indices)
+_STEPS = 2**32 - 1
+"""The index that stands for the steps' noise where others stand for samples."""
+
+_fold_in_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Unit noise [B, *shape], row b drawn from keys[b] alone."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+def initial_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit noise [B, *shape] to start from, one for each global sample index [B]."""
+    return _normal(_fold_in_each(key, indices), shape)
+
+
+def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """Keys [B] of the noise that steps draw, one for each global sample index [B].
+
+    They come from a key that draws nothing itself: a word of a key's draws is also the key that an index
+    makes of it.
+    """
+    return _fold_in_each(jax.random.fold_in(key, _STEPS), indices)
+
+
+def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda key: draws.normal(key, shape))(keys)
 
 
 def _time(i: jax.Array, num_steps: jax.Array, z: jax.Array) -> jax.Array:
@@ -46,7 +61,7 @@ def _time(i: jax.Array, num_steps: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def _step_noise(keys: jax.Array, i: jax.Array, z: jax.Array) -> jax.Array:
-    return normal(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i), z.shape[1:])
+    return _normal(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i), z.shape[1:])
 
 
 def ddim(

@@ -8,6 +8,7 @@ t = 0 is clean data, t = 1 pure noise.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -35,9 +36,9 @@ def cosine(log_snr_min: float = -LOG_SNR_LIMIT, log_snr_max: float = LOG_SNR_LIM
     log_snr(t) = -2 log tan(a t + b), with a and b set by the two ends (Ho & Salimans 2022,
     "Classifier-Free Diffusion Guidance", section 2; Salimans & Ho 2022, section 2).
     """
-    angle_at_0 = np.arctan(np.exp(-0.5 * log_snr_max))
-    complement_at_1 = np.arctan(np.exp(0.5 * log_snr_min))
-    span = 0.5 * np.pi - angle_at_0 - complement_at_1
+    angle_at_0 = math.atan(math.exp(-0.5 * log_snr_max))
+    complement_at_1 = math.atan(math.exp(0.5 * log_snr_min))
+    span = 0.5 * math.pi - angle_at_0 - complement_at_1
 
     def log_snr(t: jax.Array) -> jax.Array:
         # cos(y) is taken as sin(pi/2 - y), so that float32 keeps its precision near t = 1.
@@ -78,7 +79,7 @@ def shifted(schedule: Schedule, factor: float) -> Schedule:
     Used at higher resolutions, where neighbouring pixels average the noise away
     (Hoogeboom et al. 2023, "simple diffusion", section 3).
     """
-    return lambda t: schedule(t) - 2.0 * np.log(factor)
+    return lambda t: schedule(t) - 2.0 * math.log(factor)
 
 
 def arrival(schedule: Schedule, t: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from guided_distill import draws
 from guided_distill.config import Cadence, Optimization
 from guided_distill.data.source import Source
 from guided_distill.evaluation.extractor import Extractor
@@ -86,7 +87,7 @@ def classifier_extractor(
 def classifier_loss(classifier: Classifier, params: Any, batch: Any, key: jax.Array) -> Loss:
     """Cross-entropy of the labels given slightly noisy examples; aux: "accuracy"."""
     noise_key, dropout_key = jax.random.split(key)
-    x = batch["image"] + NOISE * jax.random.normal(noise_key, batch["image"].shape)
+    x = batch["image"] + NOISE * draws.normal(noise_key, batch["image"].shape)
     logits: Any = classifier.apply(
         {"params": params}, x, train=True, rngs={"dropout": dropout_key}
     )[1]
@@ -105,7 +106,7 @@ def train_extractor(
     """
     classifier = Classifier(source.num_classes)
     mesh = data_mesh()
-    init_key, loop_key = jax.random.split(jax.random.key(SEED))
+    init_key, loop_key = jax.random.split(draws.key_of(SEED))
     params = classifier.init(init_key, jnp.zeros((1, *source.shape)))["params"]
     optimizer = make_optimizer(SETTINGS, steps=steps)
     step = make_train_step(

@@ -62,13 +62,13 @@ def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> exp
     def draw(
         weights: Mapping[str, jax.Array], seed: jax.Array, condition: Condition, w: jax.Array
     ) -> jax.Array:
-        keys = samplers.sample_keys(jax.random.key(seed), jnp.arange(w.shape[0]))
+        key, indices = jax.random.key(seed), jnp.arange(w.shape[0])
         drawn = run_sampler(
             network,
             str(about.sampler),
             unflatten_dict(dict(weights), sep="/"),
-            samplers.normal(keys, about.data_shape),
-            keys,
+            samplers.initial_noise(key, indices, about.data_shape),
+            samplers.step_keys(key, indices),
             condition,
             w=w,
             num_steps=num_steps,

@@ -1,12 +1,12 @@
 """Embeddings of time, class and guidance weight, summed to one vector that conditions a network."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 
@@ -15,13 +15,13 @@ def inverse_cosine_time(log_snr: jax.Array) -> jax.Array:
 
     It depends on the noise level alone, never on an index that a number of steps would rescale.
     """
-    return jnp.arctan(jnp.exp(-0.5 * log_snr)) / (0.5 * np.pi)
+    return jnp.arctan(jnp.exp(-0.5 * log_snr)) / (0.5 * math.pi)
 
 
 def sinusoid(value: jax.Array, width: int, *, scale: float, max_period: float = 1e4) -> jax.Array:
     """[B] -> [B, width]: sines and cosines of scale * value at `width`/2 geometric frequencies."""
     half = width // 2
-    frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half) / (half - 1))
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = scale * value[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from guided_distill import draws
 from guided_distill.objectives.weighting import Loss
 
 
@@ -28,7 +29,7 @@ def autoencoder_loss(
     model: Any = autoencoder.bind({"params": params})
     mean, log_variance = model.encode(x)
     deviation = jnp.exp(0.5 * log_variance)
-    decoded = model.decode(mean + deviation * jax.random.normal(key, mean.shape))
+    decoded = model.decode(mean + deviation * draws.normal(key, mean.shape))
     dimensions = tuple(range(1, x.ndim))
     error = jnp.mean(jnp.abs(decoded - x), axis=dimensions)
     divergence = 0.5 * (jnp.square(mean) + jnp.square(deviation) - 1.0 - log_variance)

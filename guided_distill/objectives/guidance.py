@@ -2,6 +2,7 @@
 
 import jax
 
+from guided_distill import draws
 from guided_distill.diffusion.guidance import Condition, Denoiser, with_guidance
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.schedules import Schedule
@@ -10,7 +11,7 @@ from guided_distill.objectives.weighting import Loss, prediction_loss
 
 def sample_weights(key: jax.Array, count: int, *, w_min: float, w_max: float) -> jax.Array:
     """Guidance weights [count] ~ U[w_min, w_max]."""
-    return jax.random.uniform(key, (count,), minval=w_min, maxval=w_max)
+    return draws.uniform(key, (count,), minval=w_min, maxval=w_max)
 
 
 def guidance_loss(
@@ -32,10 +33,10 @@ def guidance_loss(
     stage one. Raises ValueError if the teacher is guided already.
     """
     time_key, noise_key, weight_key = jax.random.split(key, 3)
-    t = jax.random.uniform(time_key, x.shape[:1])
+    t = draws.uniform(time_key, x.shape[:1])
     w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
     log_snr = schedule(t)
-    z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
+    z = add_noise(x, draws.normal(noise_key, x.shape), log_snr=log_snr)
     target = jax.lax.stop_gradient(with_guidance(teacher).predict(z, t, condition, w))
     prediction = student.predict(z, t, condition, w)
     return prediction_loss(

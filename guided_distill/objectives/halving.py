@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from guided_distill import draws
 from guided_distill.diffusion.guidance import Condition, Denoiser, with_clipping
 from guided_distill.diffusion.process import (
     Prediction,
@@ -108,13 +109,13 @@ def halving_loss(
     if clipped:
         teacher = with_clipping(teacher, schedule)
     index_key, noise_key, weight_key = jax.random.split(key, 3)
-    i = jax.random.randint(index_key, x.shape[:1], 1, num_steps + 1)
-    jump = JUMPS[sampler](i, num_steps)
+    i = draws.integers(index_key, x.shape[:1], 1, num_steps + 1)
+    jump = JUMPS[sampler](i.astype(jnp.float32), num_steps)
     w = None
     if student.guided:
         w = sample_weights(weight_key, len(x), w_min=w_min, w_max=w_max)
     log_snr = schedule(jump.t)
-    z = add_noise(x, jax.random.normal(noise_key, x.shape), log_snr=log_snr)
+    z = add_noise(x, draws.normal(noise_key, x.shape), log_snr=log_snr)
     target = jax.lax.stop_gradient(
         halving_target(teacher, z, condition, w, jump=jump, schedule=schedule)
     )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from guided_distill import draws
 from guided_distill.diffusion.guidance import Condition, Denoiser, without_condition
 from guided_distill.diffusion.process import Prediction, add_noise, broadcast_to_rank
 from guided_distill.diffusion.schedules import Schedule
@@ -15,7 +16,7 @@ def drop_conditions(
     """The condition [B, ...] with each example's replaced by `null` at probability `rate`."""
     nothing = without_condition(condition, null)
     count = len(next(iter(nothing.values())))
-    dropped = jax.random.bernoulli(key, rate, (count,))
+    dropped = draws.bernoulli(key, rate, (count,))
     return {
         name: jnp.where(broadcast_to_rank(dropped, nothing[name]), nothing[name], value)
         for name, value in condition.items()
@@ -39,8 +40,8 @@ def teacher_loss(
     if student.null is None:
         raise ValueError("dropping conditions needs a denoiser with a null condition")
     time_key, noise_key, drop_key = jax.random.split(key, 3)
-    t = jax.random.uniform(time_key, x.shape[:1])
-    eps = jax.random.normal(noise_key, x.shape)
+    t = draws.uniform(time_key, x.shape[:1])
+    eps = draws.normal(noise_key, x.shape)
     condition = drop_conditions(condition, drop_key, null=student.null, rate=condition_dropout)
     log_snr = schedule(t)
     prediction = student.predict(add_noise(x, eps, log_snr=log_snr), t, condition, None)

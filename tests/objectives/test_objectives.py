@@ -204,7 +204,7 @@ def test_clipped_student_makes_its_teachers_clipped_steps(num_steps):
     model = denoiser(schedule, guided=True)
     z, condition, w = batch()
     z = 2.0 * z
-    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(16))
+    keys = samplers.step_keys(jax.random.key(0), jnp.arange(16))
     clipped = with_clipping(model, schedule)
 
     def student(z, t, condition, w):

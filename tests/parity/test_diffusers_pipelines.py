@@ -401,7 +401,7 @@ def test_the_stochastic_scheduler_takes_our_sampler_steps(run, tmp_path, monkeyp
         return prediction_from(eps, source="eps", z=z, log_snr=schedule(t))
 
     monkeypatch.setattr(samplers, "_step_noise", lambda keys, i, z: jnp.cos(noise(9) + i))
-    keys = samplers.sample_keys(jax.random.key(0), jnp.arange(COUNT))
+    keys = samplers.step_keys(jax.random.key(0), jnp.arange(COUNT))
     for num_steps in (1, 2, 4, 8):
         ours = samplers.stochastic(predict, schedule, noise(), keys, jnp.int32(num_steps))
         scheduler.set_timesteps(num_steps)

@@ -1,9 +1,10 @@
 """What conditions every block: the index of the noise level, and the guidance weight beside it."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 
@@ -14,7 +15,7 @@ def time_sinusoid(time: jax.Array, width: int, *, frequency_shift: int = 0) -> j
     """
     half = width // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift)
-    angles = time.astype(jnp.float32)[:, None] * jnp.exp(-np.log(1e4) * exponents)[None, :]
+    angles = time.astype(jnp.float32)[:, None] * jnp.exp(-math.log(1e4) * exponents)[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
