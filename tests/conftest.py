@@ -113,18 +113,20 @@ def assert_same_weights() -> Callable[[object, object], None]:
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[Callable[[Path], str]]:
-    """f(workdir): the address of the page that samples from a run, which a process of its own serves."""
+def served() -> Iterator[Callable[..., str]]:
+    """f(workdir, *flags): the address of a page that samples from a run, served by a process of its own."""
     servers: list[subprocess.Popen[str]] = []
 
     @functools.cache
-    def serve(workdir: Path) -> str:
+    def serve(workdir: Path, *flags: str) -> str:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "guided_distill.cli", "serve", "--workdir", str(workdir)]
         servers.append(
-            subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, "--port", str(port), *flags], stdout=subprocess.PIPE, text=True
+            )
         )
         url = servers[-1].stdout.readline().strip()
         assert url == f"http://127.0.0.1:{port}/"

@@ -3,6 +3,7 @@
 import importlib.util
 import socket
 
+import httpx
 import numpy as np
 import pytest
 from browser import opened_page, serious_findings
@@ -55,11 +56,15 @@ def test_a_page_of_labels_says_what_it_cannot_do(workdir, served):
         ({"w": 9.0}, "greater than maximum value 4"),
         ({"stage": "teacher", "steps": None}, "there is no number of steps"),
         ({"seed": None}, "there is no seed"),
+        ({"stage": "teacher", "steps": 10**9}, "greater than maximum value 1024"),
+        ({"number": 10**6}, "greater than maximum value 64"),
         ({"stage": "halving_ddim_3"}, "halving_ddim_3"),
     ):
         asked = {"stage": "halving_ddim_1", "w": 1.0, "steps": 1, "seed": 0, "number": 2} | change
         with pytest.raises(AppError, match=said):
             client.predict([], False, 2, *asked.values(), api_name="/sample")
+    with pytest.raises(AppError, match="greater than maximum value 1024"):
+        client.predict([], True, 2**31, "teacher", 1.0, 1, 0, 2, api_name="/sample")
 
 
 def serve(workdir, *more):
@@ -67,13 +72,23 @@ def serve(workdir, *more):
 
 
 def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, monkeypatch):
+    logins = {}
+    for name, text in (("good", "ann:secret"), ("empty", ""), ("bad", "ann:secret\nbob\n")):
+        logins[name] = str(tmp_path / name)
+        (tmp_path / name).write_text(text)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         for arguments, said in (
             ((workdir, "--port", port), f"--port {port}"),
-            ((workdir, "--host", "192.0.2.1"), "--host 192.0.2.1"),
+            ((workdir, "--host", "192.0.2.1", "--auth", logins["good"]), "--host 192.0.2.1 --port"),
+            ((workdir, "--host", "192.0.2.1"), "add --auth FILE"),
+            ((workdir, "--host", "0.0.0.0"), "add --auth FILE"),
+            ((workdir, "--host", "::"), "add --auth FILE"),
+            ((workdir, "--auth", logins["empty"]), f"--auth {logins['empty']} is empty"),
+            ((workdir, "--auth", logins["bad"]), f"line 2 of --auth {logins['bad']}"),
+            ((workdir, "--auth", str(tmp_path)), f"--auth {tmp_path} can't be read"),
             ((workdir, "--stage", "halving_ddim_3", "--port", "0"), "choose one of teacher, guid"),
             ((tmp_path, "--port", "0"), "holds no run"),
         ):
@@ -107,9 +122,21 @@ def test_a_browser_shows_images_that_arrive(workdir, served):
             assert {each for each in asked if not each.startswith((url, "data:", "blob:"))} == set()
 
 
-def test_points_are_plotted(tmp_path, served):
+def test_points_are_plotted_for_who_logs_in(tmp_path, served):
     arguments = ["--config", "configs/mixture2d.py:runlocal", "--config.stage=teacher"]
     assert cli.main(["train", "--workdir", str(tmp_path), *arguments]) == 0
-    client = Client(served(tmp_path), verbose=False)
+    (tmp_path / "logins").write_text("ann:secret\n")
+    url = served(tmp_path, "--auth", str(tmp_path / "logins"))
+    assert httpx.get(f"{url}config").status_code == 401
+    with httpx.Client(base_url=url) as session:
+        logins = ({"username": "ann", "password": word} for word in ("secrets", "secret"))
+        assert [session.post("login", data=login).status_code for login in logins] == [400, 200]
+        assert session.get("config").status_code == 200
+        sizes = (10**6, 21 * 10**6)
+        uploads = [
+            session.post("gradio_api/upload", files={"files": bytes(size)}) for size in sizes
+        ]
+        assert [upload.status_code for upload in uploads] == [200, 413]
+    client = Client(url, verbose=False, auth=("ann", "secret"))
     _, drawn, *_ = client.predict([], False, 2, "teacher", 1.0, 2, 0, 9, api_name="/sample")
     assert drawn["value"]["type"] == "matplotlib"

@@ -287,7 +287,16 @@ def test_a_loaded_run_does_the_same(workdir, model):
             request()
 
 
-def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path):
+def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypatch):
+    # Pillow would have it render what calls itself an image and is a program.
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "program.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    )
+    Image.new("1", (2**14, 2**13)).save(tmp_path / "bomb.png")
     client = Client(served(Path(workdir)), verbose=False)
     model = guided_distill.load(workdir / "halving_ddim_2")
     image, mask = (np.full((1, SIDE, SIDE, 3), 200, np.uint8), np.zeros((SIDE, SIDE), np.uint8))
@@ -315,12 +324,16 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path):
         assert f"{1 if verb == 'edit' else 2} network call" in words
     for verb, inputs, said in (
         ("sample", (" ", False, 2), "there is no prompt"),
+        ("sample", ("a" * 1001, False, 2), "has 1001 characters"),
+        ("edit", (handle_file(tmp_path / "bomb.png"), "a", 0.5), "exceeds limit"),
+        ("edit", (handle_file(tmp_path / "program.png"), "a", 0.5), "Ghostscript"),
         ("edit", (None, "a", 0.5), "there is no image"),
         ("edit", (image_file, "a", 0.3), "give 0.5 to 1"),
         ("inpaint", (drawing, None, "a"), "nothing is painted over"),
     ):
         with pytest.raises(AppError, match=said):
             client.predict(*inputs, *chosen, api_name=f"/{verb}")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ _KEEP_FILES = 3600
 
 _SEEDS = 2**32
 _STEPS_BESIDE = 64
+_MOST_STEPS = 1024
+_LONGEST_PROMPT = 1000
+"""In characters; text encoders read some 77 tokens."""
+
 _SMALL_SIDE = 128
 _PAINT = "#d33682"
 
@@ -139,10 +143,8 @@ def _usual_w(about: Description) -> float:
 
 def _steps(about: Description) -> dict[str, Any]:
     free = about.num_steps is None
-    return {
-        "value": 2 * about.experiment.halving.first_num_steps if free else about.num_steps,
-        "visible": free,
-    }
+    value = 2 * about.experiment.halving.first_num_steps if free else about.num_steps
+    return {"value": value, "maximum": max(value, _MOST_STEPS), "visible": free}
 
 
 def _sample_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
@@ -161,7 +163,12 @@ def _sample_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
             label="Beside the teacher, from the same seeds", visible=run.has_teacher
         )
         teacher_steps = gr.Number(
-            _STEPS_BESIDE, minimum=1, precision=0, label="The teacher's steps", visible=False
+            _STEPS_BESIDE,
+            minimum=1,
+            maximum=_MOST_STEPS,
+            precision=0,
+            label="The teacher's steps",
+            visible=False,
         )
     with gr.Row():
         button = gr.Button("Sample", variant="primary", min_width=120)
@@ -299,7 +306,9 @@ def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None
 
 
 def _prompt() -> gr.Textbox:
-    return gr.Textbox(label="Prompt", placeholder="what the image shows")
+    return gr.Textbox(
+        label="Prompt", placeholder="what the image shows", max_length=_LONGEST_PROMPT
+    )
 
 
 class _Canvas:
@@ -344,6 +353,8 @@ def _request(run: OpenRun, chosen: Chosen, **what: Any) -> Request:
 def _prompts(text: str, chosen: Chosen) -> dict[str, Any]:
     if not text.strip():
         raise UserError("there is no prompt: say what the image shows")
+    if len(text) > _LONGEST_PROMPT:
+        raise UserError(f"the prompt has {len(text)} characters: give {_LONGEST_PROMPT} at most")
     return {"prompts": [text.strip()] * chosen.number}
 
 

@@ -5,6 +5,8 @@ import importlib.util
 import os
 from typing import Any
 
+from etils import epath
+
 from guided_distill.errors import UserError
 from guided_distill.verbs.shared import CACHE, command_of_run, keep_compiled_programs
 
@@ -24,8 +26,14 @@ def add_verbs(verbs: Any) -> None:
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets in everybody who reaches this machine "
+        help="address to listen on; 0.0.0.0 lets in everybody who reaches this machine and is in --auth "
         "(default: %(default)s)",
+    )
+    serve.add_argument(
+        "--auth",
+        type=epath.Path,
+        metavar="FILE",
+        help="file of lines NAME:PASSWORD, for those who may use the page (default: nobody logs in)",
     )
     serve.add_argument("--port", type=int, default=7860, help="port (default: %(default)s)")
     serve.add_argument("--cache", **CACHE)
@@ -39,10 +47,12 @@ def _serve(options: argparse.Namespace, _: list[str]) -> None:
     # Gradio reads it when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from guided_distill.serve.page import build_page
-    from guided_distill.serve.server import check_free, launch
+    from guided_distill.serve.server import check_free, check_host, launch, read_logins
 
+    logins = read_logins(options.auth) if options.auth else None
+    check_host(options.host, logins)
     check_free(options.host, options.port)
     keep_compiled_programs(options.cache)
     page = build_page(options.workdir, stage=options.stage)
-    print(launch(page, host=options.host, port=options.port), flush=True)
+    print(launch(page, host=options.host, port=options.port, logins=logins), flush=True)
     page.block_thread()
