@@ -114,7 +114,7 @@ def assert_same_weights() -> Callable[[object, object], None]:
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Callable[..., str]]:
-    """f(workdir, *flags): the address of a page that samples from a run, served by a process of its own."""
+    """f(workdir, *flags): the address of a page that samples from a run, served by another process."""
     servers: list[subprocess.Popen[str]] = []
 
     @functools.cache
