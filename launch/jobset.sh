@@ -76,6 +76,9 @@ import json, os, string, sys
 
 file, *words = sys.argv[1:]
 end = words.index("--")
+
+# Kubernetes would fill in $(NAME), and reads two dollar signs as one.
+words = [word.replace("$", "$$") for word in words]
 pairs = [word.split("=", 1) for word in words[:end]]
 environment = json.dumps([{"name": name, "value": value} for name, value in pairs])
 arguments = json.dumps(words[end + 1 :])

@@ -144,13 +144,26 @@ refuse_second_run() {
   [[ $told != *"a run is alive"* ]] || fail "$name is still running: watch or stop"
 }
 
+# What an installation is made of.
+parts=(guided_distill configs pyproject.toml README.md LICENSE)
+
 install() {
   local checkout archive=guided-distill.tar.gz
   checkout=$(cd "$(dirname "$0")/.." && pwd)
-  run git -C "$checkout" archive --format tar.gz --prefix guided-distill/ --output "/tmp/$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "/tmp/$archive" "$name:$archive" "${where[@]}" --worker all
-  # The images' own Python is older than ours.
-  on_hosts all "tar xzf $archive && python3 -m pip install --user --quiet uv && \
+  # Others could replace a file of a fixed name in the shared temporary folder.
+  if [[ -n $dry_run ]]; then
+    folder=FOLDER
+    echo "# with a new temporary FOLDER:"
+  else
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+  fi
+  run git -C "$checkout" archive --format tar.gz --prefix guided-distill/ --output "$folder/$archive" \
+    HEAD "${parts[@]}"
+  run gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:$archive" "${where[@]}" --worker all
+  # What an earlier HEAD had must not be installed again. The images' own Python is older than ours.
+  on_hosts all "(cd guided-distill 2>/dev/null && rm -rf ${parts[*]}); \
+tar xzf $archive && python3 -m pip install --user --quiet uv && \
 python3 -m uv venv --quiet --clear --python 3.12 environment && \
 python3 -m uv pip install --quiet --python environment/bin/python './guided-distill[tpu]'"
 }

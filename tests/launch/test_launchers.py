@@ -17,6 +17,9 @@ LAUNCH = HERE.parents[1] / "launch"
 VERB = ["train", "--config", "configs/my file.py", "--workdir", "gs://bucket/run"]
 
 
+# What the package is built from.
+PARTS = {"guided_distill", "configs", "pyproject.toml", "README.md", "LICENSE"}
+
 TFDS = "TFDS_DATA_DIR=gs://bucket/my data"
 
 
@@ -64,6 +67,8 @@ def test_a_queued_resource_is_asked_for_awaited_installed_and_started():
     assert {"--spot", "v6e-16", "v2-alpha-tpuv6e"} <= set(create)
     assert describe[4] == "describe"
     assert archive[0] == "git"
+    assert set(archive[archive.index("HEAD") + 1 :]) == PARTS
+    assert copy[5].startswith("FOLDER/")
     for command in (look, copy, install, start):
         assert command[command.index("--worker") + 1] == "all"
     assert "guided-distill[tpu]" in install[-1]
@@ -87,7 +92,18 @@ case "$*" in
     exit 1
     ;;
   *kill*) bash -c "${@: -1}" ;;
+  *scp*)
+    echo "$5 $(stat --format %A "$(dirname "$5")")" >copied
+    ;;
 esac
+"""
+
+# Like git archive as far as it goes: writes where --output says.
+GIT = """#!/usr/bin/env bash
+while (($#)); do
+  [[ $1 == --output ]] && echo archive >"$2"
+  shift
+done
 """
 
 
@@ -95,16 +111,16 @@ esac
 def start(tmp_path, monkeypatch):
     """f(*states): what `start` says, and its steps, while gcloud tells these states of the slice."""
     idle = "#!/bin/sh\n"
-    for name, text in (("gcloud", GCLOUD), ("sleep", idle), ("git", idle)):
+    for name, text in (("gcloud", GCLOUD), ("sleep", idle), ("git", GIT)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     options = ["--name", "run", "--project", "p", "--zone", "z", "--accelerator-type", "v6e-16"]
 
     def run(*states):
         Path("states").write_text("".join(f"{state}\n" for state in states))
-        done = call("queued_resource.sh", "start", *options, "--", *VERB, env=env)
+        done = call("queued_resource.sh", "start", *options, "--", *VERB, env=os.environ | path)
         steps = [line.split()[3] for line in Path("log").read_text().splitlines()]
         return done, [step for step in steps if step != "describe"]
 
@@ -128,6 +144,22 @@ def test_a_slice_is_asked_for_when_there_is_none(start, states, steps):
     done, taken = start(*states)
     assert done.returncode == 0, done.stderr
     assert taken == steps + STARTED
+
+
+def test_what_is_copied_lies_where_nobody_else_can_put_it(start, tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("TMPDIR", str(shared))
+    copied = []
+    for _ in range(2):
+        done, _ = start("ACTIVE", "ACTIVE")
+        assert done.returncode == 0, done.stderr
+        copied.append(Path("copied").read_text().split())
+        assert list(shared.iterdir()) == []
+    (first, rights), (second, _) = copied
+    assert Path(first).parent.parent == shared
+    assert rights == "drwx------"
+    assert first != second
 
 
 @pytest.mark.parametrize("before", [[], ["PROVISIONING", "PROVISIONING"]])
@@ -163,6 +195,23 @@ def test_the_jobset_fits_its_schema_and_its_slices():
     assert codes["values"] == [2, Interrupted.STATUS]
 
 
+def test_kubernetes_fills_in_nothing():
+    """It would read $(NAME) as a variable, and reads $$ as $."""
+    words = ["train", "--workdir", "/$(HOME)/$x/$$"]
+    options = ["--name", "a", "--image", "b", "--env", "A=$(HOME)", "--dry-run", "--"]
+    manifest = yaml.safe_load(call("jobset.sh", *options, *words).stdout)
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == ["train", "--workdir", "/$$(HOME)/$$x/$$$$"]
+    assert container["env"] == [{"name": "A", "value": "$$(HOME)"}]
+
+
+def test_skypilot_carries_what_the_package_is_made_of():
+    ignored = (LAUNCH.parent / ".skyignore").read_text().splitlines()
+    assert PARTS.isdisjoint(line.strip("/") for line in ignored)
+    assert {"/docs", "/runs", "/.git"} <= set(ignored)
+
+
 @pytest.mark.parametrize("name", ["true", "null"])
 def test_a_name_that_yaml_knows_stays_a_name(name):
     manifest = jobset("--name", name)
@@ -189,7 +238,7 @@ def test_the_skypilot_task_fits_its_schema_and_recovers_from_a_pre_emption():
         validate(task, "skypilot_schema.json")
 
 
-@pytest.mark.parametrize("overrides", [[], ["--config.a=1", "--config.b=(2,)"]])
+@pytest.mark.parametrize("overrides", [[], ["--config.a=1", "--config.b=(2, 'it is *')", "-c"]])
 def test_the_skypilot_task_runs_what_its_variables_say(tmp_path, overrides):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     program = tmp_path / "environment" / "bin" / "guided-distill"
@@ -198,7 +247,7 @@ def test_the_skypilot_task_runs_what_its_variables_say(tmp_path, overrides):
     program.chmod(0o755)
     given = {"CONFIG": VERB[2], "WORKDIR": VERB[4], "HOME": str(tmp_path)}
     if overrides:
-        given["OVERRIDES"] = " ".join(overrides)
+        given["OVERRIDES"] = "\n".join(overrides)
     done = subprocess.run(
         ["bash", "-euc", task["run"]],
         env=os.environ | task["envs"] | given,
