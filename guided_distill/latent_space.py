@@ -161,7 +161,10 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
     module = check_autoencoder(settings, source)
     seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
     init_key, loop_key = jax.random.split(draws.key_of(seed))
-    params = jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
+
+    def initial() -> Params:
+        return jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
+
     optimizer = make_optimizer(settings, steps=settings.steps)
     mesh = data_mesh()
     step = make_train_step(
@@ -178,7 +181,8 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
         source=source,
         flip=experiment.data.flip,
         seed=seed,
-        params=params,
+        shapes=jax.eval_shape(initial),
+        initial=initial,
         step=step,
         optimizer=optimizer,
         settings=settings,

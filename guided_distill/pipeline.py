@@ -196,14 +196,17 @@ class Pipeline:
         stage = chain[index]
         directory = self._workdir / stage.name
         if self._latest is None or self._latest.path != str(directory):
-            self._latest = load_trained(directory, self._mesh)
-            if self._latest is None or not self._latest.finished:
+            loaded = None
+            if latest_step(directory) == stage.total_steps:
+                loaded = load_trained(directory, self._mesh, total_steps=stage.total_steps)
+            if loaded is None or not loaded.finished:
                 if not self._wanted(stage):
                     raise UserError(
                         f"{directory} is not finished, and the next stage needs it: train it with "
                         f"--config.stage={stage.kind}, or everything with --config.stage=all"
                     )
-                self._latest = self._train(stage, self._weights(chain, index - 1))
+                loaded = self._train(stage, self._weights(chain, index - 1))
+            self._latest = loaded
         return self._latest
 
     def _train(self, stage: Stage, teacher: Trained | None) -> Trained:
@@ -220,13 +223,16 @@ class Pipeline:
             return Trained(str(directory), 0, teacher.params, about)
         network = about.network()
         tutor = teacher.description.network() if teacher else network
-        given = self._given_weights(teacher)
-        if teacher is not None and tutor == network:
-            params = given
-        else:
-            places = split_weights(self._mesh, jax.eval_shape(network.init, init_key))
+        shapes = jax.eval_shape(network.init, init_key)
+
+        def initial() -> Params:
+            given = self._given_weights(teacher)
+            if teacher is not None and tutor == network:
+                return given
+            places = split_weights(self._mesh, shapes)
             params = jax.jit(network.init, out_shardings=places)(init_key)
-            params = student_params(params, given) if given else params
+            return student_params(params, given) if given else params
+
         step, optimizer = compiled_step(
             stage.kind,
             stage.settings,
@@ -243,7 +249,8 @@ class Pipeline:
             # Latents are encoded in both orientations.
             flip=experiment.data.flip and not self._source.latent,
             seed=seed,
-            params=params,
+            shapes=shapes,
+            initial=initial,
             step=step,
             optimizer=optimizer,
             settings=stage.settings,

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -23,8 +23,10 @@ from guided_distill.training.processes import is_first
 
 log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 WAITS = (1.0, 4.0, 15.0)
-"""Seconds between attempts to write."""
+"""Seconds between attempts."""
 
 PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
@@ -198,41 +200,49 @@ def _beating(file: epath.Path) -> Iterator[None]:
 
 
 def persistently(
-    write: Callable[[], Any], path: epath.Path, *, waits: Sequence[float] = WAITS
-) -> None:
-    """Write, and again after each of `waits`, in seconds, while the error is one that can pass.
+    work: Callable[[], Value],
+    path: epath.Path,
+    *,
+    waits: Sequence[float] = WAITS,
+    verb: str = "written",
+) -> Value:
+    """Do it, and again after each of `waits`, in seconds, while the error is one that can pass.
 
-    Raises UserError for any other error, such as a full disk, and for one that doesn't pass; of many
-    processes, Interrupted for the latter, for whatever starts them can start them again.
+    verb: what is done with the path, "written" or "read". Raises UserError for any other error of the
+    storage, such as a full disk, and for one that doesn't pass; of many processes, Interrupted for the
+    latter, for whatever starts them can start them again.
     """
-    with storing(path):
+    with storing(path, verb=verb):
         for wait in waits:
             try:
-                write()
-                return
+                return work()
             except Exception as error:
                 if not can_pass(error, path):
                     raise
                 words = first_line(error)
-                log.warning("%s can't be written (%s): again in %g s", path, words, wait)
+                log.warning("%s can't be %s (%s): again in %g s", path, verb, words, wait)
                 time.sleep(wait)
-        write()
+        return work()
 
 
 @contextlib.contextmanager
-def storing(path: epath.Path) -> Iterator[None]:
+def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
     """Raises as `persistently` does for an error in the block."""
     try:
         yield
     except Exception as error:
-        if not _of_storage(error, path):
+        passing = can_pass(error, path)
+        # What is wrong with a value that was read isn't the storage's to answer for.
+        if not _of_storage(error, path) or (
+            verb == "read" and type(error) is ValueError and not passing
+        ):
             raise
-        if jax.process_count() > 1 and can_pass(error, path):
+        if jax.process_count() > 1 and passing:
             raise Interrupted(
-                f"{path} can't be written ({first_line(error)}); the same command goes on from the last "
+                f"{path} can't be {verb} ({first_line(error)}); the same command goes on from the last "
                 f"checkpoint"
             ) from error
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, verb=verb) from error
 
 
 def _is_remote(path: epath.Path) -> bool:
@@ -267,10 +277,15 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
-def storage_error(path: epath.Path, error: Exception) -> UserError:
+def storage_error(path: epath.Path, error: Exception, *, verb: str = "written") -> UserError:
     """The sentence for a user whose disk is full or read-only."""
     if isinstance(error, ImportError):
         return _unreachable(path, error)
+    if verb == "read":
+        return UserError(
+            f"{path} can't be read ({first_line(error)}): check its storage and your access to it, then "
+            f"run the same command again"
+        )
     return UserError(
         f"{path} can't be written ({first_line(error)}): make room or choose another "
         f"--workdir, then run the same command to go on from the last checkpoint"

@@ -107,7 +107,10 @@ def train_extractor(
     classifier = Classifier(source.num_classes)
     mesh = data_mesh()
     init_key, loop_key = jax.random.split(draws.key_of(SEED))
-    params = classifier.init(init_key, jnp.zeros((1, *source.shape)))["params"]
+
+    def initial() -> Any:
+        return classifier.init(init_key, jnp.zeros((1, *source.shape)))["params"]
+
     optimizer = make_optimizer(SETTINGS, steps=steps)
     step = make_train_step(
         lambda params, frozen, batch, key: classifier_loss(classifier, params, batch, key),
@@ -120,7 +123,8 @@ def train_extractor(
         source=source,
         flip=False,
         seed=SEED,
-        params=params,
+        shapes=jax.eval_shape(initial),
+        initial=initial,
         step=step,
         optimizer=optimizer,
         settings=SETTINGS,

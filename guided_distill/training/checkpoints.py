@@ -2,11 +2,13 @@
 
 Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
 and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py),
-`layout` (names and shapes of the weights) and, of a pre-empted run, `unlogged` (sums of figures). The
-weights of a teacher are never written again in its student's checkpoint.
+`layout` (names and shapes of the weights) and, of a pre-empted run, `unlogged` (sums of figures), and
+of the digests of their files. The weights of a teacher are never written again in its student's
+checkpoint.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
@@ -14,14 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
 from guided_distill.errors import UserError
-from guided_distill.storage import WAITS, first_line, persistently, storing
+from guided_distill.storage import WAITS, first_line, is_there, persistently, storing
+from guided_distill.training import digests
 from guided_distill.training.mesh import split_weights
-from guided_distill.training.processes import first_alone
+from guided_distill.training.processes import is_first, texts_of_all, together
 from guided_distill.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,13 @@ Read = TypeVar("Read")
 UNLOGGED = "unlogged"
 ARRAYS = ("params", "ema", "rest")
 TEXTS = ("data", "about", "layout", UNLOGGED)
+
+Items = tuple[tuple[str, ...], ...]
+"""What is read of a checkpoint: each the name of an item, or of those that can take its place."""
+
+ALL: Items = tuple((name,) for name in (*ARRAYS, *TEXTS))
+RESULT: Items = (("layout",), ("ema", "params"))
+ABOUT: Items = (("about",),)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
@@ -81,23 +92,53 @@ class _Manager(ocp.CheckpointManager):
 class StageCheckpoints:
     """The checkpoints in a stage's folder; a context manager that waits for its last save."""
 
-    def __init__(self, directory: epath.Path, *, keep: int | None = None) -> None:
-        """keep: how many checkpoints stay when a newer one is saved; None for all."""
+    def __init__(
+        self, directory: epath.Path, *, keep: int | None = None, total_steps: int | None = None
+    ) -> None:
+        """keep: how many checkpoints stay when a newer one is saved; None for all.
+
+        total_steps: updates of the stage, where this is its training, which sets damaged checkpoints
+        aside; None for whoever reads or writes a result, and moves nothing.
+        """
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
         self._keep = keep
+        self._total_steps = total_steps
         with storing(directory):
             self._manager = self._open()
 
     def _open(self) -> _Manager:
         return _Manager(
-            self.directory / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True),
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            ),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
                 **{name: ocp.JsonCheckpointHandler() for name in TEXTS},
             },
         )
+
+    @property
+    def _folder(self) -> epath.Path:
+        return self.directory / "checkpoints"
+
+    def _write_digests(self) -> None:
+        """Orbax calls it in the background, when the items are whole and nothing is committed yet.
+
+        A checkpoint and its digests are so committed as one. It does so on process 0 alone, once all
+        have written. To digest what the others have written there, too, costs reading it back once; but
+        it needs no exchange, and finds what a disk has not kept of what it was given.
+        """
+        unfinished = [
+            each
+            for each in self._folder.iterdir()
+            if each.name.partition(".")[0] == str(self._saving)
+        ]
+        for folder in unfinished:  # One, whose name is Orbax's to choose.
+            digests.write_digests(folder)
 
     def save(
         self,
@@ -107,7 +148,11 @@ class StageCheckpoints:
         about: Mapping[str, Any],
         unlogged: Sequence[float] = (),
     ) -> None:
-        """Start to save. Raises as `persistently` if this save, or the one before, can't be written."""
+        """Start to save. Raises as `persistently` if this save, or the one before, can't be written.
+
+        Raises UserError, and saves nothing, unless all weights are finite.
+        """
+        self._check_finite(int(state.step), (state.params, state.ema))
         items = {
             "params": ocp.args.StandardSave(state.params),
             "rest": ocp.args.StandardSave(_rest(state)),
@@ -122,7 +167,11 @@ class StageCheckpoints:
         self._save(int(state.step), items)
 
     def save_result(self, step: int, params: Any, *, about: Mapping[str, Any]) -> None:
-        """Start to save the weights alone: enough for `restore_result`, not to train on."""
+        """Start to save the weights alone: enough for `restore_result`, not to train on.
+
+        Raises as `save`.
+        """
+        self._check_finite(step, params)
         self._save(
             step,
             {
@@ -132,9 +181,23 @@ class StageCheckpoints:
             },
         )
 
+    def _check_finite(self, step: int, weights: Any) -> None:
+        if not _all_finite(weights):
+            raise UserError(
+                f"{self.directory} has weights that are not finite at step {step}, which are not saved: "
+                f"start again from finite ones in another --workdir, with a lower learning_rate"
+            )
+
     def _save(self, step: int, items: Mapping[str, Any]) -> None:
         self._latest = step, ocp.args.Composite(**items)
-        self._persistently(lambda: self._manager.save(step, args=self._latest[1]))
+        self._persistently(self._begin)
+
+    def _begin(self) -> None:
+        """Start to save the latest state, when the save before has ended."""
+        self._manager.wait_until_finished()
+        step, items = self._latest
+        self._saving = step
+        self._manager.save(step, args=items)
 
     def _persistently(self, write: Callable[[], Any]) -> None:
         """Write; if that fails, then the latest state anew. Many processes leave that to a restart."""
@@ -147,8 +210,7 @@ class StageCheckpoints:
         with contextlib.suppress(UserError):
             self.close()
         self._manager = self._open()
-        step, items = self._latest
-        self._manager.save(step, args=items)
+        self._begin()
         self._manager.wait_until_finished()
 
     def wait(self) -> None:
@@ -161,34 +223,88 @@ class StageCheckpoints:
     def restore(self, template: TrainState) -> Restored | None:
         """The newest whole checkpoint, or None if there is none.
 
-        template: a TrainState of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is moved
-        into the folder `damaged`, with a warning, and the one before it is read instead.
+        template: a TrainState of jax.ShapeDtypeStruct with shardings. In a training, a checkpoint whose
+        files aren't as they were written is moved into the folder `damaged`, with a warning, and the
+        one before it is read instead. Raises UserError if it may not be moved, for a damaged checkpoint
+        elsewhere or as the only one of a stage that was finished, and for what can't be read; what else
+        goes wrong, such as want of memory, is raised as it is.
         """
-        return self._newest(lambda step: self._read(step, template))
+        return self._newest(ALL, lambda step: self._read(step, template))
 
     def restore_result(self, template: Any) -> tuple[int, Any] | None:
         """Step and weights that the newest whole checkpoint hands on, or None; as for `restore`."""
-        return self._newest(lambda step: (step, self._read_result(step, template)))
+        return self._newest(RESULT, lambda step: (step, self._read_result(step, template)))
 
     def about(self) -> dict[str, Any] | None:
         """What the newest checkpoint is, or None if there is none; as for `restore`."""
         return self._newest(
+            ABOUT,
             lambda step: (
                 self._manager.restore(
                     step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
                 ).about
-            )
+            ),
         )
 
-    def _newest(self, read: Callable[[int], Read]) -> Read | None:
-        while (step := self._manager.latest_step()) is not None:
-            try:
-                return read(step)
-            except UserError:
+    def _newest(self, items: Items, read: Callable[[int], Read]) -> Read | None:
+        step = self._choose(items)
+        if step is None:
+            return None
+        folder = self._folder / str(step)
+        # Of many processes, one that tried again would be alone where Orbax lets all meet.
+        waits = WAITS if jax.process_count() == 1 else ()
+        try:
+            return persistently(lambda: read(step), folder, waits=waits, verb="read")
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if is_there(folder / digests.FILE):
                 raise
-            except Exception as error:  # Orbax raises a plain Exception for a truncated array.
-                self._set_aside(step, error)
-        return None
+            # Of an earlier version. Orbax raises a plain Exception for a truncated array.
+            raise UserError(
+                f"{folder} can't be read ({first_line(error)}) and has no digests to tell whether it is "
+                f"damaged: bring it back, or move it away to go on from the checkpoint before it"
+            ) from error
+
+    def _choose(self, items: Items) -> int | None:
+        """The step of the newest whole checkpoint, or None: process 0 looks, and all follow."""
+        chosen: int | None = None
+        with together():
+            if is_first():
+                chosen = self._find_whole(items)
+        (said, *_) = texts_of_all("" if chosen is None else str(chosen))
+        chosen = int(said) if said else None
+        if self._manager.latest_step() != chosen:
+            self._manager.reload()
+        return chosen
+
+    def _find_whole(self, items: Items) -> int | None:
+        """As `_choose`, after setting aside what is newer and damaged, where that is allowed."""
+        damaged: dict[int, str] = {}
+        whole = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self._folder / str(step)
+            words = persistently(
+                functools.partial(digests.find_damage, folder, items), folder, verb="read"
+            )
+            if not words:
+                whole = step
+                break
+            if self._total_steps is None:
+                raise UserError(
+                    f"{folder} is damaged ({words}): bring it back, or let `guided-distill train` go on "
+                    f"from the checkpoint before it"
+                )
+            damaged[step] = words
+        if whole is None and self._total_steps in damaged:
+            raise UserError(
+                f"{self.directory} was finished, and no checkpoint of it is whole ({self._total_steps}: "
+                f"{damaged[self._total_steps]}): bring one back, or remove the folder to train the stage "
+                f"again from its start"
+            )
+        for step, words in damaged.items():
+            self._set_aside(step, words, instead=whole)
+        return whole
 
     def _check_layout(self, step: int, params: Any) -> None:
         """Another network is the user's to sort out: such a checkpoint isn't damaged."""
@@ -209,7 +325,7 @@ class StageCheckpoints:
         }
         if template.ema:
             items["ema"] = ocp.args.StandardRestore(template.ema)
-        if UNLOGGED in self._manager.item_metadata(step):
+        if (self._folder / str(step) / UNLOGGED).exists():
             items[UNLOGGED] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         state = TrainState(params=read.params, ema=read.get("ema") or {}, **read.rest)
@@ -217,33 +333,30 @@ class StageCheckpoints:
 
     def _read_result(self, step: int, template: Any) -> Any:
         self._check_layout(step, template)
-        averaged = "ema" in self._manager.item_metadata(step)
-        name = "ema" if averaged else "params"
+        name = "ema" if (self._folder / str(step) / "ema").exists() else "params"
         read = self._manager.restore(
             step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(template)})
         )
         return read[name]
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, words: str, *, instead: int | None) -> None:
         damaged = self.directory / "damaged"
 
         def move() -> None:
             damaged.mkdir(parents=True, exist_ok=True)
             target = damaged / f"{step}-{sum(1 for _ in damaged.iterdir())}"
-            (self.directory / "checkpoints" / str(step)).rename(target)
+            (self._folder / str(step)).rename(target)
 
-        first_alone(move)
-        self._manager.reload()
-        previous = self._manager.latest_step()
+        persistently(move, damaged)
         log.warning(
             "The checkpoint of step %d in %s is damaged (%s); it now lies in %s, and %s.",
             step,
             self.directory,
-            first_line(error),
+            words,
             damaged,
             "nothing older is left: the stage starts again"
-            if previous is None
-            else f"step {previous} is read instead",
+            if instead is None
+            else f"step {instead} is read instead",
         )
 
     def close(self) -> None:
@@ -256,6 +369,11 @@ class StageCheckpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@jax.jit
+def _all_finite(weights: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(each).all() for each in jax.tree.leaves(weights)]))
 
 
 def _layout(params: Any) -> dict[str, list[int]]:

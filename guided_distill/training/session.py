@@ -1,7 +1,8 @@
 """A training in its own folder: from its newest checkpoint, or from given weights, to its end."""
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ def train_in(
     source: Source,
     flip: bool,
     seed: int,
-    params: Any,
+    shapes: Any,
+    initial: Callable[[], Any],
     step: TrainStep,
     optimizer: optax.GradientTransformation,
     settings: Optimization,
@@ -45,15 +47,17 @@ def train_in(
     mesh: Mesh,
     title: str,
 ) -> TrainState:
-    """Train `params` on the source, and answer the state after total_steps.
+    """Train on the source from a checkpoint, or from `initial()`; returns the state after total_steps.
 
-    seed draws the batches, key what the loss draws. about: what the checkpoints say of themselves.
+    initial: makes the weights of these shapes at step 0, where they live on the mesh; a resumed stage
+    never calls it, so that the devices hold no other state beside the restored one. seed draws the
+    batches, key what the loss draws. about: what the checkpoints say of themselves.
     The folder then holds checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt. Raises UserError
     if the disk is full, or the loss isn't finite for long, and Interrupted after saving if the machine
     is to be taken away.
     """
-    state = split_initial_state(
-        params, optimizer=optimizer, ema_decay=settings.ema_decay, mesh=mesh
+    start = functools.partial(
+        split_initial_state, optimizer=optimizer, ema_decay=settings.ema_decay, mesh=mesh
     )
     iterator = batches(
         source,
@@ -65,14 +69,21 @@ def train_in(
     )
     with (
         contextlib.closing(iterator),
-        StageCheckpoints(directory, keep=cadence.checkpoints_to_keep) as checkpoints,
+        StageCheckpoints(
+            directory, keep=cadence.checkpoints_to_keep, total_steps=total_steps
+        ) as checkpoints,
     ):
-        restored = checkpoints.restore(abstract(state, mesh))
+        restored = checkpoints.restore(abstract(jax.eval_shape(start, shapes), mesh))
         if restored is None:
+            unlogged: Sequence[float] = ()
+            params = initial()
             write_text(directory / "parameters.txt", parameter_table(params))
+            state = start(params)
+            del params
         else:
-            state = restored.state
-            iterator.set_state(restored.data_state)
+            state, data_state, _, unlogged = restored
+            del restored  # The first update takes the state's memory over.
+            iterator.set_state(data_state)
         with contextlib.closing(MetricsLog(directory, step=int(state.step))) as metrics_log:
             return train(
                 state,
@@ -85,7 +96,7 @@ def train_in(
                 checkpoints=checkpoints,
                 about=about,
                 metrics_log=metrics_log,
-                unlogged=restored.unlogged if restored else (),
+                unlogged=unlogged,
                 mesh=mesh,
                 title=title,
             )

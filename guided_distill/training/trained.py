@@ -151,14 +151,17 @@ def read_finished(directory: epath.Path) -> Description:
     return description
 
 
-def load_trained(directory: epath.Path, mesh: Mesh | None = None) -> Trained | None:
+def load_trained(
+    directory: epath.Path, mesh: Mesh | None = None, *, total_steps: int | None = None
+) -> Trained | None:
     """The newest whole checkpoint of a stage's folder; None if there is none.
 
-    Its weights live as the mesh says; without one, whole on all devices.
+    Its weights live as the mesh says; without one, whole on all devices. total_steps: as of
+    `StageCheckpoints`.
     """
     if not (directory / "checkpoints").exists():
         return None
-    with StageCheckpoints(directory) as checkpoints:
+    with StageCheckpoints(directory, total_steps=total_steps) as checkpoints:
         about = checkpoints.about()
         if about is None:
             return None

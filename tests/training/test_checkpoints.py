@@ -35,7 +35,7 @@ def template():
 
 
 def restore(directory):
-    with StageCheckpoints(directory) as checkpoints:
+    with StageCheckpoints(directory, total_steps=12) as checkpoints:
         return checkpoints.restore(template())
 
 

@@ -67,7 +67,9 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
         if not hasattr(data, "__next__"):
             iterator = batches(data, batch_size=8, seed=3)
             stack.enter_context(contextlib.closing(iterator))
-        checkpoints = stack.enter_context(StageCheckpoints(directory, keep=2))
+        checkpoints = stack.enter_context(
+            StageCheckpoints(directory, keep=2, total_steps=total_steps)
+        )
         restored = checkpoints.restore(abstract(state, mesh))
         if restored is not None:
             state = restored.state
