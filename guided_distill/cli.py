@@ -5,13 +5,13 @@ import atexit
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
+from guided_distill import stopping
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.verbs import data, images, machine, models, pages, runs, studies
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
 
@@ -20,13 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers the exit status: 0, 2 for what the user can put right, 75 to run it again."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _hush_threads()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [each for each in rest if not each.startswith("--config.")]
-    if unknown or (rest and options.verb not in ("plan", "train", "sweep")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     try:
+        parser = _parser()
+        options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        unknown = [each for each in rest if not each.startswith("--config.")]
+        if unknown or (rest and options.verb not in ("plan", "train", "sweep")):
+            parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
         options.run(options, rest)
     except UserError as error:
         print(f"guided-distill: {error}", file=sys.stderr)
@@ -34,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"guided-distill: {error}", file=sys.stderr)
         return Interrupted.STATUS
-    except KeyboardInterrupt:
-        print("guided-distill: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"guided-distill: {error if error.args else stopping.STOPPED}", file=sys.stderr)
+        return stopping.STATUSES[signal.SIGINT]
     return 0
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """`main`, and out at once: threads that libraries leave behind can abort a Python that ends."""
+    stopping.watch()
     status = main(argv)
+    stopping.end_by(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -63,6 +64,11 @@ def _hush_threads() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Here, for a signal may come before all is imported.
+    from importlib.metadata import version
+
+    from guided_distill.verbs import data, images, machine, models, pages, runs, studies
+
     parser = argparse.ArgumentParser("guided-distill", description=DESCRIPTION)
     parser.add_argument(
         "--version", action="version", version=f"guided-distill {version('guided_distill')}"

@@ -58,6 +58,16 @@ LONGEST = (
 """Files of tests that take longest: begun first, so that none runs on alone when all others are done."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --kills."""
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="how often the test of kills at random instants kills (default: %(default)s)",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files; their own tests keep their order."""
     rank = {name: place for place, name in enumerate(LONGEST)}

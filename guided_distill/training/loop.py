@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from guided_distill.config import Cadence
-from guided_distill.errors import Interrupted, UserError
+from guided_distill.errors import UserError
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
-from guided_distill.training.preemption import notices
+from guided_distill.training.preemption import ending, notices
 from guided_distill.training.progress import progress
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
@@ -51,7 +51,7 @@ def train(
     resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
     while the next one runs. unlogged: the sums of figures that a pre-emption kept from being logged, as
     the checkpoint holds them. Batches are this process's own parts of them. Raises UserError when
-    cadence.max_nonfinite_steps updates in a row were skipped, and Interrupted after a pre-emption notice,
+    cadence.max_nonfinite_steps updates in a row were skipped, and as `ending` after SIGTERM or Ctrl-C,
     when the state is saved.
     """
     now, size = int(state.step), cadence.steps_per_dispatch
@@ -95,8 +95,8 @@ def train(
                 read(*unread)
             now += count
             unread = (now, report)
-            ending = told_to_end()
-            if ending or now % cadence.checkpoint_every == 0 or now == total_steps:
+            ends = told_to_end()
+            if ends or now % cadence.checkpoint_every == 0 or now == total_steps:
                 read(*unread)
                 unread = None
                 checkpoints.save(
@@ -105,12 +105,12 @@ def train(
                     about=about,
                     unlogged=[float(each) for each in jax.tree.leaves(sums)],
                 )
-            if ending:
+            if ends:
                 checkpoints.wait()
-                raise Interrupted(
+                raise ending(
                     f"{title}: told to end, and saved at step {now}; the same command goes on"
                 )
-    checkpoints.wait()
+        checkpoints.wait()
     return state
 
 

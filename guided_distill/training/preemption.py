@@ -1,4 +1,4 @@
-"""Pre-emption: the notice that this machine will be taken away, which is SIGTERM.
+"""Being told to end: by SIGTERM, the notice that this machine will be taken away, or by Ctrl-C.
 
 Anything but a training stops at once. A training asks for the notice after each dispatch. In a run of
 many processes it hands the signal to JAX, which tells all of them, and chooses the dispatch after which
@@ -18,9 +18,13 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from guided_distill import stopping
 from guided_distill.errors import Interrupted
 
+Handler = Callable[[int, FrameType | None], None]
+
 _told = threading.Event()
+_by_hand = threading.Event()
 _dispatches = itertools.count()
 
 
@@ -31,9 +35,9 @@ def stopping_at_once() -> Iterator[None]:
     def stop(*_: int | FrameType | None) -> None:
         # Remembered too: libraries can lose what is raised.
         _told.set()
-        raise Interrupted("stopped; the same command goes on from what is kept")
+        raise Interrupted(stopping.STOPPED)
 
-    with _handling(stop), _told_again():
+    with _handling(signal.SIGTERM, stop), _told_again():
         yield
 
 
@@ -61,15 +65,41 @@ def _told_again() -> Iterator[None]:
 
 @contextlib.contextmanager
 def notices() -> Iterator[Callable[[], bool]]:
-    """Yields what every process asks after each dispatch: whether all are to save now, and end."""
-    if jax.distributed.is_initialized():
-        tell = _handler_of_jax()
-        with _handling(lambda *_: tell(signal.SIGTERM)):
+    """Yields what every process asks after each dispatch: whether all are to save now, and end.
+
+    Once it was asked, the training counts as unsaved until the block ends. Raises as `ending` after the
+    block for a signal that nobody asked for in time.
+    """
+    together = jax.distributed.is_initialized()
+    tell = _handler_of_jax() if together else lambda _: _told.set()
+
+    def note(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if _by_hand.is_set():
+                raise KeyboardInterrupt
+            _by_hand.set()
+            stopping.say("saves after this update, then stops; Ctrl-C again stops at once")
+        tell(signal.SIGTERM)
+
+    def asked() -> bool:
+        stopping.unsaved.set()
+        if together:
             # Counted over all stages: JAX wants numbers that grow one by one.
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(_dispatches))
-        return
-    with _handling(lambda *_: _told.set()):
-        yield _told.is_set
+            return multihost_utils.reached_preemption_sync_point(next(_dispatches))
+        return _told.is_set()
+
+    with _handling(signal.SIGTERM, note), _handling(signal.SIGINT, note):
+        try:
+            yield asked
+        finally:
+            stopping.unsaved.clear()
+        if not together and _told.is_set():
+            raise ending(stopping.STOPPED)
+
+
+def ending(words: str) -> BaseException:
+    """What to raise when all is saved: KeyboardInterrupt if it was Ctrl-C, else Interrupted."""
+    return KeyboardInterrupt(words) if _by_hand.is_set() else Interrupted(words)
 
 
 @functools.cache
@@ -81,18 +111,21 @@ def _handler_of_jax() -> Callable[[int], None]:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+def _handling(number: int, handler: Handler) -> Iterator[None]:
+    before = signal.getsignal(number)
+    ignored = number == signal.SIGINT and before in (signal.SIG_IGN, None)
+    if threading.current_thread() is not threading.main_thread() or ignored:
         # Python gives signals to the main thread alone.
         yield
         return
     if jax.distributed.is_initialized():
         _handler_of_jax()
-    before = signal.signal(signal.SIGTERM, handler)
+    signal.signal(number, handler)
     try:
         yield
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         _told.clear()
+        _by_hand.clear()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

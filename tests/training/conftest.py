@@ -14,15 +14,20 @@ from guided_distill.training.trained import load_finished
 
 # Forking after the imports but before JAX has a backend: a run then starts at once.
 FORK_RUNS = """
-import json, os, sys
+import functools, json, os, sys
 import sklearn.datasets
 from guided_distill import cli, pipeline
+from guided_distill.evaluation import evaluate, registry
+from guided_distill.verbs import data, images, machine, models, pages, runs, studies
+
+registry.train_extractor = functools.partial(registry.train_extractor, steps=20)
 
 for line in sys.stdin:
     arguments, log = json.loads(line)
     child = os.fork()
     if not child:
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+        os.dup2(2, 1)
         cli.run(arguments)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -30,11 +35,17 @@ for line in sys.stdin:
 
 
 class Runs:
-    """Starts `guided-distill train` of one config, one process at a time."""
+    """Starts guided-distill of one config, one process at a time."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self.cache = folder / "compiled"
-        self._arguments = arguments
+        self._arguments = {
+            "train": arguments,
+            "evaluate": [
+                *("--stages=halving_ddim_1", "--num_samples=8", "--w=1"),
+                *("--cache", str(folder)),
+            ],
+        }
         self._log = folder / "stderr.txt"
         self._forks = subprocess.Popen(
             [sys.executable, "-c", FORK_RUNS],
@@ -50,9 +61,10 @@ class Runs:
             },
         )
 
-    def start(self, workdir: Path) -> int:
+    def start(self, workdir: Path, verb: str = "train") -> int:
         """The number of the new process."""
-        line = json.dumps([["train", *self._arguments, "--workdir", str(workdir)], str(self._log)])
+        command = [verb, *self._arguments[verb], "--workdir", str(workdir)]
+        line = json.dumps([command, str(self._log)])
         print(line, file=self._forks.stdin, flush=True)
         return int(self._forks.stdout.readline())
 

@@ -1,8 +1,10 @@
 """A run that is killed ten times, in saves and between them, ends as one that never was."""
 
 import contextlib
+import csv
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -80,3 +82,59 @@ def test_a_terminated_run_saves_says_so_and_goes_on(tmp_path, runs, undisturbed,
     status, said = runs.end()
     assert status == 0, said
     assert_same_runs(tmp_path, undisturbed)
+
+
+KILLS_OF_A_RUN = 12
+
+
+def measured(workdir):
+    """The rows of results.csv, but for how long things took."""
+    with (workdir / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def live_through(runs, workdir, verb, kills, seconds, generator):
+    """Run to the end by as many kills, or fewer if it ends before; returns how many there were."""
+    for count in range(kills):
+        process = runs.start(workdir, verb)
+        end = time.monotonic() + generator.uniform(0, seconds)
+        while time.monotonic() < end and os.path.exists(f"/proc/{process}"):
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        status, said = runs.end()
+        if status == 0:
+            return count
+        assert status == -signal.SIGKILL, said
+        assert "damaged" not in said
+    runs.start(workdir, verb)
+    status, said = runs.end()
+    assert status == 0, said
+    return kills
+
+
+def time_of(runs, workdir, verb):
+    began = time.monotonic()
+    runs.start(workdir, verb)
+    assert runs.end()[0] == 0
+    return time.monotonic() - began
+
+
+def test_kills_at_random_instants_change_nothing(
+    request, tmp_path, runs, undisturbed, assert_same_runs
+):
+    """Of trainings and evaluations, and so of restores; see --kills."""
+    whole = tmp_path / "whole"
+    seconds = {verb: time_of(runs, whole, verb) for verb in ("train", "evaluate")}
+    print(f"undisturbed: {seconds} s")
+    left, generator = request.config.getoption("--kills"), random.Random(os.getpid())
+    while left > 0:
+        workdir = tmp_path / f"killed{left}"
+        for verb, longest in seconds.items():
+            kills = min(left, KILLS_OF_A_RUN if verb == "train" else 2)
+            left -= live_through(runs, workdir, verb, kills, longest, generator)
+        assert_same_runs(workdir, undisturbed)
+        assert measured(workdir) == measured(whole)
+        print(f"{left} kills left")
+        shutil.rmtree(workdir)
