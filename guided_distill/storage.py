@@ -232,9 +232,9 @@ def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
         yield
     except Exception as error:
         passing = can_pass(error, path)
-        # What is wrong with a value that was read isn't the storage's to answer for.
+        # A wrong value in what was read need not be the storage's.
         if not _of_storage(error, path) or (
-            verb == "read" and type(error) is ValueError and not passing
+            verb == "read" and isinstance(error, ValueError) and not passing
         ):
             raise
         if jax.process_count() > 1 and passing:

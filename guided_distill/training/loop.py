@@ -70,7 +70,7 @@ def train(
             nonlocal sums
             report = jax.device_get(report)
             in_a_row = int(report.skipped_in_a_row)
-            if in_a_row >= cadence.max_nonfinite_steps:
+            if in_a_row >= min(cadence.max_nonfinite_steps, total_steps):
                 raise UserError(
                     f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
                     f"{done}: start again in another --workdir with a lower learning_rate of this stage, "

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -54,7 +55,7 @@ def _told_again() -> Iterator[None]:
 
     def send() -> None:
         if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # Which wakes the main thread.
 
     sys.unraisablehook = lost
     try:

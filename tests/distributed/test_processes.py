@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -332,3 +333,51 @@ def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys,
         assert f"config.teacher.batch_size is {size}" in said
         assert f"multiple of {multiple}" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_kills_at_random_instants_change_nothing(
+    request, machine, arguments, tmp_path, assert_same_weights
+):
+    """Of one of two processes, or of both. As many as a tenth of --kills, none by default."""
+    left = request.config.getoption("--kills") // 10
+    if not left:
+        pytest.skip("--kills 10 kills two processes once")
+    command = [*arguments, "--workdir"]
+    began = time.monotonic()
+    undisturbed = machine.launch(*command, str(tmp_path / "whole"))
+    assert undisturbed.wait(600) == 0
+    seconds, generator = time.monotonic() - began, random.Random(os.getpid())
+    workdir = tmp_path / "killed"
+    ended = 0
+    while left:
+        killed = machine.launch(*command, str(workdir))
+        time.sleep(generator.uniform(0.4, 1.6) * seconds)
+        try:
+            victims = generator.choice([(0,), (1,), (0, 1)])
+            for each in victims:
+                os.kill(children(killed)[each], signal.SIGKILL)
+        except (KeyError, FileNotFoundError, ProcessLookupError):
+            victims = ()
+        output = killed.communicate(timeout=600)[0]
+        if victims:
+            left -= 1
+            assert killed.returncode in (128 + signal.SIGKILL, 75), output
+            assert "damaged" not in output
+            print(f"{left} left, at step {latest_step(epath.Path(workdir) / 'teacher')}")
+        if not victims or not left:
+            last = machine.launch(*command, str(workdir))
+            output = last.communicate(timeout=600)[0]
+            assert last.returncode == 0, output
+            stages = (
+                load_finished(epath.Path(tmp_path) / name / "teacher")
+                for name in ("whole", "killed")
+            )
+            assert_same_weights(*(each.params for each in stages))
+            logs = [
+                (tmp_path / name / "teacher" / "metrics.jsonl").read_text()
+                for name in ("whole", "killed")
+            ]
+            assert logs[0] == logs[1]
+            ended += 1
+            shutil.rmtree(workdir)
+    print(f"{ended} runs ended the same")

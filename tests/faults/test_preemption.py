@@ -20,8 +20,8 @@ LOG_EVERY = 4
 class Terminated:
     """The batches of an iterator; the signal comes while the number `at` is read."""
 
-    def __init__(self, iterator, at):
-        self._iterator, self._left = iterator, at
+    def __init__(self, iterator, at, number=signal.SIGTERM):
+        self._iterator, self._left, self._number = iterator, at, number
         self.get_state, self.set_state = iterator.get_state, iterator.set_state
 
     def __iter__(self):
@@ -30,7 +30,7 @@ class Terminated:
     def __next__(self):
         self._left -= 1
         if self._left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._number)
         return next(self._iterator)
 
 
@@ -58,6 +58,20 @@ def test_a_terminated_run_ends_as_one_that_was_not(tmp_path, whole, assert_same_
     state, place = train(directory, data)
     assert_same_weights(state, whole[0])
     assert place == whole[1]
+    assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
+
+
+def test_an_interrupted_run_saves_as_well(tmp_path, whole, assert_same_weights):
+    directory, data = epath.Path(tmp_path), source(with_nan=True)
+    before = signal.getsignal(signal.SIGINT)
+    for step in (4, 8):
+        iterator = Terminated(batches(data, batch_size=8, seed=3), 3, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match=f"saved at step {step}; the same command"):
+            train(directory, iterator)
+        assert latest_step(directory) == step
+    assert signal.getsignal(signal.SIGINT) == before
+    state, _ = train(directory, data)
+    assert_same_weights(state, whole[0])
     assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
 
 

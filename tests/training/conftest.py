@@ -42,7 +42,7 @@ class Runs:
         self._arguments = {
             "train": arguments,
             "evaluate": [
-                *("--stages=halving_ddim_1", "--num_samples=8", "--w=1"),
+                *("--stages=teacher", "--num_steps=2", "--num_samples=8", "--w=1"),
                 *("--cache", str(folder)),
             ],
         }
@@ -80,6 +80,15 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
     runs = Runs(tiny_arguments, tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="session")
+def short_runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
+    """Of one stage alone, with six saves."""
+    often = ["--config.stage=teacher", "--config.teacher.steps=12", "--config.checkpoint_every=2"]
+    runs = Runs([*tiny_arguments, *often], tmp_path_factory.mktemp("short_runs"))
     yield runs
     runs.close()
 

@@ -1,19 +1,27 @@
 """Checkpoints that survive what happens to them."""
 
+import errno
+import hashlib
+import json
 import logging
 import os
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from toy import fresh_state, source, train_toy
 
+from guided_distill import storage
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import UserError
 from guided_distill.storage import write_text
-from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
+from guided_distill.training import checkpoints as checkpoints_module
+from guided_distill.training import digests
+from guided_distill.training.checkpoints import ALL, StageCheckpoints, abstract, latest_step
 from guided_distill.training.mesh import data_mesh
 
 
@@ -161,3 +169,155 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     for action in (StageCheckpoints, lambda path: write_text(path / "text", "")):
         with pytest.raises(UserError, match="make room or choose another --workdir"):
             action(epath.Path(tmp_path / "file" / "stage"))
+
+
+def left_alone(directory, steps=("4", "8")):
+    return (
+        sorted(path.name for path in (directory / "checkpoints").iterdir()) == list(steps)
+        and not (directory / "damaged").exists()
+    )
+
+
+def raising(monkeypatch, errors):
+    """Let reads of checkpoints fail, one by each error."""
+    read = ocp.CheckpointManager.restore
+
+    def restore(self, *arguments, **options):
+        if errors:
+            raise errors.pop()
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        KeyError("a bug"),
+        ValueError("a bug"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_damage_is_raised_as_it_is(two_saves, monkeypatch, error):
+    raising(monkeypatch, [error])
+    with pytest.raises(type(error)) as raised:
+        restore(two_saves)
+    assert raised.value is error
+    assert left_alone(two_saves)
+
+
+def test_a_disk_that_is_away_is_waited_for(two_saves, monkeypatch):
+    waited = []
+    monkeypatch.setattr(storage, "time", types.SimpleNamespace(sleep=waited.append))
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    raising(monkeypatch, [stale] * 2)
+    assert int(restore(two_saves).state.step) == 8
+    assert waited == [1, 4]
+    raising(monkeypatch, [stale] * 9)
+    with pytest.raises(UserError, match=r"8 can't be read .*Stale file handle"):
+        restore(two_saves)
+    assert left_alone(two_saves)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def shorten(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_damage_to_any_file_is_noticed_or_changes_nothing(two_saves, assert_same_weights):
+    whole, folder = restore(two_saves), Path(two_saves, "checkpoints", "8")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} >= {
+        "params",
+        "ema",
+        "rest",
+        "data",
+        "about",
+        "layout",
+    }
+    unnoticed = set()
+    for path in files:
+        data = path.read_bytes()
+        for damage in (flip, shorten):
+            damage(path)
+            if not digests.find_damage(epath.Path(folder), ALL):
+                unnoticed.add(path.relative_to(folder).as_posix())
+                found = restore(two_saves)
+                assert_same_weights(found, whole)
+            path.write_bytes(data)
+    # Orbax's own notes, which it writes when the digests are written.
+    assert unnoticed == {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_digests_are_those_of_sha256sum(two_saves):
+    folder = Path(two_saves, "checkpoints", "8")
+    said = json.loads((folder / digests.FILE).read_text())["files"]
+    for path, digest in said.items():
+        assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == digest
+
+
+def test_digests_are_committed_with_their_checkpoint(directory, monkeypatch):
+    """A kill at any instant leaves both or none."""
+    written, seen = digests.write_digests, []
+
+    def write(folder):
+        seen.append(latest_step(directory))
+        written(folder)
+
+    monkeypatch.setattr(digests, "write_digests", write)
+    train_toy(directory, data=source(with_nan=False))
+    assert seen == [None, 4, 8]
+
+
+def test_a_finished_stage_never_starts_again_by_itself(directory):
+    train_toy(directory, data=source(with_nan=False))
+    shorten(Path(directory, "checkpoints", "8", "data", "metadata"))
+    flip(Path(directory, "checkpoints", "12", "data", "metadata"))
+    with pytest.raises(UserError, match=r"was finished, .*data/metadata.*remove the folder"):
+        train_toy(directory, data=source(with_nan=False))
+    assert left_alone(directory, ("12", "8"))
+
+
+def test_whoever_does_not_train_moves_nothing(two_saves):
+    flip(Path(two_saves, "checkpoints", "8", "about", "metadata"))
+    flip(Path(two_saves, "checkpoints", "8", "ema", "_METADATA"))
+    with StageCheckpoints(two_saves) as checkpoints:
+        for read in (checkpoints.about, lambda: checkpoints.restore_result(template().params)):
+            with pytest.raises(UserError, match=r"8 is damaged \((about|ema)/.*as it was written"):
+                read()
+    assert left_alone(two_saves)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_of_before_digests_is_read(two_saves):
+    Path(two_saves, "checkpoints", "8", digests.FILE).unlink()
+    assert int(restore(two_saves).state.step) == 8
+    truncate(two_saves / "checkpoints" / "8" / "rest")
+    with pytest.raises(UserError, match=r"8 can't be read .* no digests"):
+        restore(two_saves)
+    assert left_alone(two_saves)
+
+
+def test_of_many_processes_the_first_looks_and_all_follow(two_saves, monkeypatch):
+    monkeypatch.setattr(checkpoints_module, "is_first", lambda: False)
+    monkeypatch.setattr(checkpoints_module, "texts_of_all", lambda text: ["4", text])
+    monkeypatch.setattr(digests, "find_damage", lambda *_: pytest.fail("looked itself"))
+    assert int(restore(two_saves).state.step) == 4
+
+
+@pytest.mark.parametrize("which", ["params", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(directory, which):
+    state = fresh_state(data_mesh()).replace(**{which: {"a": jnp.array([1.0, jnp.nan])}})
+    with StageCheckpoints(directory) as checkpoints:
+        with pytest.raises(UserError, match=r"not finite at step 0.*learning_rate"):
+            checkpoints.save(state, data_state={}, about={})
+        with pytest.raises(UserError, match="not finite"):
+            checkpoints.save_result(0, {"a": jnp.array([jnp.inf])}, about={})
+    assert latest_step(directory) is None
