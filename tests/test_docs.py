@@ -271,7 +271,7 @@ def test_shards_on_clusters_fit_their_schemas(patched):
     jsonschema.validate(task, json.loads((schemas / "skypilot_schema.json").read_text()))
     _, _, command = task["run"].replace("\\\n", " ").partition("guided-distill ")
     values = {"CONFIG": str(ROOT / "configs" / "digits.py"), "SHARD": "0/4"}
-    values["OVERRIDES"] = "--config.halving.steps=600"
+    values["{overrides[@]}"] = "--config.halving.steps=600"
     words = [values.get(word[1:], word) for word in shlex.split(command)]
     assert studies._shard(check_guided_distill(words).shard) == (0, 4)
     (given,) = re.findall(r"sky jobs launch .*", prose(DOCS / "sweeps.md"))
