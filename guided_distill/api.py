@@ -45,7 +45,8 @@ def load(path: str | epath.Path) -> "Model":
 
 @dataclass(frozen=True)
 class Model:
-    """A trained stage. Students know their number of steps and their sampler; w is the paper's.
+    """A trained stage. Students know their number of steps and their sampler; w is the paper's, and
+    `usual_w` where it is left out (of `encode`, what was trained nearest to 0).
 
     space: the autoencoder of a model of latents. prompted: what makes images of texts.
     """
@@ -59,12 +60,17 @@ class Model:
         """Its stage, number of steps, sampler, range of w, classes and whole config."""
         return self.trained.description
 
+    @property
+    def usual_w(self) -> float:
+        """The guidance weight where none is given: 1, or what was trained nearest to it."""
+        return sampling.usual_w(self.about)
+
     def sample(
         self,
         *,
         labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
-        w: float = 1.0,
+        w: float | None = None,
         noise: np.ndarray | None = None,
         **request: Any,
     ) -> np.ndarray:
@@ -74,6 +80,7 @@ class Model:
         what `encode` answered. request: num_steps, sampler, seed, batch_size and allow_untrained, as of
         `guided_distill.sampling.sample_batches`. Image i depends on (seed, i) and what it is of.
         """
+        w = self.usual_w if w is None else w
         if self.prompted is not None:
             if prompts is None or labels is not None or noise is not None:
                 raise UserError("this model is told of texts: give prompts, and no labels or noise")
@@ -91,7 +98,7 @@ class Model:
         prompts: Sequence[str],
         *,
         strength: float,
-        w: float = 1.0,
+        w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
         """Images [n, H, W, C] in [-1, 1], each changed after its text; more with a strength near 1.
@@ -99,6 +106,7 @@ class Model:
         Raises UserError as `applications.text_to_image.edit` does, which also tells how many steps run.
         """
         model = self._told_of_texts(images, prompts)
+        w = self.usual_w if w is None else w
         edited = text_to_image.edit(model, images, prompts, strength=strength, w=w, **request)
         return edited.images
 
@@ -108,11 +116,12 @@ class Model:
         masks: np.ndarray,
         prompts: Sequence[str],
         *,
-        w: float = 1.0,
+        w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
         """Images [n, H, W, C] painted after their texts where masks [n, H, W] are True."""
         model = self._told_of_texts(images, prompts)
+        w = self.usual_w if w is None else w
         if masks.dtype != bool or masks.shape != images.shape[:-1]:
             raise UserError(
                 f"masks are {masks.dtype} {list(masks.shape)}: give bool {list(images.shape[:-1])}, True "
@@ -125,7 +134,7 @@ class Model:
         images: np.ndarray,
         *,
         labels: Sequence[int | str],
-        w: float = 0.0,
+        w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
         """The noise [n, *data_shape] that images [n, H, W, C] of these classes come from.
@@ -141,6 +150,8 @@ class Model:
                 f"there are images {list(np.shape(images))} and {len(labels)} labels: give as many, of "
                 f"the size that the model makes"
             )
+        if w is None:
+            w = sampling.usual_w(self.about, 0.0)
         return sampling.encode(
             self.trained, values, condition=self._of_classes(labels), w=w, **request
         )

@@ -459,6 +459,11 @@ def _check(experiment: Experiment) -> None:
     _positive("evaluation.batch_size", experiment.evaluation.batch_size)
     for num_steps in experiment.evaluation.teacher_num_steps:
         _positive("evaluation.teacher_num_steps", num_steps)
+        if model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
+            raise UserError(
+                f"config.evaluation.teacher_num_steps holds {num_steps}, but config.model.schedule is "
+                f"{model.schedule}, a chain of {NUM_TIMESTEPS}: make it {NUM_TIMESTEPS} or less"
+            )
     for w in experiment.evaluation.weights:
         if not low <= w <= high:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition, with_clipping, with_guidance
 from guided_distill.diffusion.process import Prediction
 from guided_distill.diffusion.samplers import Known
+from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
@@ -146,16 +148,17 @@ def sample_batches(
 ) -> Iterator[np.ndarray]:
     """Yields one sample for each example of `condition` [n, ...] from the index `start` on.
 
-    Arrays are float32 [batch_size, *data_shape] and the last one less, images in [-1, 1].
+    Arrays are float32 [batch_size, *data_shape] and the last one less, images in [-1, 1]. A batch is no
+    larger than what all devices need for n.
 
     null: the condition that stands for none, where a teacher needs another than that of labels.
     num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
     [n, *data_shape], such as `encode` answers; drawn unless given. first: start at t = first/num_steps
     instead, where `noise` is the noisy z. known: what to keep, arrays [n, ...]. Images are held to
     [-1, 1] at every step from drawn noise, but only at the end from given noise, for clipping on the way
-    doesn't undo an encoding. Sample i depends on (seed, i), its condition, its noise and w, and not on
-    batch_size, which only bounds the memory. Raises UserError for what the checkpoint wasn't trained for,
-    unless allow_untrained.
+    doesn't undo an encoding. Sample i depends on (seed, i), its condition, its noise and w; n and
+    batch_size shape the compiled program, which shows in the last digits at most. Raises UserError for
+    what the checkpoint wasn't trained for, unless allow_untrained.
     """
     num_steps, sampler = check_request(
         trained.description,
@@ -299,10 +302,10 @@ def _run(
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
     draws.check_seed("--seed", seed)
     network, mesh = trained.description.network(), mesh or data_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    count = _count(condition)
+    batch_size = -(-min(batch_size, count) // mesh.size) * mesh.size
     run = compiled_sampler(network, sampler, mesh, clipped=clipped, tell=tell)
     draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
-    count = _count(condition)
     for begin in range(start, count, batch_size):
         indices = np.arange(begin, begin + batch_size)
         rows = indices % count
@@ -347,6 +350,7 @@ def check_request(
         )
     num_steps, sampler = given_or_trained(about, num_steps=num_steps, sampler=sampler)
     _check_condition(about, condition)
+    _check_finite(w, flag="--w")
     if allow_untrained:
         return num_steps, sampler
     _check_w(about, w, flag="--w", way_out=", or add --allow_untrained")
@@ -387,6 +391,7 @@ def check_encoding(
         )
     num_steps = _steps_or_trained(about, num_steps)
     _check_condition(about, condition)
+    _check_finite(w, flag="--w_encode")
     _check_w(about, w, flag="--w_encode")
     if about.num_steps not in (None, num_steps):
         raise UserError(
@@ -401,6 +406,11 @@ def _steps_or_trained(about: Description, num_steps: int | None) -> int:
         return about.num_steps or 2 * about.experiment.halving.first_num_steps
     if num_steps < 1:
         raise UserError(f"--num_steps is {num_steps}; sampling takes at least 1 step")
+    if about.model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
+        raise UserError(
+            f"--num_steps is {num_steps}, but this model's schedule, {about.model.schedule}, is a chain "
+            f"of {NUM_TIMESTEPS} noise levels: give {NUM_TIMESTEPS} or less"
+        )
     return num_steps
 
 
@@ -419,6 +429,18 @@ def _check_condition(about: Description, condition: Condition) -> None:
         raise UserError(
             f"--labels must name classes in 0 ... {num_classes - 1}, at least one of them"
         )
+
+
+def usual_w(about: Description, wished: float = 1.0) -> float:
+    """The guidance weight to use where none is given: the trained one that is nearest to `wished`."""
+    if about.w_min is None or about.w_max is None:
+        return wished
+    return min(max(wished, about.w_min), about.w_max)
+
+
+def _check_finite(w: float, *, flag: str) -> None:
+    if not math.isfinite(w):
+        raise UserError(f"{flag} is {w}; give a finite number")
 
 
 def _check_w(about: Description, w: float, *, flag: str, way_out: str = "") -> None:

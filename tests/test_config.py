@@ -57,6 +57,13 @@ def values(section, **changes):
             {"model": {"schedule": "scaled_linear"}, "halving": {"first_num_steps": 512}},
             ["config.halving.first_num_steps", "1024", "chain of 1000"],
         ),
+        (
+            {
+                "model": {"schedule": "linear"},
+                "evaluation": {"teacher_num_steps": (16, 1001)},
+            },
+            ["config.evaluation.teacher_num_steps", "1001", "chain of 1000"],
+        ),
         (values("", seed=-1), ["config.seed", "-1"]),
         (values("evaluation", seed=2**64), ["config.evaluation.seed", "2^64"]),
         (values("", stage="autoencoder"), ["config.autoencoder.steps"]),

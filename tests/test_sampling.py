@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from guided_distill import sampling
+from guided_distill.api import Model
 from guided_distill.config import parse
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import with_guidance
@@ -17,26 +19,29 @@ from guided_distill.sampling import (
     predictions,
     sample,
     sample_batches,
+    usual_w,
 )
 from guided_distill.training.trained import Description, Trained
 
 OPTIONS = {"width": 16, "depth": 1, "embedding_width": 16}
 
 
-def trained(stage, *, num_steps=None, sampler=None, data_shape=(2,)):
+def trained(
+    stage, *, num_steps=None, sampler=None, data_shape=(2,), w_range=(0.0, 4.0), schedule="cosine"
+):
     """A checkpoint's content with random weights, none of them zero."""
     description = Description(
         stage=stage,
         total_steps=1,
         num_steps=num_steps,
         sampler=sampler,
-        w_min=None if stage == "teacher" else 0.0,
-        w_max=None if stage == "teacher" else 4.0,
+        w_min=None if stage == "teacher" else w_range[0],
+        w_max=None if stage == "teacher" else w_range[1],
         data_shape=data_shape,
         class_names=("0", "1", "2"),
         teacher=None,
         package_version="0",
-        experiment=parse({"model": {"name": "mlp", "options": OPTIONS}}),
+        experiment=parse({"model": {"name": "mlp", "options": OPTIONS, "schedule": schedule}}),
     )
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(description.network().init, jax.random.key(0))
@@ -60,6 +65,62 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
     assert whole.shape == (19, 2)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     assert len(np.unique(whole.round(3), axis=0)) == 19
+
+
+def test_no_more_examples_run_than_are_asked_for(monkeypatch):
+    ran = []
+
+    def counted(*how, **options):
+        run = compiled_sampler(*how, **options)
+
+        def call(params, z, *others):
+            ran.append(z)
+            return run(params, z, *others)
+
+        return call
+
+    monkeypatch.setattr(sampling, "compiled_sampler", counted)
+    for labels, size, expected in (([1, 2], 256, [2]), ([0, 1, 2, 0, 1], 4, [4, 4])):
+        sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=size)
+        assert [len(z) for z in ran] == expected
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), (2,))
+        np.testing.assert_array_equal(ran[0][1], noise)
+        ran.clear()
+
+
+@pytest.mark.parametrize(
+    ("w_range", "usual"), [((2.0, 14.0), 2.0), ((3.0, 3.0), 3.0), ((0, 4), 1.0)]
+)
+def test_the_usual_weight_is_one_that_was_trained(w_range, usual):
+    student = trained("halving", num_steps=2, sampler="ddim", w_range=w_range)
+    labels = cycling_labels(4, 3)
+    expected = sample(student, condition=of_labels(labels), w=usual)
+    model = Model(student)
+    assert model.usual_w == usual
+    np.testing.assert_array_equal(model.sample(labels=labels), expected)
+    encoder = trained("halving", num_steps=2, sampler="encode", w_range=w_range)
+    noise = encode(encoder, expected, condition=of_labels(labels), w=w_range[0])
+    np.testing.assert_array_equal(Model(encoder).encode(expected, labels=labels), noise)
+
+
+def test_a_teacher_takes_any_finite_weight():
+    assert usual_w(TEACHER.description) == 1.0
+    assert np.isfinite(sample(TEACHER, condition=of_labels([0]), w=-7.5, num_steps=1)).all()
+    for w in (float("nan"), float("inf")):
+        for options in ({}, {"allow_untrained": True}):
+            with pytest.raises(UserError, match=f"--w is {w}; give a finite number"):
+                sample(TEACHER, condition=of_labels([0]), w=w, num_steps=1, **options)
+        with pytest.raises(UserError, match="--w_encode is"):
+            encode_one(TEACHER, w=w)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_chain_has_no_more_steps_than_noise_levels(sampler):
+    chain = trained("teacher", schedule="linear")
+    request = {"condition": of_labels([0]), "w": 1.0, "sampler": sampler, "allow_untrained": True}
+    assert np.isfinite(sample(chain, num_steps=1000, **request)).all()
+    with pytest.raises(UserError, match=r"--num_steps is 1001, but .* linear, is a chain of 1000"):
+        sample(chain, num_steps=1001, **request)
 
 
 def test_samples_from_an_index_on_are_those_of_the_whole():

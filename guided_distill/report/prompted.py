@@ -23,7 +23,7 @@ from guided_distill.data.images import read_images, read_mask, size_at
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import last_finished
-from guided_distill.sampling import given_or_trained
+from guided_distill.sampling import given_or_trained, usual_w
 from guided_distill.storage import write_bytes
 
 METADATA = "guided_distill"
@@ -35,7 +35,7 @@ class Request:
     """Texts, one for each image, and how to sample."""
 
     prompts: Sequence[str]
-    w: float
+    w: float | None
     num_steps: int | None
     sampler: str | None
     seed: int
@@ -73,7 +73,7 @@ def generate_to_files(
     *, workdir: epath.Path, stage: str | None, request: Request, out: epath.Path
 ) -> list[epath.Path]:
     """Draw an image for each text; answers the files. Raises UserError as `generate` does."""
-    model = _load(workdir, stage)
+    model, request = _open(workdir, stage, request)
     images = generate(model, request.prompts, **request.sampling)
     return _write(out, "generate", model, request, images, {})
 
@@ -88,7 +88,7 @@ def edit_to_files(
     strength: float,
 ) -> list[epath.Path]:
     """Change an image after each text; answers the files. Raises UserError as `edit` does."""
-    model = _load(workdir, stage)
+    model, request = _open(workdir, stage, request)
     images = _repeated(_read(image, model), request)
     edited = edit(model, images, request.prompts, strength=strength, **request.sampling)
     settings = {"image": image.name, "strength": strength, "steps_run": edited.steps_run}
@@ -108,7 +108,7 @@ def inpaint_to_files(
 
     Raises UserError as `inpaint` does, and if the mask is of another size than the image.
     """
-    model = _load(workdir, stage)
+    model, request = _open(workdir, stage, request)
     sizes = [size_at(path) for path in (image, mask)]
     if sizes[0] != sizes[1]:
         width, height = sizes[0]
@@ -128,8 +128,11 @@ def inpaint_to_files(
     return _write(out, "inpaint", model, request, painted, settings)
 
 
-def _load(workdir: epath.Path, stage: str | None) -> TextToImage:
-    return load_text_to_image(workdir / (stage or last_finished(workdir)))
+def _open(workdir: epath.Path, stage: str | None, request: Request) -> tuple[TextToImage, Request]:
+    """The model, and the request with its usual w where none is given."""
+    model = load_text_to_image(workdir / (stage or last_finished(workdir)))
+    w = usual_w(model.trained.description) if request.w is None else request.w
+    return model, dataclasses.replace(request, w=w)
 
 
 def _read(path: epath.Path, model: TextToImage) -> np.ndarray:

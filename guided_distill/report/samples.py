@@ -11,7 +11,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.pipeline import finished_stages, read_config
-from guided_distill.sampling import of_labels, sample
+from guided_distill.sampling import of_labels, sample, usual_w
 from guided_distill.stages import all_stages
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
@@ -27,7 +27,7 @@ def sample_to_files(
     stage: str | None,
     count: int,
     labels: Sequence[int] | None,
-    w: float,
+    w: float | None,
     num_steps: int | None,
     sampler: str | None,
     seed: int,
@@ -48,6 +48,7 @@ def sample_to_files(
         raise UserError(
             f"{trained.path} is told of texts, not of labels: use `guided-distill generate`"
         )
+    w = usual_w(about) if w is None else w
     num_classes = len(about.class_names)
     all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
     images = sample(

@@ -14,6 +14,7 @@ from guided_distill.data import sources
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
 from guided_distill.report.samples import write_files
+from guided_distill.sampling import usual_w
 
 
 def transfer_to_files(
@@ -25,8 +26,8 @@ def transfer_to_files(
     to_label: str,
     encoder: str | None,
     decoder: str | None,
-    w_encode: float,
-    w: float,
+    w_encode: float | None,
+    w: float | None,
     count: int,
     seed: int,
     out: epath.Path,
@@ -42,6 +43,8 @@ def transfer_to_files(
         raise UserError(f"--num is {count}; ask for at least 1 image")
     models = load_models(workdir, to, encoder=encoder, decoder=decoder)
     about = models.encoder.description
+    w_encode = usual_w(about, 0.0) if w_encode is None else w_encode
+    w = usual_w(models.decoder.description) if w is None else w
     own = class_index(from_label, about, flag="--from_label")
     other = class_index(to_label, models.decoder.description, flag="--to_label")
     if images == "data":

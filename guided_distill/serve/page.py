@@ -14,6 +14,7 @@ from guided_distill.data.images import upright
 from guided_distill.data.pixels import crop_and_resize, fitted, from_uint8
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
+from guided_distill.sampling import usual_w
 from guided_distill.serve.run import TEACHER, Drawn, OpenRun, Request, calls_in_a_step
 from guided_distill.training.trained import Description
 
@@ -95,7 +96,7 @@ def _settings(run: OpenRun, first: str) -> list[Any]:
     about = run.about(first)
     stage = gr.Dropdown(run.stages, value=first, label="Stage", filterable=False)
     told = gr.Markdown(_told(about))
-    w = gr.Slider(**_w_range(about), value=_usual_w(about), step=0.1, label="Guidance weight w")
+    w = gr.Slider(**_w_range(about), value=usual_w(about), step=0.1, label="Guidance weight w")
     steps = gr.Number(**_steps(about), minimum=1, precision=0, label="Steps")
     seed = gr.Number(0, minimum=0, maximum=_SEEDS - 1, precision=0, label="Seed")
     points = len(about.data_shape) == 1
@@ -134,11 +135,6 @@ def _w_range(about: Description) -> dict[str, Any]:
         return {"minimum": 0.0, "maximum": 2.0 * max(guidance.w_max, 1.0), "interactive": True}
     wide = about.w_min < about.w_max
     return {"minimum": about.w_min, "maximum": about.w_max, "interactive": wide}
-
-
-def _usual_w(about: Description) -> float:
-    bounds = _w_range(about)
-    return float(np.clip(1.0, bounds["minimum"], bounds["maximum"]))
 
 
 def _steps(about: Description) -> dict[str, Any]:

@@ -58,10 +58,12 @@ def add_verbs(verbs: Any) -> None:
         help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
     )
     transfer.add_argument(
-        "--w_encode", type=float, default=0.0, help="weight to encode at (default: %(default)s)"
+        "--w_encode",
+        type=float,
+        help="weight to encode at (default: 0, or the nearest that was trained)",
     )
     transfer.add_argument(
-        "--w", type=float, default=1.0, help="weight to decode at (default: %(default)s)"
+        "--w", type=float, help="weight to decode at (default: 1, or the nearest that was trained)"
     )
     transfer.add_argument(
         "--num", type=int, default=8, help="images at most (default: %(default)s)"

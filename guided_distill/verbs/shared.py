@@ -88,7 +88,9 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
         "--stage",
         help="folder of the stage in the workdir (default: the last one that is finished)",
     )
-    verb.add_argument("--w", type=float, default=1.0, help="guidance weight (default: %(default)s)")
+    verb.add_argument(
+        "--w", type=float, help="guidance weight (default: 1, or the nearest that was trained)"
+    )
     verb.add_argument("--num_steps", type=int, help="sampling steps (default: as trained)")
     verb.add_argument("--sampler", help="sampler (default: as trained)")
     verb.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
