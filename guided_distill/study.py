@@ -93,10 +93,20 @@ def measured(runs: Sequence[Run], folder: epath.Path) -> dict[str, list[Result]]
     }
 
 
-def write_table(
-    path: epath.Path, runs: Sequence[Run], results: Mapping[str, Sequence[Result]]
-) -> None:
-    """A csv file of every run's rows, with its name and overrides before them."""
+def write_table(path: epath.Path, runs: Sequence[Run]) -> dict[str, list[Result]]:
+    """Write what is `measured` in the file's folder, with each run's name and overrides before its rows.
+
+    Shards share the file: one that others overtake while it writes, writes again, so that whichever
+    ends last, all rows are there.
+    """
+    written = None
+    while (text := _table(runs, results := measured(runs, path.parent))) != written:
+        write_text(path, text)
+        written = text
+    return results
+
+
+def _table(runs: Sequence[Run], results: Mapping[str, Sequence[Result]]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.point))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["point", *keys, *COLUMNS], lineterminator="\n")
@@ -104,4 +114,4 @@ def write_table(
     for run in runs:
         for result in results.get(run.name, ()):
             writer.writerow({"point": run.name} | dict(run.point) | asdict(result))
-    write_text(path, text.getvalue())
+    return text.getvalue()

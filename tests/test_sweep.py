@@ -6,10 +6,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+from etils import epath
+from run_folder import rows_of
 
-from guided_distill import cli, config
+from guided_distill import cli, config, study
 from guided_distill.errors import UserError
 from guided_distill.evaluation import evaluate, reference, registry
+from guided_distill.evaluation.results import write_results
 from guided_distill.sweeps import ABLATIONS, name_of, product, values, with_overrides, zipped
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -117,6 +120,23 @@ def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, cap
     assert students == {(ddim, "fourier"), (stochastic, "scalar")}
     assert all(float(row["fd"]) > 0 for row in rows)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_has_the_rows_of_shards_that_end_while_it_is_written(tmp_path, monkeypatch):
+    rows, write = rows_of(fd=1.0), study.write_text
+    runs = [study.Run(name, {"seed": seed}, config.parse({})) for seed, name in enumerate("ab")]
+
+    def overtaken(path, text):
+        write_results(epath.Path(tmp_path) / "b" / "results.csv", rows)
+        write(path, text)
+
+    write_results(epath.Path(tmp_path) / "a" / "results.csv", rows)
+    monkeypatch.setattr(study, "write_text", overtaken)
+    results = study.write_table(epath.Path(tmp_path) / "sweep.csv", runs)
+    assert results == {"a": rows, "b": rows}
+    with open(tmp_path / "sweep.csv") as file:
+        points = [row["point"] for row in csv.DictReader(file)]
+    assert points == ["a"] * len(rows) + ["b"] * len(rows)
 
 
 @pytest.mark.parametrize(

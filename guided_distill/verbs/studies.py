@@ -61,7 +61,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.pictures import png
     from guided_distill.report.studies import study_figure, without_shared_parts
     from guided_distill.storage import write_bytes
-    from guided_distill.study import Run, measured, run_study, write_table
+    from guided_distill.study import Run, run_study, write_table
     from guided_distill.sweeps import name_of, with_overrides
     from guided_distill.training.preemption import stopping_at_once
 
@@ -79,8 +79,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     keep_compiled_programs(options.cache)
     with stopping_at_once():
         failed = run_study(runs[index::count], folder)
-    results = measured(runs, folder)
-    write_table(folder / "sweep.csv", runs, results)
+    results = write_table(folder / "sweep.csv", runs)
     if results:
         names = without_shared_parts(list(results))
         named = dict(zip(names, results.values(), strict=True))
