@@ -246,9 +246,9 @@ def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
 
 
 def _scaling_factor(module: AutoencoderKL, params: Params, source: Source) -> float:
-    images = source.arrays(SCALE_EXAMPLES)["image"]
     unscaled = LatentSpace(module.clone(scaling_factor=1.0), params)
-    return float(1.0 / np.std(unscaled.to_latents(images)))
+    chunks = source.chunks(SCALE_EXAMPLES)
+    return float(1.0 / np.std(np.concatenate([unscaled.to_latents(x["image"]) for x in chunks])))
 
 
 @dataclass(frozen=True)

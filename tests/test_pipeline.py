@@ -410,7 +410,7 @@ def test_evaluate_and_report(finished, capsys):
         == ",".join(COLUMNS)
         == (
             "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
-            "network_calls,extractor,inception_score,alignment,caption_recall,checkpoint,against"
+            "network_calls,extractor,inception_score,alignment,caption_recall,checkpoint,against,kid_std"
         )
     )
     results = read_results(epath.Path(finished) / "results.csv")

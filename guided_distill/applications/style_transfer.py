@@ -24,8 +24,6 @@ from guided_distill.training.trained import Description, Trained, load_finished
 NEAREST_STEPS = 8
 """Which round is taken unless one is named."""
 
-_READ_CHUNK = 256
-
 
 class Models(NamedTuple):
     """The students of a transfer from domain A to B; returner: the decoder of A."""
@@ -128,8 +126,7 @@ def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.
     check_seed("--seed", seed)
     order = np.random.default_rng(seed).permutation(source.size)
     found: list[np.ndarray] = []
-    for start in range(0, source.size, _READ_CHUNK):
-        examples = source.read(order[start : start + _READ_CHUNK])
+    for examples in source.chunks_of(order):
         found.extend(examples["image"][examples["label"] == label])
         if len(found) >= count:
             break

@@ -78,6 +78,7 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
         class_names=listing.class_names,
         read=read,
         captions=captions,
+        labels=labels[rows],
     )
 
 

@@ -1,5 +1,6 @@
 """What a data source is, and how one is held out for testing."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ SPLITS = ("train", "test")
 Examples = dict[str, np.ndarray]
 """Arrays [n, ...] by name: "image", and the condition's."""
 
-_READ_CHUNK = 256
-_CHUNK = 16 * _READ_CHUNK
+_CHUNK = 4096
+_CHUNK_PARTS = 16
+_BYTES = 128 << 20
+"""How much of the examples is held at once."""
+
 # Fixed for good: another seed would move test examples of existing runs into their training set.
 _SPLIT_SEED = 20221204
 
@@ -31,6 +35,7 @@ class Source:
     condition_shapes: the shapes of one example's condition, by name. null: what stands for none in
     its place, one example's; None for the label num_classes. latent: whether "image" is an
     autoencoder's latents. captions: what is said of each example, [size] strings, where something is.
+    labels: those of all examples [size], where they can be had without the images.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Source:
     null: Examples | None = field(default=None, repr=False)
     latent: bool = False
     captions: np.ndarray | None = field(default=None, repr=False)
+    labels: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -63,15 +69,35 @@ class Source:
         if limit is not None and limit < self.size:
             subset = np.random.default_rng(0).permutation(self.size)[:limit]
             indices = np.sort(subset)
+        return self.chunks_of(indices)
+
+    def chunks_of(self, indices: np.ndarray) -> Iterator[Examples]:
+        """Yields the examples at `indices` in their order, some [n, ...] at a time."""
+        size = within_memory(self.shape, most=_CHUNK)
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(indices), _CHUNK):
-                chosen = indices[start : start + _CHUNK]
-                parts = np.array_split(chosen, max(1, len(chosen) // _READ_CHUNK))
+            for start in range(0, len(indices), size):
+                chosen = indices[start : start + size]
+                parts = np.array_split(chosen, min(len(chosen), _CHUNK_PARTS))
                 yield _joined(pool.map(self.read, parts))
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels [n] at `indices` [n], one or more of them."""
+        if self.labels is not None:
+            return self.labels[indices]
+        distinct, places = np.unique(indices, return_inverse=True)
+        return np.concatenate([some["label"] for some in self.chunks_of(distinct)])[places]
 
     def arrays(self, limit: int | None = None) -> Examples:
         """Reads all examples [N, ...], or a fixed random subset of `limit`."""
         return _joined(self.chunks(limit))
+
+
+def within_memory(shape: Sequence[int], *, most: int) -> int:
+    """How many examples of `shape` to hold at once: `most`, or a half, a quarter, ... of it."""
+    size = most
+    while size > 1 and size * math.prod(shape) * np.dtype(np.float32).itemsize > _BYTES:
+        size //= 2
+    return size
 
 
 def _joined(parts: Iterable[Examples]) -> Examples:
@@ -109,6 +135,7 @@ def from_arrays(
         class_names=tuple(class_names),
         read=read,
         captions=captions,
+        labels=labels,
     )
 
 

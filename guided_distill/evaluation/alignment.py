@@ -28,7 +28,6 @@ RIDGE = 300.0
 TOP = 10
 
 MAX_EXAMPLES = 10_000
-_READ = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +131,7 @@ def fit_alignment(
     """
     chosen = np.sort(np.random.default_rng(0).permutation(train.size)[:MAX_EXAMPLES])
     features = np.concatenate(
-        [
-            extractor(train.read(chosen[start : start + _READ])["image"])[0]
-            for start in range(0, len(chosen), _READ)
-        ]
+        [extractor(examples["image"])[0] for examples in train.chunks_of(chosen)]
     )
     texts, text_of = np.unique(captions_of(train)[chosen], return_inverse=True)
     guess = CaptionGuess.fit(features, encoder.embed(texts.tolist())[text_of])

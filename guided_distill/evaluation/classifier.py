@@ -13,7 +13,7 @@ from etils import epath
 
 from guided_distill import draws
 from guided_distill.config import Cadence, Optimization
-from guided_distill.data.source import Source
+from guided_distill.data.source import Source, within_memory
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.mesh import data_mesh
@@ -80,7 +80,7 @@ def classifier_extractor(
         own_classes=True,
         apply=functools.partial(_apply, classifier),
         params={"classifier": params, "scale": jnp.float32(scale)},
-        batch_size=BATCH,
+        batch_size=within_memory(shape, most=BATCH),
     )
 
 
@@ -137,5 +137,7 @@ def train_extractor(
         title="classifier",
     )
     make = functools.partial(classifier_extractor, classifier, state.params, source.shape)
-    features, _ = make(scale=1.0)(source.arrays(SCALE_EXAMPLES)["image"])
+    extractor = make(scale=1.0)
+    chunks = source.chunks(SCALE_EXAMPLES)
+    features = np.concatenate([extractor(examples["image"])[0] for examples in chunks])
     return make(scale=float(np.mean(np.square(features))) ** -0.5)

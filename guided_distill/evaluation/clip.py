@@ -224,13 +224,17 @@ def clip_scores(captions: Sequence[str], extractor: ClipExtractor) -> Align:
 
 
 def preprocess(images: jax.Array, side: int) -> jax.Array:
-    """Images [B, H, W, 1 or 3] in [-1, 1], squares -> pixels [B, side, side, 3], normalized.
+    """Images [B, H, W, 1 or 3] in [-1, 1] -> pixels [B, side, side, 3], normalized.
 
-    Resized bicubically, smoothed where they shrink, as Pillow does it.
+    Resized bicubically, smoothed where they shrink, as Pillow does it, until the shorter side is right;
+    of the longer one, the middle is taken, as transformers' CLIPImageProcessor does.
     """
     images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
-    shape = (len(images), side, side, 3)
-    resized = jax.image.resize((images + 1) / 2, shape, "cubic", antialias=True)
+    height, width = (side * each // min(images.shape[1:3]) for each in images.shape[1:3])
+    top, left = (height - side) // 2, (width - side) // 2
+    resized = jax.image.resize(
+        (images + 1) / 2, (len(images), height, width, 3), "cubic", antialias=True
+    )[:, top : top + side, left : left + side]
     mean, std = (jnp.array(each)[None, None, None] for each in (PIXEL_MEAN, PIXEL_STD))
     return (jnp.clip(resized, 0, 1) - mean) / std
 

@@ -40,7 +40,7 @@ def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
     return Subjects(
         condition={"text": states[1:][text_of]},
         null={"text": states[0]},
-        labels=test.read(chosen)["label"],
+        labels=test.labels_of(chosen),
         captions=captions,
     )
 

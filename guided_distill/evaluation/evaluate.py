@@ -15,7 +15,7 @@ from guided_distill.evaluation.clip import ClipExtractor, clip_scores
 from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
 from guided_distill.evaluation.events import forget, log_rows
 from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.measures import caveats, measure
+from guided_distill.evaluation.measures import caveats, measure, shortages
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
 from guided_distill.evaluation.paths import draw_path, has_path
 from guided_distill.evaluation.reference import (
@@ -61,12 +61,14 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     settings = effective_settings(experiment, request)
     tasks = tasks_of(experiment, settings, request, workdir)
     train, test, told_of_texts = open_pixels(experiment)
+    for line in shortages(train=train.size, test=test.size):
+        console.print(line, highlight=False, markup=False)
     extractor = load_extractor(settings.extractor, train, workdir)
     if request.reference is None:
         reference = training_reference(train, extractor, workdir / "reference")
     else:
         reference = read_reference(request.reference, train, extractor)
-    for line in caveats(settings.num_samples, extractor.width):
+    for line in caveats(settings.num_samples, extractor.width, reference):
         console.print(line, highlight=False, markup=False)
 
     encoder = align = None
@@ -78,7 +80,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
             align = fit_alignment(train, test, extractor, encoder)
     table = Table(workdir, extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
-    if request.again or not table.holds(real, count):
+    if count > 1 and (request.again or not table.holds(real, count)):
         captions = test.captions if count == test.size else None
         table.add(real, _real_outputs(test, extractor), count, captions)
     wanted = subjects(test, settings.num_samples, encoder)

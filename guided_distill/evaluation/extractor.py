@@ -1,5 +1,6 @@
 """What every measure of an evaluation looks through: samples to features and class scores."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,9 @@ from guided_distill.training.processes import on_all_processes, to_host
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
 """f(params, samples [B, ...]) -> (features [B, D], logits [B, K])."""
+
+IN_FLIGHT = 2
+"""Batches on the devices: one is computed while the next is made ready."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +47,17 @@ class Extractor:
         The batch is fixed and split over the devices, so that the network is compiled once; a sample's
         features depend on it alone.
         """
-        if samples.ndim == 4:
-            samples = from_uint8(to_uint8(samples))
         batch_size = -(-self.batch_size // self.mesh.size) * self.mesh.size
-        split = split_batch(self.mesh)
-        batches = (
-            on_all_processes(_pad(samples[start : start + batch_size], batch_size), split)
-            for start in range(0, len(samples), batch_size)
-        )
-        chunks = [self._run(self._placed, batch) for batch in batches]
+        done, running = [], deque[tuple[jax.Array, jax.Array]]()
+        for start in range(0, len(samples), batch_size):
+            batch = _pad(_rounded(samples[start : start + batch_size]), batch_size)
+            batch = on_all_processes(batch, split_batch(self.mesh))
+            running.append(self._run(self._placed, batch))
+            if len(running) == IN_FLIGHT:
+                done.append([to_host(each) for each in running.popleft()])
+        done += [[to_host(each) for each in outputs] for outputs in running]
         features, logits = (
-            np.concatenate([to_host(part) for part in parts])[: len(samples)]
-            for parts in zip(*chunks, strict=True)
+            np.concatenate(parts)[: len(samples)] for parts in zip(*done, strict=True)
         )
         return features, logits
 
@@ -66,6 +69,10 @@ class Extractor:
     @cached_property
     def _placed(self) -> Any:
         return jax.device_put(self.params, replicated(self.mesh))
+
+
+def _rounded(samples: np.ndarray) -> np.ndarray:
+    return from_uint8(to_uint8(samples)) if samples.ndim == 4 else samples
 
 
 def _pad(samples: np.ndarray, count: int) -> np.ndarray:

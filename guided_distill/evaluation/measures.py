@@ -12,7 +12,7 @@ from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distanc
 from guided_distill.evaluation.inception_score import SPLITS, InceptionScore
 from guided_distill.evaluation.kid import kernel_distance
 from guided_distill.evaluation.outputs import Outputs
-from guided_distill.evaluation.precision_recall import Manifold, precision_recall
+from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES, Manifold, precision_recall
 from guided_distill.evaluation.reference import MAX_FEATURES, Reference
 
 PUBLISHED_COUNT = 50_000
@@ -32,6 +32,7 @@ class Measures:
     inception_score: float | None
     alignment: float | None
     caption_recall: float | None
+    kid_std: float | None
 
 
 def measure(
@@ -45,35 +46,37 @@ def measure(
     """Measures of `count` samples, from what the extractor says of them, some at a time.
 
     KID, precision and recall need features of the reference and are None where it has only a mean and
-    a covariance; the last two look at the first 10,000 samples. accuracy is the share of samples that
+    a covariance; the last two look at the first 10,000 samples, and are None for fewer than
+    FEWEST_SAMPLES on either side. accuracy is the share of samples that
     are given their class, None unless the extractor's classes are the data's own; inception_score is
     None if it has no classes. align: measures
     features against the samples' captions, where they have some.
     """
     statistics = FeatureStatistics.empty(extractor.width)
     score: InceptionScore | None = None
-    kept, correct = [], 0
-    for features, logits, labels in outputs:
-        if statistics.count + len(features) > count:
-            raise _miscounted(statistics.count + len(features), count)
-        statistics = statistics.accumulate(features)
+    features, correct = np.empty((count, extractor.width), np.float32), 0
+    for some, logits, labels in outputs:
+        done = statistics.count
+        if done + len(some) > count:
+            raise _miscounted(done + len(some), count)
+        features[done : done + len(some)] = some
+        statistics = statistics.accumulate(some)
         if num_classes := logits.shape[1]:
             score = (score or InceptionScore.empty(count, num_classes)).accumulate(logits)
             correct += int((logits.argmax(axis=1) == labels).sum())
-        kept.append(features)
     if statistics.count < count:
         raise _miscounted(statistics.count, count)
-    features = np.concatenate(kept)
     kid = nearness = None
-    if reference.features is not None and reference.manifold is not None:
+    if reference.features is not None:
         kid = kernel_distance(reference.features, features)
-        nearness = precision_recall(
-            reference.manifold, Manifold.from_features(features[:MAX_FEATURES])
-        )
+        if min(count, len(reference.features)) >= FEWEST_SAMPLES:
+            nearness = precision_recall(
+                reference.manifold, Manifold.from_features(features[:MAX_FEATURES])
+            )
     alignment = align(features) if align else None
     return Measures(
         fd=frechet_distance(reference.statistics, statistics),
-        kid=kid,
+        kid=kid.mean if kid else None,
         precision=nearness.precision if nearness else None,
         recall=nearness.recall if nearness else None,
         accuracy=correct / count if extractor.own_classes else None,
@@ -81,7 +84,27 @@ def measure(
         inception_score=score.score() if score else None,
         alignment=alignment.cosine if alignment else None,
         caption_recall=alignment.recall_at_10 if alignment else None,
+        kid_std=kid.std if kid else None,
     )
+
+
+def shortages(*, train: int, test: int) -> list[str]:
+    """What can't be measured with so few images in the data's splits; a line each.
+
+    Raises UserError if nothing can.
+    """
+    if train < 2:
+        raise UserError(f"the training split has {train} image: an evaluation needs 2, so add some")
+    lines = []
+    if test < 2:
+        lines.append(f"the test split has {test} image: results.csv gets no row of real ones")
+    for split, count in (("training", train), ("test", test)):
+        if 2 <= count < FEWEST_SAMPLES:
+            lines.append(
+                f"the {split} split has {count} images: precision and recall need {FEWEST_SAMPLES} and "
+                f"are left out{' of the row of real ones' if split == 'test' else ''}"
+            )
+    return lines
 
 
 def _miscounted(found: int, count: int) -> UserError:
@@ -91,9 +114,15 @@ def _miscounted(found: int, count: int) -> UserError:
     )
 
 
-def caveats(count: int, width: int) -> list[str]:
+def caveats(count: int, width: int, reference: Reference) -> list[str]:
     """What to know of measures of so few samples, in features of so many dimensions; a line each."""
     lines = []
+    if reference.features is None:
+        lines.append(
+            f"the statistics of {reference.of} don't say what made them, and have to be of this extractor: "
+            f"of inception, by pytorch-fid, for those of the TensorFlow graph (as ADM publishes them) "
+            f"are of slightly different features; there is no kernel distance, precision or recall"
+        )
     if count < PUBLISHED_COUNT:
         lines.append(
             f"n = {count} samples a row: don't compare these figures with published ones, which are of "

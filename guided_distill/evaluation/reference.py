@@ -46,9 +46,10 @@ class Reference:
     of: str = ""
 
     @cached_property
-    def manifold(self) -> Manifold | None:
-        """The features with the balls around them (see `precision_recall`)."""
-        return None if self.features is None else Manifold.from_features(self.features)
+    def manifold(self) -> Manifold:
+        """The features, of which there have to be some, with the balls around them."""
+        assert self.features is not None
+        return Manifold.from_features(self.features)
 
 
 def training_reference(source: Source, extractor: Extractor, folder: epath.Path) -> Reference:
@@ -151,16 +152,30 @@ def data_fingerprint(source: Source) -> str:
     """A SHA-256 of the data's size and shape and of 1,000 of its examples with their labels."""
     rng = np.random.default_rng(0)
     indices = np.sort(rng.permutation(source.size)[:FINGERPRINT_EXAMPLES])
-    return _sha256([np.array([source.size, *source.shape]), *source.read(indices).values()])
+    digest = hashlib.sha256()
+    _update(digest, np.array([source.size, *source.shape]))
+    # As of one array of all images, which would be large.
+    digest.update(f"float32 {(len(indices), *source.shape)}".encode())
+    others: dict[str, list[np.ndarray]] = {}
+    for examples in source.chunks_of(indices):
+        digest.update(np.ascontiguousarray(examples.pop("image"), np.float32).tobytes())
+        for name, each in examples.items():
+            others.setdefault(name, []).append(each)
+    for parts in others.values():
+        _update(digest, np.concatenate(parts))
+    return digest.hexdigest()
 
 
 def _sha256(arrays: Any) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        array = np.asarray(array)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        _update(digest, np.asarray(array))
     return digest.hexdigest()
+
+
+def _update(digest: Any, array: np.ndarray) -> None:
+    digest.update(f"{array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def _checksum(fields: Mapping[str, np.ndarray]) -> str:

@@ -27,12 +27,13 @@ class Result:
     """A row. Fields that don't apply (the real data has no sampler) are None and written empty.
 
     fd: Fréchet distance of features to the training data; kid: kernel distance (unbiased, may be below
-    0); accuracy: share of samples that the classifier gives their label; n: samples; seconds: wall clock
-    of drawing all n in batches, compilation apart; network_calls: calls for one sample; extractor: the
-    feature space, with @FILE where statistics of other data took the training data's place; alignment,
-    caption_recall: how well samples show their captions, cosine and recall at 10 of `alignment.py`, or
-    of `clip.py`, where the cosine is the CLIP score; checkpoint: the stage's (`checkpoint_id`); against:
-    a fingerprint of the extractor's weights and the reference. Earlier versions wrote neither.
+    0), kid_std: its deviation over subsets; accuracy: share of samples that the classifier gives their
+    label; n: samples; seconds: wall clock of drawing all n in batches, compilation apart; network_calls:
+    calls for one sample; extractor: the feature space, with @FILE where statistics of other data took
+    the training data's place; alignment, caption_recall: how well samples show their captions, cosine
+    and recall at 10 of `alignment.py`, or of `clip.py`, where the cosine is the CLIP score; checkpoint:
+    the stage's (`checkpoint_id`); against: a fingerprint of the extractor's weights and the reference.
+    Earlier versions wrote neither of the last two, nor kid_std.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Result:
     caption_recall: float | None = None
     checkpoint: str | None = None
     against: str | None = None
+    kid_std: float | None = None
 
     @property
     def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:

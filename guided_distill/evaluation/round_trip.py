@@ -3,7 +3,8 @@
 Meng et al. 2023, the section on encoding: encoder and decoder students against DDIM run both ways.
 """
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from etils import epath
 
 from guided_distill.config import Evaluation, Experiment
 from guided_distill.data import sources
-from guided_distill.data.source import Examples, Source
+from guided_distill.data.source import Examples
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.evaluation.results import read_rows, write_rows
@@ -84,8 +85,8 @@ def evaluate_round_trips(
         return []
     data = experiment.data
     test = sources.load(data.name, split="test", image_size=data.image_size, seed=experiment.seed)
-    examples = _examples(test, settings)
-    images = examples.pop("image")
+    count = min(settings.num_samples, test.size, MAX_IMAGES)
+    chosen = np.sort(np.random.default_rng(settings.seed).permutation(test.size)[:count])
     path = workdir / "round_trip.csv"
     rows = read_rows(path, RoundTrip)
     ways: dict[str, Trained] = {}
@@ -94,24 +95,23 @@ def evaluate_round_trips(
             words = ""
             names = (pair.encoder, pair.decoder)
             checkpoints = "-".join(checkpoint_id(workdir / name) for name in names)
-            key = (*pair, w, len(images), settings.seed)
+            key = (*pair, w, count, settings.seed)
             known = any(row.key == key and row.checkpoints in (None, checkpoints) for row in rows)
             if again or not known:
                 ways = {name: ways.get(name) or load_finished(workdir / name) for name in names}
-                back = round_trip(
+                travel = functools.partial(
+                    round_trip,
                     ways[pair.encoder],
                     ways[pair.decoder],
-                    images,
-                    condition=examples,
                     w=w,
                     num_steps=pair.num_steps,
                     batch_size=settings.batch_size,
                 )
-                error = float(np.sqrt(np.mean(np.square(back - images))))
+                error = _rms_error(travel, test.chunks_of(chosen))
                 others = [row for row in rows if row.key != key]
                 rows = [
                     *others,
-                    RoundTrip(*pair, w, error, len(images), settings.seed, checkpoints),
+                    RoundTrip(*pair, w, error, count, settings.seed, checkpoints),
                 ]
                 write_rows(path, RoundTrip, rows)
                 words = f"{pair.encoder} {pair.decoder} N={pair.num_steps} w={w:g}: {error:.4f}"
@@ -167,7 +167,11 @@ def _pairs(
         yield Pair(plain[-1], plain[-1], n)
 
 
-def _examples(test: Source, settings: Evaluation) -> Examples:
-    count = min(settings.num_samples, test.size, MAX_IMAGES)
-    shuffled = np.random.default_rng(settings.seed).permutation(test.size)
-    return test.read(np.sort(shuffled[:count]))
+def _rms_error(travel: Callable[..., np.ndarray], chunks: Iterable[Examples]) -> float:
+    squared, count = 0.0, 0
+    for examples in chunks:
+        images = examples.pop("image")
+        back = travel(images, condition=examples)
+        squared += float(np.sum(np.square(back - images), dtype=np.float64))
+        count += images.size
+    return float(np.sqrt(squared / count))

@@ -10,11 +10,9 @@ from etils import epath
 from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES
 from guided_distill.evaluation.results import file_stem
 from guided_distill.stages import Stage, all_stages
-
-FEWEST_SAMPLES = 4
-"""A ball of precision and recall reaches to the third of the other samples."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from guided_distill.data import sources
+from guided_distill.data import source, sources
 from guided_distill.data.mixture import DEFAULT_MIXTURE
 from guided_distill.data.pixels import from_uint8, to_uint8
-from guided_distill.data.source import from_arrays, split_indices
+from guided_distill.data.source import from_arrays, split_indices, within_memory
 from guided_distill.errors import UserError
 
 
@@ -135,3 +135,43 @@ def test_fixed_sizes_are_checked(name, right):
 def test_points_have_no_image_size():
     with pytest.raises(UserError, match=r"data.image_size is 2.*mixture2d"):
         sources.load("mixture2d", image_size=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "count"),
+    [
+        ((512, 512, 3), 4096, 32),
+        ((32, 32, 3), 4096, 4096),
+        ((512, 512, 3), 512, 32),
+        ((2,), 512, 512),
+    ],
+)
+def test_large_images_are_read_a_few_at_a_time(shape, most, count):
+    # 128 MiB hold 42 images of 512 x 512 x 3 float32, of which the power of two below is taken.
+    assert within_memory(shape, most=most) == count
+
+
+def test_chunks_hold_no_more_than_they_may(monkeypatch):
+    monkeypatch.setattr(source, "_BYTES", 64 * 4 * 10)
+    read = sources.load("digits")
+    whole, chunks = read.arrays(), list(read.chunks())
+    assert {len(chunk["label"]) for chunk in chunks[:-1]} == {8}
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(np.concatenate([each[name] for each in chunks]), expected)
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_labels_are_had_without_images_where_they_are_known(monkeypatch, at_hand):
+    monkeypatch.setattr(source, "_BYTES", 64 * 4 * 50)
+    digits, sizes = sources.load("digits"), []
+
+    def read(indices):
+        sizes.append(len(indices))
+        return digits.read(indices)
+
+    labels = digits.labels if at_hand else None
+    indices = np.arange(3000) % 700
+    found = dataclasses.replace(digits, read=read, labels=labels).labels_of(indices)
+    np.testing.assert_array_equal(found, digits.read(indices)["label"])
+    assert sum(sizes) == (0 if at_hand else 700)
+    assert max(sizes, default=0) <= 32

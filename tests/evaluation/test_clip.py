@@ -77,6 +77,20 @@ def test_images_are_resized_as_pillow_does(side):
 
 
 @pytest.mark.parametrize(
+    ("height", "width", "resized"), [(41, 29, (16, 22)), (20, 33, (26, 16)), (8, 12, (24, 16))]
+)
+def test_of_oblong_images_the_middle_is_seen(height, width, resized):
+    # The sizes and the cut are those that CLIPImageProcessor of transformers 5 was seen to use.
+    small = Image.fromarray(random_pixels(5, 5, 3) // 3 + 85)
+    smooth = small.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = ((side - 16) // 2 for side in resized)
+    cut = smooth.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + 16, top + 16))
+    found = clip.preprocess(from_uint8(np.asarray(smooth))[None], 16)[0]
+    pixels = found * np.array(clip.PIXEL_STD)[None, None] + np.array(clip.PIXEL_MEAN)[None, None]
+    np.testing.assert_allclose(pixels, np.asarray(cut) / 255, atol=1.6 / 255)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("config.json", '{"model_type": "siglip"}', r"model_type is 'siglip'; supported are clip"),

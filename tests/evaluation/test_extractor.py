@@ -61,3 +61,28 @@ def test_images_are_rounded_to_8_bits_first(mesh_of):
     near = exact + np.random.default_rng(0).uniform(-0.49, 0.49, exact.shape) * step
     np.testing.assert_array_equal(extractor(near)[1], extractor(exact)[1])
     np.testing.assert_array_equal(extractor(exact + 10 * step)[1][-10:], 1)
+
+
+def test_two_batches_are_on_the_devices_at_most(mesh_of):
+    extractor, running, most = pixel_sums(mesh_of(1)), [], []
+
+    class Output:
+        def __init__(self, value):
+            self.value = value
+            running.append(self)
+
+        def __array__(self, dtype=None, copy=None):
+            if self in running:
+                running.remove(self)
+            return np.asarray(self.value)
+
+    def run(params, batch):
+        outputs = [Output(each) for each in extractor.apply(params, np.asarray(batch))]
+        most.append(len(running) / len(outputs))
+        return outputs
+
+    extractor.__dict__["_run"] = run
+    samples = np.random.default_rng(0).uniform(-1, 1, (47, 4, 4, 1)).astype(np.float32)
+    assert extractor(samples)[0].shape == (47, 1)
+    assert len(most) == 8
+    assert max(most) == 2

@@ -15,7 +15,7 @@ from guided_distill.evaluation.evaluate import Table
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
 from guided_distill.evaluation.kid import kernel_distance
-from guided_distill.evaluation.measures import caveats, measure
+from guided_distill.evaluation.measures import caveats, measure, shortages
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
 from guided_distill.evaluation.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.reference import Reference
@@ -58,7 +58,7 @@ def test_a_stream_in_any_chunks_is_measured_as_the_whole():
     manifolds = [Manifold.from_features(each) for each in (REAL, SAMPLES)]
     assert found.n == 80
     assert found.fd == pytest.approx(frechet_distance(*statistics))
-    assert found.kid == pytest.approx(kernel_distance(REAL, SAMPLES))
+    assert found.kid == pytest.approx(kernel_distance(REAL, SAMPLES).mean)
     assert (found.precision, found.recall) == precision_recall(*manifolds)
     assert found.accuracy == np.mean((SAMPLES[:, 0] < 0) == LABELS)
     assert 1 < found.inception_score < 2
@@ -81,6 +81,32 @@ def test_what_cannot_be_told_is_none():
     )
     assert (found.kid, found.precision, found.recall, found.accuracy) == (None,) * 4
     assert found.fd > 0
+
+
+@pytest.mark.parametrize(("count", "of_reference"), [(3, 90), (80, 3)])
+def test_of_few_images_all_but_precision_and_recall_is_measured(count, of_reference):
+    extractor = extractor_of()
+    found = measure(
+        itertools.islice(in_chunks(count, extractor), 1),
+        count=count,
+        extractor=extractor,
+        reference=reference_of(REAL[:of_reference]),
+    )
+    assert (found.precision, found.recall) == (None, None)
+    assert found.kid == pytest.approx(kernel_distance(REAL[:of_reference], SAMPLES[:count]).mean)
+    assert found.fd > 0
+
+
+def test_what_few_images_lack_is_said_first():
+    assert shortages(train=4, test=4) == []
+    (none,) = shortages(train=4, test=1)
+    assert "test split has 1 image: results.csv gets no row of real ones" in none
+    (few,) = shortages(train=4, test=3)
+    assert "precision and recall need 4 and are left out of the row of real ones" in few
+    (few,) = shortages(train=3, test=4)
+    assert few.startswith("the training split has 3 images: precision and recall need 4")
+    with pytest.raises(UserError, match="the training split has 1 image: an evaluation needs 2"):
+        shortages(train=1, test=4)
 
 
 @pytest.mark.parametrize("count", [79, 81])
@@ -109,10 +135,13 @@ def test_parts_are_of_one_row_alone(tmp_path):
 
 
 def test_caveats_say_what_holds():
-    assert caveats(50_000, 2048) == []
-    (few,) = caveats(10_000, 1280)
+    assert caveats(50_000, 2048, reference_of()) == []
+    (unnamed,) = caveats(50_000, 2048, replace(reference_of(None), of="adm"))
+    assert "statistics of adm don't say what made them" in unnamed
+    assert "TensorFlow graph" in unnamed
+    (few,) = caveats(10_000, 1280, reference_of())
     assert "published" in few
-    _, rank = caveats(1280, 1280)
+    _, rank = caveats(1280, 1280, reference_of())
     assert "rank-deficient" in rank
     assert "unbiased" in rank
 

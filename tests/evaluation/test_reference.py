@@ -1,6 +1,7 @@
 """Statistics of the training data: computed once, and never mistaken for those of something else."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_features_are_a_drawn_subset(folder, monkeypatch):
     assert found.statistics.count == 70
 
 
+def test_the_datas_fingerprint_is_a_hash_of_all_images_as_one_array(monkeypatch):
+    monkeypatch.setattr(data_source, "_BYTES", 16 * 4 * 7)
+    digest = hashlib.sha256()
+    for array in (np.array([70, 4, 4, 1]), np.float32(PIXELS) / np.float32(127.5) - 1, LABELS):
+        array = array.astype(np.int32) if array is LABELS else array
+        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    assert reference.data_fingerprint(source_of()) == digest.hexdigest()
+
+
 @pytest.mark.parametrize(
     "change_of",
     [
@@ -130,7 +140,7 @@ def test_statistics_of_the_fid_literature(tmp_path):
     found = read_reference(file, source_of(), extractor_of())
     np.testing.assert_array_equal(found.statistics.mean, mean)
     np.testing.assert_array_equal(found.statistics.covariance, covariance)
-    assert (found.features, found.manifold, found.of) == (None, None, "cifar")
+    assert (found.features, found.of) == (None, "cifar")
     with pytest.raises(UserError, match=r"cifar\.npz is of features of width 3, .* has 5"):
         read_reference(file, source_of(), extractor_of(width=5))
 

@@ -49,7 +49,7 @@ def test_rows_are_read_as_written(tmp_path):
     assert read_results(epath.Path(tmp_path / "results.csv")) == [RESULT, empty]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 def test_files_without_the_newest_columns_are_read(tmp_path, count):
     newest = {
         "inception_score": 3.5,
@@ -57,8 +57,9 @@ def test_files_without_the_newest_columns_are_read(tmp_path, count):
         "caption_recall": 0.25,
         "checkpoint": "0123abcd",
         "against": "4567cdef",
+        "kid_std": 0.125,
     }
-    assert COLUMNS[-5:] == tuple(newest)
+    assert COLUMNS[-6:] == tuple(newest)
     file = epath.Path(tmp_path / "results.csv")
     write_results(file, [row(**newest)])
     lines = [line.rsplit(",", count)[0] for line in file.read_text().splitlines()]
