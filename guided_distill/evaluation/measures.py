@@ -119,9 +119,9 @@ def caveats(count: int, width: int, reference: Reference) -> list[str]:
     lines = []
     if reference.features is None:
         lines.append(
-            f"the statistics of {reference.of} don't say what made them, and have to be of this "
-            f"extractor: of inception, by pytorch-fid, for those of the TensorFlow graph (as ADM publishes "
-            f"them) are of slightly different features; there is no kernel distance, precision or recall"
+            f"the statistics of {reference.of} don't say what made them, and must be of this extractor: "
+            f"of inception, by pytorch-fid, for those of the TensorFlow graph (as ADM publishes) are "
+            f"of slightly different features; there is no kernel distance, precision or recall"
         )
     if count < PUBLISHED_COUNT:
         lines.append(
