@@ -18,7 +18,6 @@ from etils import epath
 
 from guided_distill import sampling
 from guided_distill.applications import text_to_image
-from guided_distill.applications.style_transfer import class_index
 from guided_distill.applications.text_to_image import TextToImage, load_text_to_image
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
@@ -76,9 +75,10 @@ class Model:
     ) -> np.ndarray:
         """An image for each class or text, float32 [n, H, W, C] in [-1, 1], or a point [n, 2].
 
-        labels: names or numbers of classes; prompts: texts; the one that the model is told of. noise:
-        what `encode` answered. request: num_steps, sampler, seed, batch_size and allow_untrained, as of
-        `guided_distill.sampling.sample_batches`. Image i depends on (seed, i) and what it is of.
+        labels: names of classes, strings, or their numbers from 0; prompts: texts; the one that the model
+        is conditioned on. noise: what `encode` returned. request: num_steps, sampler, seed, batch_size
+        and allow_untrained, as of `guided_distill.sampling.sample_batches`. Image i depends on (seed, i)
+        and its condition.
         """
         w = self.usual_w if w is None else w
         if self.prompted is not None:
@@ -163,7 +163,7 @@ class Model:
                 f"there are no labels: give names or numbers of classes, such as {names}"
             )
         return sampling.of_labels(
-            [class_index(str(label), self.about, flag="labels") for label in labels]
+            [sampling.class_index(label, self.about, flag="labels") for label in labels]
         )
 
     def _told_of_texts(self, images: np.ndarray, prompts: Sequence[str]) -> TextToImage:

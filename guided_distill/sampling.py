@@ -18,6 +18,7 @@ from guided_distill.diffusion.process import Prediction
 from guided_distill.diffusion.samplers import Known
 from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS
 from guided_distill.errors import UserError
+from guided_distill.files import warn_once
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.processes import on_all_processes, to_host
@@ -454,6 +455,30 @@ def _check_w(about: Description, w: float, *, flag: str, way_out: str = "") -> N
 def of_labels(labels: Sequence[int] | np.ndarray) -> Condition:
     """The condition of classes [n]."""
     return {"label": np.asarray(labels, np.int32)}
+
+
+def class_index(label: int | str, about: Description, *, flag: str) -> int:
+    """The place of a class that a user names: a number is the place itself, a string is a name.
+
+    Names of folders are sorted as text, so the place of the class "2" may be another than 2, of which a
+    warning says. Raises UserError, naming the flag, if there is no such class.
+    """
+    names = about.class_names
+    if isinstance(label, str):
+        place = names.index(label) if label in names else -1
+    else:
+        place = int(label) if isinstance(label, int | np.integer) else -1
+        if str(place) in names and names.index(str(place)) != place < len(names):
+            warn_once(
+                f"{flag}: class {place} is the one named {names[place]!r}, and the one named '{place}' "
+                f"is class {names.index(str(place))}"
+            )
+    if not 0 <= place < len(names):
+        raise UserError(
+            f"{flag} is {label!r}; give a number in 0 ... {len(names) - 1}, or one of "
+            f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+        )
+    return place
 
 
 def cycling_labels(count: int, num_classes: int) -> np.ndarray:

@@ -49,7 +49,7 @@ def test_requests_that_cannot_be_met_say_why(student, tmp_path):
     for request, message in (
         (lambda: student.sample(), "no labels: give names or numbers of classes, such as 0, 1"),
         (lambda: student.sample(labels=["ten"]), "labels is 'ten'"),
-        (lambda: student.sample(labels=[-1]), "labels is '-1'"),
+        (lambda: student.sample(labels=[-1]), "labels is -1"),
         (lambda: student.sample(prompts=["a"]), "give labels"),
         (lambda: student.sample(labels=[1], num_steps=3), "trained for 2 steps"),
         (lambda: student.edit(image, ["a"], strength=0.5), "need texts"),

@@ -215,7 +215,8 @@ def test_samples_depend_on_their_index_and_seed_alone(finished):
         (["--w", "5"], "outside the range [0.0, 4.0]"),
         (["--num_steps", "3"], "trained for 1 steps"),
         (["--labels", "3,12"], "--labels"),
-        (["--labels", "a"], "--labels"),
+        (["--labels", "a"], "--labels is 'a'"),
+        (["--labels", "0,99999999999999999999"], "--labels is '99999999999999999999'"),
         (["--num", "0"], "--num"),
         (["--stage", "halving_encode_2"], "trained to encode"),
         (["--stage", "nothing"], "holds no checkpoint"),
@@ -358,7 +359,7 @@ def test_transfer_reads_pictures_and_fits_them(finished, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"from_label": "11"}, "--from_label is '11'"),
+        ({"from_label": "11"}, "--from_label is 11"),
         ({"to_label": "seven"}, "--to_label is 'seven'"),
         ({"w_encode": "5"}, "--w_encode is 5.0, outside"),
         ({"w": "-1"}, "--w is -1.0, outside"),

@@ -1,5 +1,7 @@
 """Samples from weights: what they may depend on, and what is refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import with_guidance
 from guided_distill.errors import UserError
 from guided_distill.sampling import (
+    class_index,
     compiled_noise,
     compiled_sampler,
     cycling_labels,
@@ -22,6 +25,7 @@ from guided_distill.sampling import (
     usual_w,
 )
 from guided_distill.training.trained import Description, Trained
+from guided_distill.verbs.shared import label
 
 OPTIONS = {"width": 16, "depth": 1, "embedding_width": 16}
 
@@ -55,6 +59,26 @@ TEACHER = trained("teacher")
 STUDENT = trained("halving", num_steps=2, sampler="stochastic")
 DECODER = trained("halving", num_steps=2, sampler="ddim")
 ENCODER = trained("halving", num_steps=2, sampler="encode")
+
+
+def test_numbers_are_places_of_classes_and_strings_are_names(caplog):
+    names = tuple(sorted(str(number) for number in range(12)))
+    assert names[2] == "10"
+    about = dataclasses.replace(STUDENT.description, class_names=names)
+    for label_, place in ((0, 0), ("0", 0), (2, 2), (np.int64(2), 2), ("2", 4), ("10", 2)):
+        assert class_index(label_, about, flag="labels") == place
+    (line,) = caplog.messages
+    assert "class 2 is the one named '10', and the one named '2' is class 4" in line
+    for label_ in (12, -1, 1.0, None, "12", "", 10**30):
+        with pytest.raises(UserError, match=r"labels is .*; give a number in 0 \.\.\. 11"):
+            class_index(label_, about, flag="labels")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2", 2), ("-1", "-1"), ("\u0662", "\u0662"), ("9" * 30, "9" * 30)]
+)
+def test_the_command_line_takes_digits_for_a_number(text, expected):
+    assert label(text) == expected
 
 
 def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():

@@ -174,13 +174,14 @@ def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
 
 
 def some_masks():
-    """Masks of pixels, and what they are at the latents: the upper left pixel of each 2 x 2."""
-    masks = np.random.default_rng(2).random((2, SIDE, SIDE)) < 0.5
-    return masks, masks.reshape(2, SIDE // 2, 2, SIDE // 2, 2)[:, :, 0, :, 0]
+    """Masks of pixels; and of each 2 x 2 of them, a latent's: the upper left one, and the most."""
+    masks = np.random.default_rng(2).random((2, SIDE, SIDE)) < 0.3
+    corners = [masks[:, i::2, j::2] for i in range(2) for j in range(2)]
+    return masks, corners[0], np.maximum.reduce(corners)
 
 
 def test_inpainting_tells_the_sampler_what_is_known(model, asked):
-    masks, free = some_masks()
+    masks, _, free = some_masks()
     inpaint(model, images(), masks, PROMPTS, w=1.0, seed=5)
     (request,) = asked
     noise = initial_noise(model.trained.description, 2, seed=5)
@@ -199,7 +200,7 @@ def test_inpainting_keeps_the_latents_outside_of_the_mask(model, monkeypatch):
         return sampled[0]
 
     monkeypatch.setattr(text_to_image, "sample", spy)
-    masks, free = some_masks()
+    masks, _, free = some_masks()
     inpaint(model, images(), masks, PROMPTS, w=1.0)
     changes = np.abs(sampled[0] - model.space.to_latents(images()))
     assert changes[~free].max() < 1e-6
@@ -211,13 +212,13 @@ def test_an_inpainting_network_is_told_of_the_mask_and_of_what_is_around(model, 
     told = {**about.condition_shapes, INPAINT: (*about.data_shape[:2], 1 + about.data_shape[2])}
     of_masks = replace(about, condition_shapes=told)
     of_masks = replace(model, trained=replace(model.trained, description=of_masks))
-    masks, free = some_masks()
+    masks, nearest, _ = some_masks()
     inpaint(of_masks, images(), masks, PROMPTS, w=1.0, seed=5)
     (request,) = asked
     with_holes = images()
     with_holes[masks] = 0.0
     mask, around = np.split(request["condition"][INPAINT], [1], axis=-1)
-    np.testing.assert_array_equal(mask, free[..., None])
+    np.testing.assert_array_equal(mask, nearest[..., None])
     np.testing.assert_array_equal(around, model.space.to_latents(with_holes))
     np.testing.assert_array_equal(request["noise"], initial_noise(about, 2, seed=5))
     assert request["known"] is None
@@ -228,11 +229,12 @@ def run(verb, workdir, out, *more):
 
 
 def test_files_say_how_they_were_made(workdir, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("red apple\n\ntwo apples\n")
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred apple\n\ntwo apples\n")
     asked = ["--prompts", str(tmp_path / "prompts.txt"), "--num", "2", "--w", "2", "--seed", "5"]
     assert run("generate", workdir, tmp_path / "out", *asked) == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == 5
+    assert Path(paths[0]).stem.endswith("_0000_red_apple")
     with Image.open(paths[2]) as image:
         assert image.size == (SIDE, SIDE)
         said = json.loads(image.info["guided_distill"])
@@ -348,13 +350,18 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypa
         ("edit", ["--prompt", "a", "--image", "{image}", "--strength", "0"], "--strength is 0"),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{mask}"], "is 8 x 9 pixels"),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{text}"], "as an image"),
+        ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{clear}"], "nowhere white"),
+        ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "none"], "no image at none"),
+        ("generate", ["--prompt", "caf\udce9"], "can't be read as text"),
+        ("generate", ["--prompts", "{text}"], "can't be read as text, save it in UTF-8"),
     ],
 )
 def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, verb, more, said):
-    places = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask", "text")}
+    places = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask", "text", "clear")}
+    Image.new("RGBA", (SIDE, SIDE)).save(places["clear"])
     Image.new("RGB", (SIDE, SIDE)).save(places["image"])
     Image.new("L", (8, 9)).save(places["mask"])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_bytes(b"no picture, \xe9")
     assert run(verb, workdir, tmp_path / "out", *(each.format(**places) for each in more)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("guided-distill: ")

@@ -108,19 +108,6 @@ def _nearest_round(workdir: epath.Path, sampler: str) -> str:
     return min(rounds, key=lambda stage: abs((stage.num_steps or 0) - NEAREST_STEPS)).name
 
 
-def class_index(text: str, about: Description, *, flag: str) -> int:
-    """The class that `text` names, or counts from 0. Raises UserError, naming the flag."""
-    names = about.class_names
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    raise UserError(
-        f"{flag} is {text!r}; give a number in 0 ... {len(names) - 1}, or one of "
-        f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
-    )
-
-
 def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.ndarray:
     """Up to `count` random images of a class. Raises UserError if it has none."""
     check_seed("--seed", seed)

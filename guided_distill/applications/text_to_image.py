@@ -130,20 +130,22 @@ def inpaint(
 ) -> np.ndarray:
     """Paint where masks [n, H, W], bool, are True; all other pixels of images [n, H, W, C] stay exactly.
 
-    An in-painting network is told of the mask and of what is around it; to another one, the latents that
-    are known are put into its every prediction. Raises UserError as `generate` does.
+    An in-painting network is conditioned on the mask and on what is around it; for another one, the
+    latents without a masked pixel are put into its every prediction. Raises UserError as `generate` does.
     """
     condition: Condition = {"text": model.text_encoder.encode(prompts)}
     noise = initial_noise(model.trained.description, len(images), seed=seed)
-    # The nearest pixel of the mask, as diffusers takes it.
     size = images.shape[1] // noise.shape[1]
-    free = masks[:, ::size, ::size, None]
     known = None
     if INPAINT in model.trained.description.condition_shapes:
+        # The nearest pixel of the mask, as diffusers takes it and as the network was trained.
+        mask = masks[:, ::size, ::size, None]
         around = model.space.to_latents(np.where(masks[..., None], 0.0, images))
-        condition = {**condition, INPAINT: np.concatenate([free, around], axis=-1)}
+        condition = {**condition, INPAINT: np.concatenate([mask, around], axis=-1)}
     else:
-        known = Known(model.space.to_latents(images), noise, free)
+        # A latent of which any pixel is to be painted is free: it knows what was in the hole.
+        cells = masks.reshape(len(masks), *noise.shape[1:2], size, *noise.shape[2:3], size)
+        known = Known(model.space.to_latents(images), noise, cells.any((2, 4))[..., None])
     latents = _sample(model, condition, w=w, seed=seed, noise=noise, known=known, **request)
     return np.where(masks[..., None], model.space.to_images(latents), images)
 

@@ -17,8 +17,8 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from guided_distill.data.files import reason, regular_file
 from guided_distill.errors import UserError
+from guided_distill.files import reason, regular_file
 
 _MEMORY_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 _LARGE, _PACKED_AT_MOST = 1 << 30, 500

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from etils import epath
 
-from guided_distill.data.files import File, is_text, read_text, regular_file, warn_once
 from guided_distill.data.images import SUFFIXES, images_in, read_image, upright_size
 from guided_distill.data.pixels import crop_and_resize, from_uint8
 from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
+from guided_distill.files import File, is_text, read_text, regular_file, warn_once
 
 _HEADER_THREADS = 16
 

@@ -15,9 +15,9 @@ import numpy as np
 from etils import epath
 from PIL import ExifTags, Image, ImageOps
 
-from guided_distill.data.files import File, reason, regular_file
 from guided_distill.data.pixels import fitted, from_uint8
 from guided_distill.errors import UserError
+from guided_distill.files import File, reason, regular_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -9,7 +9,6 @@ from etils import epath
 from PIL import Image
 
 from guided_distill.data.fields import Fields, check_fits, read_fields
-from guided_distill.data.files import is_text, regular_file, warn_once
 from guided_distill.data.images import decode_image
 from guided_distill.data.pixels import crop_and_resize
 from guided_distill.data.source import (
@@ -20,6 +19,7 @@ from guided_distill.data.source import (
     split_whole_groups,
 )
 from guided_distill.errors import UserError
+from guided_distill.files import is_text, regular_file, warn_once
 
 SPLIT = "{split}"
 TEST_FRACTION = 0.1

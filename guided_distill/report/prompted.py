@@ -18,9 +18,9 @@ from guided_distill.applications.text_to_image import (
     inpaint,
     load_text_to_image,
 )
-from guided_distill.data.files import read_text
 from guided_distill.data.images import read_images, read_mask, size_at
 from guided_distill.errors import UserError
+from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import last_finished
 from guided_distill.sampling import given_or_trained, usual_w

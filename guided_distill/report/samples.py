@@ -11,7 +11,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.pipeline import finished_stages, read_config
-from guided_distill.sampling import of_labels, sample, usual_w
+from guided_distill.sampling import class_index, of_labels, sample, usual_w
 from guided_distill.stages import all_stages
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
@@ -26,7 +26,7 @@ def sample_to_files(
     *,
     stage: str | None,
     count: int,
-    labels: Sequence[int] | None,
+    labels: Sequence[int | str] | None,
     w: float | None,
     num_steps: int | None,
     sampler: str | None,
@@ -36,9 +36,9 @@ def sample_to_files(
 ) -> tuple[epath.Path, epath.Path]:
     """Write a picture and an npz (image, label) of `count` samples; answer their paths.
 
-    stage: a stage's folder in the workdir; None for the last finished one that samples. labels are gone
-    through in turn; None for all classes. Raises UserError for a stage that isn't there, and as
-    `sample` does.
+    stage: a stage's folder in the workdir; None for the last finished one that samples. labels, names or
+    numbers, are gone through in turn; None for all classes. Raises UserError for a stage that isn't
+    there, and as `sample` does.
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 sample")
@@ -50,7 +50,9 @@ def sample_to_files(
         )
     w = usual_w(about) if w is None else w
     num_classes = len(about.class_names)
-    all_labels = np.resize(np.arange(num_classes) if labels is None else labels, count)
+    chosen = range(num_classes) if labels is None else labels
+    classes = [class_index(label, about, flag="--labels") for label in chosen]
+    all_labels = np.resize(classes, count)
     images = sample(
         trained,
         condition=of_labels(all_labels),

@@ -4,7 +4,6 @@ import numpy as np
 from etils import epath
 
 from guided_distill.applications.style_transfer import (
-    class_index,
     images_at,
     images_of_class,
     load_models,
@@ -14,7 +13,7 @@ from guided_distill.data import sources
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
 from guided_distill.report.samples import write_files
-from guided_distill.sampling import usual_w
+from guided_distill.sampling import class_index, usual_w
 
 
 def transfer_to_files(
@@ -22,8 +21,8 @@ def transfer_to_files(
     *,
     to: epath.Path,
     images: str,
-    from_label: str,
-    to_label: str,
+    from_label: int | str,
+    to_label: int | str,
     encoder: str | None,
     decoder: str | None,
     w_encode: float | None,
@@ -36,8 +35,8 @@ def transfer_to_files(
 
     The figure's rows: the images, as they come back under their own label, and transferred. images: a
     file, a folder, or "data" for test images of from_label, which `seed` chooses; at most `count`.
-    Labels are names of classes, or their numbers. The npz holds the fields of `Transfer` and the two
-    labels. Answers the two paths. Raises UserError for what isn't there, and as `transfer` does.
+    Labels are names of classes, strings, or their numbers. The npz holds the fields of `Transfer` and
+    the two labels. Returns the two paths. Raises UserError for what isn't there, and as `transfer` does.
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 image")

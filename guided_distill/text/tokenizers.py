@@ -15,6 +15,7 @@ from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers
 
 from guided_distill.errors import UserError
+from guided_distill.files import is_text
 from guided_distill.layouts.json_files import read_json, read_text
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,13 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts [n] -> (tokens int32 [n, length], mask bool [n, length]: True up to the end token).
 
-        What is cut from a prompt that is too long is told in a warning.
+        A warning says what is cut from a prompt that is too long. Raises UserError for what is no text.
         """
+        for prompt in prompts:
+            if not is_text(prompt):
+                raise UserError(
+                    f"the prompt {prompt!a} can't be read as text: give a string of whole signs"
+                )
         tokens = np.full((len(prompts), self.length), self.pad, np.int32)
         mask = np.zeros(tokens.shape, bool)
         room = self.length - 2

@@ -11,6 +11,7 @@ from guided_distill.verbs.shared import (
     add_sampling_arguments,
     check_same_options,
     command_of_run,
+    label,
     parse_list,
 )
 
@@ -26,7 +27,9 @@ def add_verbs(verbs: Any) -> None:
     )
     sample.add_argument("--num", type=int, default=64, help="how many (default: %(default)s)")
     sample.add_argument(
-        "--labels", help="class numbers, separated by commas, gone through in turn (default: all)"
+        "--labels",
+        help="numbers of classes from 0, or names, separated by commas, gone through in turn "
+        "(default: all)",
     )
     add_sampling_arguments(sample)
     add_process_arguments(sample)
@@ -47,9 +50,11 @@ def add_verbs(verbs: Any) -> None:
         help="an image file, a folder of them, or data: test images of --from_label",
     )
     transfer.add_argument(
-        "--from_label", required=True, help="class of the images, by name or number"
+        "--from_label", required=True, type=label, help="class of the images, by number or name"
     )
-    transfer.add_argument("--to_label", required=True, help="class to make of them")
+    transfer.add_argument(
+        "--to_label", required=True, type=label, help="class to make of them, by number or name"
+    )
     transfer.add_argument(
         "--encoder", help="folder of the encoder (default: the round nearest to 8 steps)"
     )
@@ -131,7 +136,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
             options.workdir,
             stage=options.stage,
             count=options.num,
-            labels=parse_list("--labels", options.labels, int),
+            labels=parse_list("--labels", options.labels, label),
             w=options.w,
             num_steps=options.num_steps,
             sampler=options.sampler,

@@ -9,7 +9,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 
-Value = TypeVar("Value", int, float, str)
+Value = TypeVar("Value")
 
 CACHE: dict[str, Any] = {
     "type": epath.Path,
@@ -102,7 +102,14 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_list(flag: str, text: str | None, kind: type[Value]) -> tuple[Value, ...] | None:
+def label(text: str) -> int | str:
+    """What names a class on the command line: a number, or else a name."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
+
+
+def parse_list(
+    flag: str, text: str | None, kind: Callable[[str], Value]
+) -> tuple[Value, ...] | None:
     """The values of a flag that are separated by commas. Raises UserError, naming the flag."""
     if text is None:
         return None

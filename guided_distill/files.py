@@ -1,4 +1,4 @@
-"""What all readers of a user's files share: only regular files, their texts, and reasons in one line."""
+"""What all readers of the user's files share: regular files, their texts, and reasons in one line."""
 
 import functools
 import logging
