@@ -144,8 +144,9 @@ def inpaint(
         condition = {**condition, INPAINT: np.concatenate([mask, around], axis=-1)}
     else:
         # A latent of which any pixel is to be painted is free: it knows what was in the hole.
-        cells = masks.reshape(len(masks), *noise.shape[1:2], size, *noise.shape[2:3], size)
-        known = Known(model.space.to_latents(images), noise, cells.any((2, 4))[..., None])
+        count, height, width, _ = noise.shape
+        free = masks.reshape(count, height, size, width, size).max((2, 4))[..., None]
+        known = Known(model.space.to_latents(images), noise, free)
     latents = _sample(model, condition, w=w, seed=seed, noise=noise, known=known, **request)
     return np.where(masks[..., None], model.space.to_images(latents), images)
 
