@@ -28,15 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
         options.run(options, rest)
     except UserError as error:
-        print(f"guided-distill: {error}", file=sys.stderr)
+        print(f"guided-distill: {_one_line(error)}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"guided-distill: {error}", file=sys.stderr)
+        print(f"guided-distill: {_one_line(error)}", file=sys.stderr)
         return Interrupted.STATUS
     except KeyboardInterrupt as error:
         print(f"guided-distill: {error if error.args else stopping.STOPPED}", file=sys.stderr)
         return stopping.STATUSES[signal.SIGINT]
     return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, though a name or a value in it may hold a line break."""
+    return " ".join(str(error).split())
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:

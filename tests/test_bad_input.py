@@ -20,6 +20,7 @@ def train(workdir, *more):
     ("arguments", "said"),
     [
         (["--config", "nothing.py"], "nothing.py"),
+        (["--config", "no\nthing.py"], "no thing.py"),
         (["--config", f"{DIGITS}", "--config.teacher.stpes=3"], "config.teacher.stpes"),
         (["--config", f"{DIGITS}", "--config.teacher.steps=x"], "config.teacher.steps"),
         (["--config", f"{DIGITS}", "--config.guidance.w_min=9"], "config.guidance.w_min"),

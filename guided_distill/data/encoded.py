@@ -23,6 +23,7 @@ from etils import epath
 
 from guided_distill.data.source import SPLITS, Examples, Source
 from guided_distill.errors import UserError
+from guided_distill.files import is_text, reason
 
 NUMBERS = np.dtype("<f2")
 FORMAT = 1
@@ -88,8 +89,8 @@ def load(path: str, *, split: str) -> Source:
     encoding = read_about(root)
     folder, copies = root / split, encoding.copies(split)
     size = copies * encoding.sizes[split]
-    images = _open(folder, "image", size, encoding.shard_size)
     record = encoding.record
+    images = _open(folder, "image", record.itemsize, size, encoding.shard_size)
     common: dict[str, Any] = {
         "name": f"encoded:{path}",
         "split": split,
@@ -110,10 +111,11 @@ def load(path: str, *, split: str) -> Source:
     if encoding.text_shape is None:
         return Source(read=read_labels, condition_shapes={"label": (), **beside}, **common)
 
-    captions = np.repeat(np.array(_read_json(folder / CAPTIONS), object), copies)
+    captions = np.repeat(_read_captions(folder / CAPTIONS, encoding.sizes[split]), copies)
     distinct, text_of = np.unique(captions, return_inverse=True)
-    texts = _open(folder, "text", len(distinct), encoding.shard_size)
     shape = encoding.text_shape
+    width = NUMBERS.itemsize * math.prod(shape)
+    texts = _open(folder, "text", width, len(distinct), encoding.shard_size)
 
     def read_texts(indices: np.ndarray) -> Examples:
         numbers, place = np.unique(text_of[indices], return_inverse=True)
@@ -125,7 +127,7 @@ def load(path: str, *, split: str) -> Source:
     return Source(
         read=read_texts,
         condition_shapes={"text": shape, **beside},
-        null={"text": _read_null(root)},
+        null={"text": _read_null(root, shape)},
         captions=captions,
         **common,
     )
@@ -153,8 +155,9 @@ def shards(folder: epath.Path, kind: str, count: int, size: int) -> list[Shard]:
 
 
 def _open(
-    folder: epath.Path, kind: str, count: int, size: int
+    folder: epath.Path, kind: str, width: int, count: int, size: int
 ) -> grain.sources.ArrayRecordDataSource:
+    """`count` records of `width` bytes each, `size` in a file."""
     paths = []
     for path, start, stop in shards(folder, kind, count, size):
         if not path.exists():
@@ -169,7 +172,13 @@ def _open(
                 f"{_AGAIN}"
             )
         paths.append(str(path))
-    return grain.sources.ArrayRecordDataSource(paths)
+    records = grain.sources.ArrayRecordDataSource(paths)
+    if count and len(records[0]) != width:
+        raise UserError(
+            f"{folder.parent / ABOUT} isn't what it should be (a record of {paths[0]} has "
+            f"{len(records[0])} bytes in place of {width}): {_AGAIN}"
+        )
+    return records
 
 
 def read_about(root: epath.Path) -> Encoding:
@@ -184,20 +193,54 @@ def read_about(root: epath.Path) -> Encoding:
             raise ValueError(f"format {values['format']} can't be read")
         for name in ("shape", "text_shape", "class_names"):
             values[name] = None if values[name] is None else tuple(values[name])
-        return Encoding(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{root / ABOUT} isn't what it should be ({error}): {_AGAIN}") from error
+        encoding = Encoding(**values)
+        _check(encoding)
+        return encoding
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{root / ABOUT} isn't what it should be ({reason(error)}): {_AGAIN}"
+        ) from error
+
+
+def _check(encoding: Encoding) -> None:
+    """Raises ValueError for a field that is not what `Encoding` says."""
+    numbers = {
+        "shape": (encoding.shape, 3),
+        "text_shape": ((1, 1) if encoding.text_shape is None else encoding.text_shape, 2),
+        "sizes": (encoding.sizes.values(), len(SPLITS)),
+        "shard_size": ((encoding.shard_size,), 1),
+    }
+    for name, (found, count) in numbers.items():
+        if len(found) != count or not all(type(each) is int and each > 0 for each in found):
+            raise ValueError(f"{name} is {getattr(encoding, name)!r}")
+    if not all(map(is_text, encoding.class_names)):
+        raise ValueError("class_names must be strings")
+    for name in ("mirrored", "inpaint"):
+        if not isinstance(getattr(encoding, name), bool):
+            raise ValueError(f"{name} is {getattr(encoding, name)!r}")
+
+
+def _read_captions(path: epath.Path, count: int) -> np.ndarray:
+    captions = _read_json(path)
+    if not isinstance(captions, list) or len(captions) != count or not all(map(is_text, captions)):
+        raise UserError(f"{path} must be a list of {count} strings, one an example: {_AGAIN}")
+    return np.array(captions, object)
 
 
 def _read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): {_AGAIN}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({reason(error)}): {_AGAIN}") from error
 
 
-def _read_null(root: epath.Path) -> np.ndarray:
+def _read_null(root: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        return np.load(root / NULL)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{root / NULL} can't be read ({error}): {_AGAIN}") from error
+        null = np.load(root / NULL)
+    except Exception as error:  # Whatever damaged bytes raise in NumPy.
+        raise UserError(f"{root / NULL} can't be read ({reason(error)}): {_AGAIN}") from error
+    if null.shape != shape or null.dtype.kind != "f":
+        raise UserError(
+            f"{root / NULL} is {null.dtype} {list(null.shape)} and must be floats {list(shape)}: {_AGAIN}"
+        )
+    return null

@@ -84,8 +84,8 @@ def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Re
     """
     fields = _read(path)
     if {"mu", "sigma"} <= fields.keys():
+        _check_statistics(path, fields["mu"], fields["sigma"], extractor)
         mean, covariance = (np.asarray(fields[key], np.float64) for key in ("mu", "sigma"))
-        _check_width(path, mean, covariance, extractor)
         # The format doesn't say of how many; a distance asks for two at least.
         statistics = FeatureStatistics(mean, covariance, count=2)
         fingerprint = _sha256([_weights(extractor), mean, covariance])[:8]
@@ -98,7 +98,7 @@ def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Re
     if not _intact(fields):
         raise UserError(f"--reference {path} is damaged: make it again, or give another")
     about = _about(source, extractor)
-    _check_width(path, fields["mean"], fields["covariance"], extractor)
+    _check_statistics(path, fields["mean"], fields["covariance"], extractor)
     for key, words in (("extractor", "the extractor"), ("shape", "images of shape")):
         if fields[key] != about[key]:
             raise UserError(
@@ -195,12 +195,18 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
         return {}
 
 
-def _check_width(
+def _check_statistics(
     path: epath.Path, mean: np.ndarray, covariance: np.ndarray, extractor: Extractor
 ) -> None:
     width = extractor.width
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise UserError(
-            f"--reference {path} is of features of width {mean.shape[-1]}, and the extractor "
-            f"{extractor.name} has {width}: give statistics made with the same extractor"
+            f"--reference {path} has a mean {list(mean.shape)} and a covariance "
+            f"{list(covariance.shape)}, and the features of {extractor.name} have the width {width}: "
+            f"give statistics made with the same extractor"
+        )
+    if not all(each.dtype.kind in "fiu" and np.isfinite(each).all() for each in (mean, covariance)):
+        raise UserError(
+            f"--reference {path} has a mean or a covariance that is not of finite numbers: make it "
+            f"again, or give another"
         )

@@ -200,6 +200,34 @@ def test_damage_is_named(tmp_path):
         sources.load(f"encoded:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("encoding.json", {"shape": [2, 2]}, "shape is .2, 2."),
+        ("encoding.json", {"shape": [2, 2, 3]}, "a record of .* has 12 bytes in place of 28"),
+        ("encoding.json", {"text_shape": [2, True]}, "text_shape is .2, True."),
+        ("encoding.json", {"text_shape": [2, 4]}, "a record of .* has 12 bytes in place of 16"),
+        ("encoding.json", {"sizes": {"train": 7, "test": "3"}}, "sizes is"),
+        ("encoding.json", {"sizes": 3}, "encoding.json isn't what it should be"),
+        ("encoding.json", {"mirrored": "no"}, "mirrored is 'no'"),
+        ("encoding.json", {"shard_size": 0}, "shard_size is 0"),
+        ("train/captions.json", ["a"] * 6, "must be a list of 7 strings"),
+        ("train/captions.json", ["a", {}] * 4, "must be a list of 7 strings"),
+        ("null.npy", np.zeros((2, 4)), "float64 .2, 4. and must be floats .2, 3."),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, said):
+    encode(tmp_path, words=Words())
+    if file == "null.npy":
+        np.save(tmp_path / file, changes)
+    else:
+        whole = json.loads((tmp_path / file).read_text())
+        new = changes if isinstance(whole, list) else whole | changes
+        (tmp_path / file).write_text(json.dumps(new))
+    with pytest.raises(UserError, match=said):
+        sources.load(f"encoded:{tmp_path}")
+
+
 @pytest.fixture
 def captioned(tmp_path):
     rng = np.random.default_rng(0)

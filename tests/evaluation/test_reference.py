@@ -141,14 +141,31 @@ def test_statistics_of_the_fid_literature(tmp_path):
     np.testing.assert_array_equal(found.statistics.mean, mean)
     np.testing.assert_array_equal(found.statistics.covariance, covariance)
     assert (found.features, found.of) == (None, "cifar")
-    with pytest.raises(UserError, match=r"cifar\.npz is of features of width 3, .* has 5"):
+    with pytest.raises(UserError, match=r"cifar\.npz has a mean \[3\] .* the width 5"):
         read_reference(file, source_of(), extractor_of(width=5))
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "said"),
+    [
+        (np.float64(3), np.eye(3), "a mean .. and a covariance .3, 3."),
+        (np.zeros(3, complex), np.eye(3), "not of finite numbers"),
+        (np.zeros(3, "M8[s]"), np.eye(3), "not of finite numbers"),
+        (np.array(["", "", ""]), np.eye(3), "not of finite numbers"),
+        (np.zeros(3), np.diag([1, np.nan, 1]), "not of finite numbers"),
+    ],
+)
+def test_statistics_that_are_no_numbers_are_refused(tmp_path, mean, covariance, said):
+    file = epath.Path(tmp_path) / "odd.npz"
+    np.savez(file, mu=mean, sigma=covariance)
+    with pytest.raises(UserError, match=said):
+        read_reference(file, source_of(), extractor_of())
 
 
 @pytest.mark.parametrize(
     ("extractor", "said"),
     [
-        ({"width": 5}, "features of width 3, .* first-pixels has 5"),
+        ({"width": 5}, "a mean .3. and .* first-pixels have the width 5"),
         ({"name": "other"}, "the extractor first-pixels, and this run needs other"),
         ({"gain": 5}, "other weights of first-pixels"),
     ],
