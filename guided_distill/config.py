@@ -5,20 +5,24 @@ into the frozen dataclasses below, which is what the rest of the package reads.
 """
 
 import dataclasses
-import inspect
 import itertools
-import types
-import typing
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
+from guided_distill import kinds
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import ENCODE, SAMPLERS
-from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, SCHEDULES
-from guided_distill.draws import check_seed
+from guided_distill.diffusion.schedules import (
+    CHAINS,
+    NUM_TIMESTEPS,
+    SCHEDULES,
+    check_schedule,
+    last_log_snr,
+)
 from guided_distill.errors import UserError
 from guided_distill.objectives.halving import JUMPS
 from guided_distill.objectives.weighting import WEIGHTINGS
@@ -32,9 +36,9 @@ W_EMBEDDINGS = ("fourier", "scalar")
 EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH", "clip:PATH")
 
 
-def _one_of(*names: str) -> Any:
-    """A field whose value must be one of `names`; the first is the default."""
-    return field(default=names[0], metadata={"choices": names})
+Weighting = Annotated[str, kinds.OneOf(WEIGHTINGS)]
+# Twice as many steps are its teacher's.
+_Rounds = Annotated[int, kinds.Range(1, 2**13)]
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ class Data:
     """
 
     name: str = "digits"
-    image_size: int | None = None
-    channels: int | None = None
+    image_size: kinds.Width | None = None
+    channels: kinds.Width | None = None
     flip: bool = False
     text_encoder: str | None = None
-    shape: tuple[int, ...] = ()
+    shape: tuple[kinds.Width, ...] = ()
     condition: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,10 +69,10 @@ class Model:
     """
 
     name: str = "mlp"
-    parameterization: str = _one_of("v", *PARAMETERIZATIONS)
-    schedule: str = _one_of("cosine", *SCHEDULES)
+    parameterization: Annotated[str, kinds.OneOf(PARAMETERIZATIONS)] = "v"
+    schedule: Annotated[str, kinds.OneOf(SCHEDULES)] = "cosine"
     schedule_options: dict[str, float] = field(default_factory=dict)
-    dtype: str = _one_of(*DTYPES)
+    dtype: Annotated[str, kinds.OneOf(DTYPES)] = "float32"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,15 +83,15 @@ class Optimization:
     accumulation: in how many parts, one after the other, the gradient of a batch is computed.
     """
 
-    steps: int = 1000
-    batch_size: int = 128
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    learning_rate_schedule: str = _one_of(*LEARNING_RATE_SCHEDULES)
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.0
+    steps: kinds.Count = 1000
+    batch_size: kinds.BatchSize = 128
+    accumulation: kinds.Count = 1
+    learning_rate: kinds.Positive = 1e-3
+    learning_rate_schedule: Annotated[str, kinds.OneOf(LEARNING_RATE_SCHEDULES)] = "constant"
+    warmup_steps: kinds.Whole = 0
+    weight_decay: kinds.NotNegative = 0.0
+    gradient_clip: kinds.Positive = 1.0
+    ema_decay: kinds.Fraction = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Autoencoder(Optimization):
     options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
     """
 
-    steps: int = 0
-    kl_weight: float = 1e-3
+    steps: kinds.Whole = 0
+    kl_weight: kinds.NotNegative = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,9 +115,9 @@ class Teacher(Optimization):
     becomes one of v.
     """
 
-    weighting: str = _one_of("snr_plus_one", *WEIGHTINGS)
-    label_dropout: float = 0.1
-    dropout: float = 0.0
+    weighting: Weighting = "snr_plus_one"
+    label_dropout: kinds.Fraction = 0.1
+    dropout: kinds.Fraction = 0.0
     initial: str | None = None
 
 
@@ -127,11 +131,11 @@ class Guidance(Optimization):
     [-1, 1]; not in the papers.
     """
 
-    weighting: str = _one_of("snr", *WEIGHTINGS)
+    weighting: Weighting = "snr"
     clipped: bool = False
-    w_min: float = 0.0
-    w_max: float = 4.0
-    w_embedding: str = _one_of(*W_EMBEDDINGS)
+    w_min: kinds.Weight = 0.0
+    w_max: kinds.Weight = 4.0
+    w_embedding: Annotated[str, kinds.OneOf(W_EMBEDDINGS)] = "fourier"
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,13 @@ class Halving(Optimization):
     they are trained on different jumps.
     """
 
-    weighting: str = _one_of("truncated_snr", *WEIGHTINGS)
+    weighting: Weighting = "truncated_snr"
     clipped: bool = False
-    first_num_steps: int = 32
-    last_num_steps: int = 1
-    few_step_factor: int = 2
-    round_steps: tuple[int, ...] = ()
-    samplers: tuple[str, ...] = ("ddim",)
+    first_num_steps: _Rounds = 32
+    last_num_steps: _Rounds = 1
+    few_step_factor: kinds.Count = 2
+    round_steps: tuple[kinds.Count, ...] = ()
+    samplers: tuple[Annotated[str, kinds.OneOf(JUMPS)], ...] = ("ddim",)
 
 
 @dataclass(frozen=True)
@@ -160,23 +164,23 @@ class Evaluation:
     """
 
     extractor: str = "classifier"
-    num_samples: int = 1024
-    batch_size: int = 256
-    weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
-    teacher_samplers: tuple[str, ...] = ("ddim",)
-    teacher_num_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
-    seed: int = 0
+    num_samples: kinds.Count = 1024
+    batch_size: kinds.BatchSize = 256
+    weights: tuple[kinds.Weight, ...] = (0.0, 1.0, 2.0, 4.0)
+    teacher_samplers: tuple[Annotated[str, kinds.OneOf(SAMPLERS)], ...] = ("ddim",)
+    teacher_num_steps: tuple[kinds.NumSteps, ...] = (1, 2, 4, 8, 16, 64)
+    seed: kinds.Seed = 0
 
 
 @dataclass(frozen=True)
 class Cadence:
     """How a training runs, whatever it trains."""
 
-    steps_per_dispatch: int
-    log_every: int
-    checkpoint_every: int
-    checkpoints_to_keep: int
-    max_nonfinite_steps: int
+    steps_per_dispatch: kinds.Count
+    log_every: kinds.Count
+    checkpoint_every: kinds.Count
+    checkpoints_to_keep: kinds.Count
+    max_nonfinite_steps: kinds.Count
 
 
 @dataclass(frozen=True)
@@ -191,16 +195,16 @@ class Experiment:
     and optimizer are split, 0 for all; of several slices, those of one (guided_distill/training/mesh.py).
     """
 
-    seed: int = 0
-    method: str = _one_of(*METHODS)
-    stage: str = _one_of("all", AUTOENCODER, *STAGES)
+    seed: kinds.Seed = 0
+    method: Annotated[str, kinds.OneOf(METHODS)] = "guided"
+    stage: Annotated[str, kinds.OneOf(("all", AUTOENCODER, *STAGES))] = "all"
     start_from: str | None = None
-    fsdp: int = 1
-    steps_per_dispatch: int = 50
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    checkpoints_to_keep: int = 2
-    max_nonfinite_steps: int = 10
+    fsdp: kinds.Whole = 1
+    steps_per_dispatch: kinds.Count = 50
+    log_every: kinds.Count = 100
+    checkpoint_every: kinds.Count = 1000
+    checkpoints_to_keep: kinds.Count = 2
+    max_nonfinite_steps: kinds.Count = 10
     data: Data = field(default_factory=Data)
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     model: Model = field(default_factory=Model)
@@ -252,15 +256,12 @@ def to_config_dict(experiment: Experiment) -> ml_collections.ConfigDict:
 
 def _config_dict_of(section: Any) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    hints = typing.get_type_hints(type(section))
     for entry in dataclasses.fields(section):
         value = getattr(section, entry.name)
         if dataclasses.is_dataclass(value):
             config[entry.name] = _config_dict_of(value)
         elif value is None:
-            config[entry.name] = ml_collections.config_dict.placeholder(
-                _without_none(hints[entry.name])
-            )
+            config[entry.name] = ml_collections.config_dict.placeholder(kinds.type_of(entry.type))
         else:
             config[entry.name] = value
     return config
@@ -268,10 +269,20 @@ def _config_dict_of(section: Any) -> ml_collections.ConfigDict:
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Experiment:
     """Check a config and freeze it. Raises UserError, naming the key, for anything amiss."""
-    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    experiment = _parse_section(Experiment, values, "")
-    _check(experiment)
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    experiment = parse_recorded(values)
+    kinds.check_section("config", experiment)
+    for check in _RULES:
+        check(experiment)
     return experiment
+
+
+def parse_recorded(values: Mapping[str, Any]) -> Experiment:
+    """The config of a run that is there, whose values met the rules of its time.
+
+    Raises UserError, naming the key, for one that is unknown, or of another type.
+    """
+    return kinds.parse_section("config", values, Experiment)
 
 
 def changed_keys(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
@@ -302,86 +313,38 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parse_section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    entries = {entry.name: entry for entry in dataclasses.fields(kind)}
-    unknown = sorted(values.keys() - entries.keys())
-    if unknown:
-        raise UserError(
-            f"config.{prefix}{unknown[0]} is not a key; those of config.{prefix.rstrip('.')} are "
-            f"{', '.join(sorted(entries))}".replace("config. ", "config ")
-        )
-    parsed = {
-        name: _parse_value(hints[name], entries[name], value, prefix)
-        for name, value in values.items()
-    }
-    return kind(**parsed)
+def _check_condition(experiment: Experiment) -> None:
+    for name, value in experiment.data.condition.items():
+        where = f"config.data.condition.{name}"
+        kind = kinds.Count if name == "label" else tuple[kinds.Width, ...]
+        kinds.check(where, kinds.parse(where, value, kind), kind)
 
 
-def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
-
-
-def _parse_value(hint: Any, entry: dataclasses.Field, value: Any, prefix: str) -> Any:
-    key = f"config.{prefix}{entry.name}"
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{key} must be a section with keys of its own, not {value!r}")
-        return _parse_section(typing.cast(type, hint), value, f"{prefix}{entry.name}.")
-    if value is None and _without_none(hint) is not hint:
-        return None
-    hint = _without_none(hint)
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{key} must be a section with keys of its own, not {value!r}")
-        return {
-            name: tuple(each) if isinstance(each, list | tuple) else each
-            for name, each in value.items()
-        }
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{key} must be a tuple, not {value!r}")
-        kind = typing.get_args(hint)[0]
-        return tuple(_parse_scalar(kind, each, key) for each in value)
-    value = _parse_scalar(hint, value, key)
-    choices = dict.fromkeys(entry.metadata.get("choices", ()))
-    if choices and value not in choices:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
-    return value
-
-
-def _parse_scalar(kind: type, value: Any, key: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{key} must be {_NAMES[kind]}, not {value!r}")
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
-
-
-def _check(experiment: Experiment) -> None:
-    """Rules on values, alone and together."""
-    model = experiment.model
-    options = inspect.signature(SCHEDULES[model.schedule]).parameters
-    for option in model.schedule_options:
-        if option not in options:
-            raise UserError(
-                f"config.model.schedule_options.{option} is not an option of {model.schedule}; it has "
-                f"{', '.join(options)}"
-            )
-    low, high = experiment.guidance.w_min, experiment.guidance.w_max
+def _check_guidance(experiment: Experiment) -> None:
+    teacher, guidance = experiment.teacher, experiment.guidance
+    low, high = guidance.w_min, guidance.w_max
     if low > high:
         raise UserError(
             f"config.guidance.w_min is {low}, above config.guidance.w_max, which is {high}: swap them"
         )
-    first, last = experiment.halving.first_num_steps, experiment.halving.last_num_steps
-    _positive("halving.last_num_steps", last)
-    _positive("halving.few_step_factor", experiment.halving.few_step_factor)
-    if not experiment.halving.samplers:
+    for w in experiment.evaluation.weights:
+        if not low <= w <= high:
+            raise UserError(
+                f"config.evaluation.weights holds {w}, outside the trained range [{low}, {high}] of "
+                f"config.guidance.w_min and w_max: take it out or widen the range"
+            )
+    guided = experiment.method == "two_student" or (low, high) != (0.0, 0.0)
+    if teacher.label_dropout == 0.0 and guided and not experiment.start_from:
+        raise UserError(
+            "config.teacher.label_dropout is 0, so the teacher never learns to predict without a "
+            "condition, which guidance needs: make it greater than 0, such as 0.1"
+        )
+
+
+def _check_rounds(experiment: Experiment) -> None:
+    model, halving = experiment.model, experiment.halving
+    first, last = halving.first_num_steps, halving.last_num_steps
+    if not halving.samplers:
         raise UserError(
             f"config.halving.samplers is empty; name at least one of {', '.join(JUMPS)}"
         )
@@ -391,85 +354,121 @@ def _check(experiment: Experiment) -> None:
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
             f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
         )
-    blind = experiment.halving.weighting == "snr" and model.schedule not in CHAINS
-    if blind and last == 1 and set(experiment.halving.samplers) - {ENCODE}:
-        raise UserError(
-            "config.halving.weighting is snr, which is zero at t = 1, all that a student of one step "
-            "sees: choose another, or make config.halving.last_num_steps 2"
-        )
     if model.schedule in CHAINS and 2 * first > NUM_TIMESTEPS:
         raise UserError(
             f"config.halving.first_num_steps is {first}, whose teacher takes {2 * first} steps, but "
             f"config.model.schedule is {model.schedule}, a chain of {NUM_TIMESTEPS}: make it smaller"
         )
+    if halving.round_steps and len(halving.round_steps) != len(rounds):
+        raise UserError(
+            f"config.halving.round_steps has {len(halving.round_steps)} numbers for {len(rounds)} "
+            f"rounds, from {first} to {last}: give one for each, or none"
+        )
+    for num_steps in rounds:
+        kinds.check(
+            "config.halving.steps times few_step_factor",
+            experiment.round_steps(num_steps),
+            kinds.Count,
+        )
+
+
+def loses_x(model: Model | ml_collections.ConfigDict) -> bool:
+    """Whether at t = 1 an error of 0.01 in eps is one of more than 1 in x = (z - sigma eps) / alpha.
+
+    Networks are no better than that, and data are about as large. By all weightings but snr, whose loss
+    is the error of eps itself, t = 1 then drowns all other times.
+    """
+    return last_log_snr(model.schedule, model.schedule_options) < -2.0 * math.log(100.0)
+
+
+def _check_predictions(experiment: Experiment) -> None:
+    model, halving = experiment.model, experiment.halving
+    to_one_step = halving.last_num_steps == 1 and set(halving.samplers) != {ENCODE}
+    if model.parameterization == "eps" and loses_x(model):
+        trained = set(STAGES)
+        trained -= {"teacher"} if experiment.start_from else set()
+        trained -= {"guidance"} if experiment.method != "guided" else set()
+        for name in sorted(trained):
+            weighting = getattr(experiment, name).weighting
+            if weighting != "snr":
+                raise UserError(
+                    f"config.{name}.weighting is {weighting}, which magnifies errors of eps near t = 1 "
+                    f"beyond all others: make it snr, or config.model.parameterization v"
+                )
+        if to_one_step:
+            raise UserError(
+                "config.halving.last_num_steps is 1, but at t = 1, all that a student of one step sees, "
+                "eps says next to nothing of x: make it 2, or config.model.parameterization v"
+            )
+    elif halving.weighting == "snr" and model.schedule not in CHAINS and to_one_step:
+        raise UserError(
+            "config.halving.weighting is snr, which is zero at t = 1, all that a student of one step "
+            "sees: choose another, or make config.halving.last_num_steps 2"
+        )
+    if model.parameterization == "x" and ENCODE in halving.samplers:
+        raise UserError(
+            f"config.halving.samplers holds {ENCODE}, but config.model.parameterization is x, which at "
+            f"t = 0, where encoding begins, says nothing of eps: make it v, or take {ENCODE} out"
+        )
+
+
+def _check_stages(experiment: Experiment) -> None:
     if experiment.stage == AUTOENCODER and not experiment.autoencoder.steps:
         raise UserError(
             "config.stage is autoencoder, but config.autoencoder.steps is 0: set it, or choose another "
             "stage"
         )
-    if experiment.halving.round_steps:
-        if len(experiment.halving.round_steps) != len(rounds):
-            raise UserError(
-                f"config.halving.round_steps has {len(experiment.halving.round_steps)} numbers for "
-                f"{len(rounds)} rounds, from {first} to {last}: give one for each, or none"
-            )
-        _positive("halving.round_steps", min(experiment.halving.round_steps))
     for name in STAGES if experiment.autoencoder.steps == 0 else (AUTOENCODER, *STAGES):
         stage = getattr(experiment, name)
-        _positive(f"{name}.steps", stage.steps)
-        _positive(f"{name}.batch_size", stage.batch_size)
-        _positive(f"{name}.accumulation", stage.accumulation)
         if stage.batch_size % stage.accumulation:
             raise UserError(
                 f"config.{name}.accumulation is {stage.accumulation}, which doesn't divide "
                 f"config.{name}.batch_size, {stage.batch_size}: choose one that does"
             )
-        _positive(f"{name}.learning_rate", stage.learning_rate)
-        _positive(f"{name}.gradient_clip", stage.gradient_clip)
-        _fraction(f"{name}.ema_decay", stage.ema_decay)
         steps = stage.steps
         if name == "halving":
-            steps = min(map(experiment.round_steps, rounds))
+            steps = min(map(experiment.round_steps, experiment.rounds()))
         if stage.warmup_steps >= steps:
             raise UserError(
                 f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only {steps} "
                 f"updates by config.{name}: make the warm-up shorter"
             )
-    check_seed("config.seed", experiment.seed)
-    check_seed("config.evaluation.seed", experiment.evaluation.seed)
-    _fraction("teacher.label_dropout", experiment.teacher.label_dropout)
-    _fraction("teacher.dropout", experiment.teacher.dropout)
-    for key, value in dataclasses.asdict(experiment.cadence).items():
-        _positive(key, value)
+
+
+def _check_cadence(experiment: Experiment) -> None:
     for key, unit in (("log_every", "steps_per_dispatch"), ("checkpoint_every", "log_every")):
         value, multiple_of = getattr(experiment, key), getattr(experiment, unit)
         if value % multiple_of:
             raise UserError(
                 f"config.{key} is {value}; make it a multiple of config.{unit}, {multiple_of}"
             )
-    _each_known("halving.samplers", experiment.halving.samplers, JUMPS)
-    _each_known("evaluation.teacher_samplers", experiment.evaluation.teacher_samplers, SAMPLERS)
+
+
+def _check_evaluation(experiment: Experiment) -> None:
     if "stochastic" in experiment.evaluation.teacher_samplers:
         raise UserError(
             "config.evaluation.teacher_samplers holds stochastic, which only a student trained for it "
             "can use: take it out"
         )
     check_extractor("config.evaluation.extractor", experiment.evaluation.extractor)
-    _positive("evaluation.num_samples", experiment.evaluation.num_samples)
-    _positive("evaluation.batch_size", experiment.evaluation.batch_size)
     for num_steps in experiment.evaluation.teacher_num_steps:
-        _positive("evaluation.teacher_num_steps", num_steps)
-        if model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
+        if experiment.model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
             raise UserError(
                 f"config.evaluation.teacher_num_steps holds {num_steps}, but config.model.schedule is "
-                f"{model.schedule}, a chain of {NUM_TIMESTEPS}: make it {NUM_TIMESTEPS} or less"
+                f"{experiment.model.schedule}, a chain of {NUM_TIMESTEPS}: make it {NUM_TIMESTEPS} or less"
             )
-    for w in experiment.evaluation.weights:
-        if not low <= w <= high:
-            raise UserError(
-                f"config.evaluation.weights holds {w}, outside the trained range [{low}, {high}] of "
-                f"config.guidance.w_min and w_max: take it out or widen the range"
-            )
+
+
+_RULES: tuple[Callable[[Experiment], None], ...] = (
+    lambda experiment: check_schedule(experiment.model.schedule, experiment.model.schedule_options),
+    _check_condition,
+    _check_guidance,
+    _check_rounds,
+    _check_predictions,
+    _check_stages,
+    _check_cadence,
+    _check_evaluation,
+)
 
 
 def check_extractor(where: str, name: str) -> None:
@@ -477,19 +476,3 @@ def check_extractor(where: str, name: str) -> None:
     kind, _, path = name.partition(":")
     if not (name in EXTRACTORS or (path and f"{kind}:PATH" in EXTRACTORS)) or path == "PATH":
         raise UserError(f"{where} is {name!r}; choose one of {', '.join(EXTRACTORS)}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:  # Not a number is not greater either.
-        raise UserError(f"config.{key} is {value}; make it greater than 0")
-
-
-def _fraction(key: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"config.{key} is {value}; make it at least 0 and below 1")
-
-
-def _each_known(key: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
-    for name in names:
-        if name not in known:
-            raise UserError(f"config.{key} holds {name!r}; choose from {', '.join(known)}")

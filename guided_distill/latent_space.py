@@ -28,7 +28,7 @@ from guided_distill.layouts.diffusers_folder import (
 )
 from guided_distill.layouts.json_files import write_json
 from guided_distill.layouts.torch_layout import to_tensors
-from guided_distill.models.registry import Params, check_options
+from guided_distill.models.registry import Params, check_module, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 from guided_distill.objectives.autoencoder import autoencoder_loss
 from guided_distill.prepare.encode import check_image_shape, encode
@@ -88,10 +88,16 @@ def outline_of_latents(source: Source, experiment: Experiment) -> Source:
     """
     module = check_autoencoder(experiment.autoencoder, source)
     images = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
-    latents: Any = jax.eval_shape(
-        lambda key, images: module.init_with_output(key, images, method="to_latents")[0],
-        jax.random.key(0),
-        images,
+    latents = check_module(
+        "config.autoencoder.options",
+        module,
+        f"autoencoder of {source.name}",
+        lambda: jax.eval_shape(
+            lambda key, images: module.init_with_output(key, images, method="to_latents")[0],
+            jax.eval_shape(jax.random.key, 0),
+            images,
+        ),
+        shape=source.shape,
     )
     text_encoder = experiment.data.text_encoder
     condition_shapes: dict[str, tuple[int, ...]] = {"label": ()}

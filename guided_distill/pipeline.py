@@ -19,13 +19,13 @@ from guided_distill.config import (
     Experiment,
     changed_keys,
     differences,
-    parse,
+    parse_recorded,
 )
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.layouts.companions import bring_companions
-from guided_distill.models.registry import Params, student_params
+from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
 from guided_distill.storage import check_writable, held, is_there, persistently, write_text
 from guided_distill.training.checkpoints import latest_step
@@ -133,7 +133,7 @@ def read_config(workdir: epath.Path) -> Experiment:
             f"{workdir} holds no run (config.json is missing): give the --workdir of a "
             f"`guided-distill train`"
         )
-    return parse(json.loads(path.read_text()))
+    return parse_recorded(json.loads(path.read_text()))
 
 
 def finished_stages(workdir: epath.Path) -> list[str]:
@@ -160,6 +160,7 @@ class Pipeline:
             condition_shapes=self._source.condition_shapes,
             latent=self._source.latent,
         )
+        check_network(self._network)
         for kind in ("guidance", "halving"):
             if getattr(experiment, kind).clipped and not self._network.of_images:
                 raise UserError(

@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from guided_distill.config import W_EMBEDDINGS
+from guided_distill.config import STAGES, W_EMBEDDINGS, loses_x
 from guided_distill.diffusion.process import PARAMETERIZATIONS
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.objectives.weighting import WEIGHTINGS
 
@@ -93,8 +94,22 @@ def loss_weighting(config: ConfigDict) -> list[Point]:
 
 
 def prediction_type(config: ConfigDict) -> list[Point]:
-    """What the networks predict, the teacher's too."""
-    return values("model.parameterization", PARAMETERIZATIONS)
+    """What the networks predict, the teacher's too.
+
+    eps comes with the weighting that it can learn by, and without a student of one step where none could
+    work; x without encoders. config.py says why.
+    """
+    eps: dict[str, Any] = {f"{stage}.weighting": "snr" for stage in STAGES}
+    if config.halving.last_num_steps == 1 and loses_x(config.model):
+        eps["halving.last_num_steps"] = 2
+    samplers = tuple(name for name in config.halving.samplers if name != ENCODE)
+    x = {"halving.samplers": samplers} if ENCODE in config.halving.samplers else {}
+    more = {"eps": eps, "x": x}
+    return [
+        {"model.parameterization": name} | more.get(name, {})
+        for name in PARAMETERIZATIONS
+        if name != "x" or samplers
+    ]
 
 
 def updates_per_round(config: ConfigDict) -> list[Point]:

@@ -28,6 +28,17 @@ def train(workdir, *more):
         (["--config", f"{DIGITS}", "--config.data.name=folder:/nothing"], "/nothing"),
         (["--config", f"{DIGITS}", "--config.data.image_size=16"], "data.image_size"),
         (["--config", f"{DIGITS}", "--config.model.options.width=x"], "width"),
+        (["--config", f"{DIGITS}", "--config.model.options.width=0"], "model.options.width is 0"),
+        (["--config", f"{DIGITS}", "--config.model.name=unet"], "model.options.depth"),
+        (["--config", f"{DIGITS}", "--config.data.image_size=0"], "config.data.image_size is 0"),
+        (["--config", f"{DIGITS}", "--config.data.image_size=-1"], "config.data.image_size is -1"),
+        (
+            ["--config", f"{DIGITS}", "--config.teacher.batch_size=100000000000"],
+            "teacher.batch_size",
+        ),
+        (["--config", f"{DIGITS}", "--config.guidance.w_max=inf"], "config.guidance.w_max is inf"),
+        (["--config", f"{DIGITS}", "--config.teacher.weight_decay=nan"], "teacher.weight_decay"),
+        (["--config", f"{DIGITS}", f"--config.evaluation.seed={10**20}"], "config.evaluation.seed"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, said):

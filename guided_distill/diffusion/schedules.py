@@ -8,12 +8,17 @@ t = 0 is clean data, t = 1 pure noise.
 """
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from guided_distill import kinds
+from guided_distill.errors import UserError
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -23,6 +28,10 @@ LOG_SNR_LIMIT = 20.0
 NUM_TIMESTEPS = 1000
 """Length of the discrete chains of DDPM and Stable Diffusion."""
 
+LogSnr = Annotated[float, kinds.Range(-60, 60)]
+Beta = Annotated[float, kinds.Range(0, 1, above=True, below=True)]
+"""Options of schedules: log-SNRs at which float32 still holds alpha and sigma, and a step's variance."""
+
 
 def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Signal and noise levels (alpha, sigma), each of log_snr's shape, in [0, 1]."""
@@ -30,7 +39,7 @@ def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.cache
-def cosine(log_snr_min: float = -LOG_SNR_LIMIT, log_snr_max: float = LOG_SNR_LIMIT) -> Schedule:
+def cosine(log_snr_min: LogSnr = -LOG_SNR_LIMIT, log_snr_max: LogSnr = LOG_SNR_LIMIT) -> Schedule:
     """The cosine schedule alpha_t = cos(pi t / 2), truncated in log-SNR.
 
     log_snr(t) = -2 log tan(a t + b), with a and b set by the two ends (Ho & Salimans 2022,
@@ -55,22 +64,32 @@ def from_betas(betas: np.ndarray) -> Schedule:
     Time t stands for index i = round(T t) - 1 of the chain, as in `timestep_index`; what rounds to
     t = 0 is clean data, at LOG_SNR_LIMIT. The grids i/N of N = 1, 2, 4, ... nest.
     """
-    log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
-    knots = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
-    values = np.concatenate([[LOG_SNR_LIMIT], knots]).astype(np.float32)
+    values = _chain(betas).astype(np.float32)
     return lambda t: jnp.asarray(values)[jnp.round(t * len(betas)).astype(jnp.int32)]
 
 
+def _chain(betas: np.ndarray) -> np.ndarray:
+    """[T + 1]: the log-SNR of clean data, as far as it is told, and of every index of a chain."""
+    log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
+    return np.concatenate([[LOG_SNR_LIMIT], log_alpha_bar - np.log(-np.expm1(log_alpha_bar))])
+
+
 @functools.cache
-def linear(beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+def linear(beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
     """Betas linear in the index over 1000 steps (Ho et al. 2020, "DDPM", section 4)."""
-    return from_betas(np.linspace(beta_start, beta_end, NUM_TIMESTEPS))
+    return from_betas(_BETAS["linear"](beta_start, beta_end))
 
 
 @functools.cache
-def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
+def scaled_linear(beta_start: Beta = 0.00085, beta_end: Beta = 0.012) -> Schedule:
     """Betas linear in their square root over 1000 steps: the schedule of Stable Diffusion 1 and 2."""
-    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, NUM_TIMESTEPS) ** 2)
+    return from_betas(_BETAS["scaled_linear"](beta_start, beta_end))
+
+
+_BETAS: dict[str, Callable[[float, float], np.ndarray]] = {
+    "linear": lambda start, end: np.linspace(start, end, NUM_TIMESTEPS),
+    "scaled_linear": lambda start, end: np.linspace(start**0.5, end**0.5, NUM_TIMESTEPS) ** 2,
+}
 
 
 def shifted(schedule: Schedule, factor: float) -> Schedule:
@@ -99,7 +118,7 @@ def timestep_index(t: jax.Array, num_timesteps: int = NUM_TIMESTEPS) -> jax.Arra
     return jnp.maximum(jnp.round(t * num_timesteps) - 1.0, 0.0)
 
 
-CHAINS = ("linear", "scaled_linear")
+CHAINS = tuple(_BETAS)
 """The schedules of SCHEDULES that have NUM_TIMESTEPS noise levels, and no more."""
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -107,3 +126,36 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "scaled_linear": scaled_linear,
 }
+
+
+def _knots(name: str, options: Mapping[str, float]) -> np.ndarray:
+    """Log-SNRs of a schedule at rising times, the ends among them, by NumPy alone: JAX isn't started."""
+    parameters = inspect.signature(SCHEDULES[name]).parameters
+    first, second = (options.get(each.name, each.default) for each in parameters.values())
+    return _chain(_BETAS[name](first, second)) if name in _BETAS else np.array([second, first])
+
+
+def last_log_snr(name: str, options: Mapping[str, float]) -> float:
+    """log_snr(1) of SCHEDULES[name](**options)."""
+    return float(_knots(name, options)[-1])
+
+
+def check_schedule(name: str, options: Mapping[str, float]) -> None:
+    """Raises UserError, naming the key, unless SCHEDULES[name](**options) is a schedule.
+
+    It must fall with time, and float32 must hold its levels.
+    """
+    parameters = inspect.signature(SCHEDULES[name]).parameters
+    for option, value in options.items():
+        where = f"config.model.schedule_options.{option}"
+        if option not in parameters:
+            raise UserError(f"{where} is not an option of {name}; it has {', '.join(parameters)}")
+        kind = parameters[option].annotation
+        kinds.check(where, kinds.parse(where, value, kind), kind)
+    knots = _knots(name, options)
+    if not np.all(np.diff(knots) < 0):
+        raise UserError(
+            f"config.model.schedule_options give {name} a log-SNR that doesn't fall at every step from "
+            f"t = 0, where it is {knots[0]:g}, to t = 1: choose values nearer to its own"
+        )
+    kinds.check("the log-SNR that config.model.schedule_options end at", knots[-1], LogSnr)

@@ -1,6 +1,7 @@
 """DiT, a transformer of latent patches (Peebles & Xie 2023), in the layout of diffusers' weights."""
 
 import functools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import W_FEATURES, EmbeddingMLP
+from guided_distill.models.embeddings import W_FEATURES, EmbeddingMLP, Features
 from guided_distill.models.patches import from_patches
-from guided_distill.models.remat import rematerialized
+from guided_distill.models.remat import Remat, rematerialized
+from guided_distill.models.sizes import sides, undivided
 from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
 from guided_distill.models.stable_diffusion.embeddings import (
     TimestepEmbedding,
@@ -146,18 +149,27 @@ class DiT(nn.Module):
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     num_classes: int
-    num_layers: int = 28
-    num_attention_heads: int = 16
-    attention_head_dim: int = 72
-    patch_size: int = 2
+    num_layers: kinds.Count = 28
+    num_attention_heads: kinds.Width = 16
+    attention_head_dim: kinds.Width = 72
+    patch_size: kinds.Width = 2
     learned_sigma: bool = True
     w_conditioned: bool = False
     w_embedding: str = "fourier"
-    w_embedding_width: int = 256
+    w_embedding_width: Features = 256
     num_outputs: int = 1
     dropout: float = 0.0
-    remat: str = "none"
+    remat: Remat = "none"
     dtype: DTypeLike = jnp.float32
+
+    def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
+        """Yields what is amiss with an option, by its name, for data of this shape."""
+        yield from undivided("patch_size", self.patch_size, sides(shape))
+        if self.num_attention_heads * self.attention_head_dim % 4:
+            yield (
+                f"attention_head_dim is {self.attention_head_dim}, and num_attention_heads "
+                f"{self.num_attention_heads}: make their product a multiple of 4"
+            )
 
     @nn.compact
     def __call__(

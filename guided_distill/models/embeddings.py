@@ -3,11 +3,17 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from guided_distill import kinds
+
+Features = Annotated[int, kinds.Range(4, 2**16)]
+"""How many sines and cosines a `sinusoid` is made of; of fewer than four, there is no span to divide."""
 
 
 def inverse_cosine_time(log_snr: jax.Array) -> jax.Array:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning
+from guided_distill.models.embeddings import Conditioning, Features
 
 
 class MLP(nn.Module):
@@ -17,9 +18,9 @@ class MLP(nn.Module):
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
-    width: int
-    depth: int
-    embedding_width: int
+    width: kinds.Width
+    depth: kinds.Count
+    embedding_width: Features
     num_classes: int
     w_conditioned: bool = False
     w_embedding: str = "fourier"

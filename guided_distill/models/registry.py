@@ -1,7 +1,8 @@
 """Networks by name, and the step from a network's raw output to a Denoiser."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition, Denoiser
 from guided_distill.diffusion.process import Prediction, prediction_from
 from guided_distill.diffusion.schedules import SCHEDULES, Schedule, timestep_index
@@ -200,22 +202,58 @@ def build_network(
 def check_options(
     key: str, options: Mapping[str, Any], kind: type[nn.Module], *, fixed: Collection[str]
 ) -> None:
-    """Raises UserError, naming the key, unless a module of this kind can be made from `options`.
+    """Raises UserError, naming the key, for an option that a module of this kind lacks or needs.
 
-    fixed: fields of the module that are not options.
+    Also for one of another type. fixed: fields of the module that are not options.
     """
-    fields = {
-        field.name: field.default is MISSING
-        for field in dataclasses.fields(kind)
-        if field.name not in fixed
-    }
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in fixed}
     for option in sorted(options.keys() - fields.keys()):
         raise UserError(
             f"{key}.{option} is not an option of {kind.__name__}; it has {', '.join(fields)}"
         )
-    for option in sorted(name for name, required in fields.items() if required):
-        if option not in options:
+    for option, field in fields.items():
+        if option in options:
+            kinds.parse(f"{key}.{option}", options[option], field.type)
+        elif field.default is MISSING:
             raise UserError(f"{key}.{option} is missing: {kind.__name__} needs it")
+
+
+def check_network(network: Network) -> None:
+    """Raises UserError, naming the option, for a network that can't be made, or not for its data.
+
+    Only shapes are computed.
+    """
+    shape = " x ".join(map(str, network.data_shape))
+    what = f"{type(network.module).__name__} for data of {shape}"
+    if len(network.data_shape) != 3 and hasattr(network.module, "misfits"):
+        raise UserError(
+            f"config.model.name makes a {what}, and it takes images: choose mlp, or other data"
+        )
+    key = jax.eval_shape(jax.random.key, 0)
+    shapes = functools.partial(jax.eval_shape, network.told_w().init, key)
+    check_module("config.model.options", network.module, what, shapes, shape=network.data_shape)
+
+
+def check_module(
+    where: str, module: nn.Module, what: str, evaluate: Callable[[], Any], *, shape: tuple[int, ...]
+) -> Any:
+    """The shapes that `evaluate` returns, of a module made by the options of `where` for data of `shape`.
+
+    Raises UserError, naming the option, for one that is out of its range, and for the first of what the
+    module's `misfits` yields, if it has that; naming all options, for whatever else is raised on the way.
+    """
+    for field in dataclasses.fields(module):
+        kinds.check(f"{where}.{field.name}", getattr(module, field.name), field.type)
+    misfits: Any = getattr(module, "misfits", lambda shape: ())
+    for misfit in misfits(shape):
+        raise UserError(f"{where}.{misfit}")
+    try:
+        return evaluate()
+    except Exception as error:  # Whatever the layers, some of a user's own, say of their sizes.
+        first, *_ = str(error).splitlines() or [""]
+        raise UserError(
+            f"{where} make no {what} ({type(error).__name__}: {first}): change them"
+        ) from error
 
 
 def student_params(student: Params, teacher: Params) -> Params:

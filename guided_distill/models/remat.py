@@ -1,11 +1,11 @@
 """What a network keeps of its blocks for the backward pass; the rest is computed again."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 
-from guided_distill.errors import UserError
+from guided_distill import kinds
 
 KINDS: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -15,11 +15,9 @@ KINDS: dict[str, Any] = {
 """By the name of what is kept less and less of: all, products of matrices and convolutions, inputs."""
 
 
-def rematerialized(block: Any, kind: str, **options: Any) -> Any:
-    """The block's class, such that it keeps what KINDS[kind] says. options: those of nn.remat.
+Remat = Annotated[str, kinds.OneOf(KINDS)]
 
-    Raises UserError for another kind.
-    """
-    if kind not in KINDS:
-        raise UserError(f"config.model.options.remat is {kind!r}; choose one of {', '.join(KINDS)}")
+
+def rematerialized(block: Any, kind: Remat, **options: Any) -> Any:
+    """The block's class, such that it keeps what KINDS[kind] says. options: those of nn.remat."""
     return block if kind == "none" else nn.remat(block, policy=KINDS[kind], **options)

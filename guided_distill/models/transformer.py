@@ -1,6 +1,7 @@
 """A patch transformer with adaptive layer norm, in the manner of DiT (Peebles & Xie 2023)."""
 
 import functools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import flax.linen as nn
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning
+from guided_distill.models.embeddings import Conditioning, Features
 from guided_distill.models.patches import from_patches, to_patches
+from guided_distill.models.sizes import sides, undivided
 
 
 class TransformerBlock(nn.Module):
@@ -55,18 +58,23 @@ class PatchTransformer(nn.Module):
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
-    width: int
-    depth: int
-    num_heads: int
-    patch_size: int
-    embedding_width: int
+    width: kinds.Width
+    depth: kinds.Count
+    num_heads: kinds.Width
+    patch_size: kinds.Width
+    embedding_width: Features
     num_classes: int
-    mlp_ratio: int = 4
+    mlp_ratio: kinds.Width = 4
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+
+    def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
+        """Yields what is amiss with an option, by its name, for data of this shape."""
+        yield from undivided("num_heads", self.num_heads, {"width": self.width})
+        yield from undivided("patch_size", self.patch_size, sides(shape))
 
     @nn.compact
     def __call__(

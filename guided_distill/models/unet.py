@@ -1,5 +1,6 @@
 """The pixel-space U-Net of the paper's line of work (Dhariwal & Nichol 2021; Salimans & Ho 2022)."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import flax.linen as nn
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning
+from guided_distill.models.embeddings import Conditioning, Features
 from guided_distill.models.patches import from_patches, to_patches
-from guided_distill.models.remat import rematerialized
+from guided_distill.models.remat import Remat, rematerialized
+from guided_distill.models.sizes import sides, undivided
 
 
 def group_norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
@@ -95,20 +98,41 @@ class UNet(nn.Module):
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
-    width: int
-    channel_multipliers: tuple[int, ...]
-    blocks_per_level: int
-    attention_resolutions: tuple[int, ...]
-    head_width: int
-    embedding_width: int
+    width: Features
+    channel_multipliers: tuple[kinds.Width, ...]
+    blocks_per_level: kinds.Count
+    attention_resolutions: tuple[kinds.Width, ...]
+    head_width: kinds.Width
+    embedding_width: kinds.Width
     num_classes: int
-    patch_size: int = 1
-    remat: str = "none"
+    patch_size: kinds.Width = 1
+    remat: Remat = "none"
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+
+    def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
+        """Yields what is amiss with an option, by its name, for data of this shape."""
+        levels = len(self.channel_multipliers)
+        if not levels:
+            yield "channel_multipliers is empty: give one for each level"
+            return
+        yield from undivided("patch_size", self.patch_size, sides(shape))
+        halved = self.patch_size * 2 ** (levels - 1)
+        if any(side % halved for side in sides(shape).values()):
+            yield (
+                f"channel_multipliers has {levels} levels, and a side of {' x '.join(map(str, shape))} "
+                f"can't be halved so often: give fewer"
+            )
+        attending = {self.channel_multipliers[-1]}
+        for level, multiplier in enumerate(self.channel_multipliers):
+            if shape[0] // (self.patch_size * 2**level) in self.attention_resolutions:
+                attending.add(multiplier)
+        for multiplier in sorted(attending):
+            channels = {f"channels of {multiplier} times width": multiplier * self.width}
+            yield from undivided("head_width", self.head_width, channels)
 
     @nn.compact
     def __call__(

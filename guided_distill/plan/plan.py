@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
+from guided_distill.models.registry import check_network
 from guided_distill.plan.compiler import Question, Shortage, ask
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
@@ -161,6 +162,7 @@ def make_plans(
             f"--stage is {stage}, which this config has not; choose one of {', '.join(groups)}, {CALL}, "
             f"all"
         )
+    check_network(student_of(experiment, outline))
     devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
     for kind in sorted({"guidance" if name == CALL else name for name in wanted}):
         check_batch(kind, getattr(experiment, kind), devices=devices)

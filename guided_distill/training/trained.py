@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from guided_distill.config import AUTOENCODER, Experiment, Model, parse
+from guided_distill.config import AUTOENCODER, Experiment, Model, parse_recorded
 from guided_distill.errors import UserError
 from guided_distill.models.registry import LABEL, Network, Params, build_network
 from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
@@ -79,7 +79,7 @@ class Description:
             **{
                 **values,
                 **lists,
-                "experiment": parse(values["experiment"]),
+                "experiment": parse_recorded(values["experiment"]),
                 "condition_shapes": {name: tuple(shape) for name, shape in shapes.items()},
             }
         )

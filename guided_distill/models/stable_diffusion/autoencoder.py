@@ -1,12 +1,15 @@
 """From images to latents and back: the autoencoders of latent diffusion (Rombach et al. 2022)."""
 
 import functools
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
+from guided_distill.models.sizes import misfit_groups, misfit_levels
 from guided_distill.models.stable_diffusion.attention import PixelAttention
 from guided_distill.models.stable_diffusion.blocks import (
     Downsample,
@@ -115,14 +118,21 @@ class Autoencoder(nn.Module):
     apply it.
     """
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    latent_channels: int = 4
-    layers_per_block: int = 2
-    attention_levels: tuple[int, ...] = ()
-    norm_num_groups: int = 32
+    block_out_channels: tuple[kinds.Width, ...] = (128, 256, 512, 512)
+    latent_channels: kinds.Width = 4
+    layers_per_block: kinds.Count = 2
+    attention_levels: tuple[kinds.Whole, ...] = ()
+    norm_num_groups: kinds.Width = 32
     scaling_factor: float = 0.18215
     image_channels: int = 3
     dtype: DTypeLike = jnp.float32
+
+    def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
+        """Yields what is amiss with an option, by its name, for images of any shape."""
+        if not self.block_out_channels:
+            yield "block_out_channels is empty: give one for each level"
+        yield from misfit_levels("attention_levels", self.attention_levels, self.block_out_channels)
+        yield from misfit_groups(self.norm_num_groups, self.block_out_channels)
 
     def _layers(self, *, encoded_channels: int) -> None:
         shared = (

@@ -1,6 +1,7 @@
 """The U-Net of latent diffusion (Rombach et al. 2022): Stable Diffusion 1 and 2, and LDMs of ImageNet."""
 
 import functools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import flax.linen as nn
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import W_FEATURES
-from guided_distill.models.remat import rematerialized
+from guided_distill.models.embeddings import W_FEATURES, Features
+from guided_distill.models.remat import Remat, rematerialized
+from guided_distill.models.sizes import misfit_groups, misfit_levels, undivided
 from guided_distill.models.stable_diffusion.attention import SpatialTransformer
 from guided_distill.models.stable_diffusion.blocks import (
     Downsample,
@@ -40,21 +43,36 @@ class UNet2DCondition(nn.Module):
     takes_timesteps: ClassVar[bool] = True
     conditions: ClassVar[tuple[str, ...]] = ("label", "text", "inpaint")
 
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    cross_attention_levels: tuple[int, ...] = (0, 1, 2)
-    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 768
+    block_out_channels: tuple[kinds.Width, ...] = (320, 640, 1280, 1280)
+    cross_attention_levels: tuple[kinds.Whole, ...] = (0, 1, 2)
+    num_attention_heads: tuple[kinds.Width, ...] = (8, 8, 8, 8)
+    layers_per_block: kinds.Count = 2
+    cross_attention_dim: kinds.Width = 768
     use_linear_projection: bool = False
-    norm_num_groups: int = 32
+    norm_num_groups: kinds.Width = 32
     num_classes: int = 0
     w_conditioned: bool = False
     w_embedding: str = "fourier"
-    w_embedding_width: int = 256
+    w_embedding_width: Features = 256
     num_outputs: int = 1
     dropout: float = 0.0
-    remat: str = "none"
+    remat: Remat = "none"
     dtype: DTypeLike = jnp.float32
+
+    def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
+        """Yields what is amiss with an option, by its name, for data of any shape."""
+        levels, heads = self.block_out_channels, self.num_attention_heads
+        if not levels or len(levels) != len(heads):
+            yield (
+                f"num_attention_heads has {len(heads)} numbers, and block_out_channels {len(levels)}: "
+                f"give both one for each level"
+            )
+            return
+        yield from misfit_levels("cross_attention_levels", self.cross_attention_levels, levels)
+        yield from misfit_groups(self.norm_num_groups, levels)
+        for level in sorted({*self.cross_attention_levels, len(levels) - 1}):
+            channels = {f"block_out_channels[{level}]": levels[level]}
+            yield from undivided(f"num_attention_heads[{level}]", heads[level], channels)
 
     @nn.compact
     def __call__(
