@@ -8,11 +8,12 @@ Variant "long" trains and measures more: it made docs/results/digits.csv.
 import ml_collections
 
 from guided_distill.config import default_config
-from guided_distill.recipes import shrink
+from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "", "long", or "runlocal" (every stage in seconds)."""
+    names = chosen(variant, "long", "runlocal")
     config = default_config()
     config.data.name = "digits"
     config.model.name = "mlp"
@@ -31,10 +32,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.learning_rate_schedule = "linear"
     config.halving.ema_decay = 0.0
     config.evaluation.teacher_num_steps = (4, 8, 64)
-    if variant == "long":
+    if "long" in names:
         config.guidance.steps = 40_000
         config.halving.steps = 5000
         config.evaluation.num_samples = 4096
         config.evaluation.batch_size = 512
         config.evaluation.teacher_num_steps = (4, 8, 64, 256)
-    return shrink(config) if variant == "runlocal" else config
+    return shrink(config) if "runlocal" in names else config

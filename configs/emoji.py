@@ -13,7 +13,7 @@ minutes on a GPU and hours on two CPU cores (not run in one go).
 from ml_collections import ConfigDict
 
 from guided_distill.config import STAGES, default_config
-from guided_distill.recipes import as_variant
+from guided_distill.recipes import BASELINES, as_variant, chosen
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     "runlocal" needs the two files that are prepared; a baseline may stand beside it, after a comma.
     """
+    names = chosen(variant, *BASELINES, "runlocal")
     config = default_config()
     config.data.name = "npz:data/emoji3.npz"
     config.data.image_size = 32
@@ -72,7 +73,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation.num_samples = 2048
     config.evaluation.weights = (0.0, 1.0, 2.0, 4.0)
     config.evaluation.teacher_num_steps = (4, 8, 32, 256)
-    names = variant.split(",")
     if "runlocal" in names:
         config.autoencoder.update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
         config.autoencoder.options.update({"block_out_channels": (8, 8), "norm_num_groups": 4})
@@ -91,5 +91,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.evaluation.update(
             {"num_samples": 16, "teacher_num_steps": (2,), "weights": (0.0, 1.0), "batch_size": 8}
         )
-        names.remove("runlocal")
-    return as_variant(config, ",".join(names), single_w=1.0)
+    baselines = [name for name in names if name != "runlocal"]
+    return as_variant(config, ",".join(baselines), single_w=1.0)

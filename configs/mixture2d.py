@@ -8,11 +8,12 @@ Cost: a few minutes on two CPU cores. Command:
 import ml_collections
 
 from guided_distill.config import default_config
-from guided_distill.recipes import shrink
+from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "" or "runlocal" (every stage in seconds)."""
+    names = chosen(variant, "runlocal")
     config = default_config()
     config.data.name = "mixture2d"
     config.model.name = "mlp"
@@ -32,4 +33,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.first_num_steps = 16
     config.halving.samplers = ("ddim", "stochastic")
     config.evaluation.teacher_samplers = ("ddim", "ancestral", "dpm_solver_pp")
-    return shrink(config) if variant == "runlocal" else config
+    return shrink(config) if "runlocal" in names else config

@@ -9,11 +9,12 @@ the network's width and the updates: configs/cifar10.py is at the paper's scale,
 import ml_collections
 
 from guided_distill.config import default_config
-from guided_distill.recipes import shrink
+from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "" or "runlocal" (every stage in seconds)."""
+    names = chosen(variant, "runlocal")
     config = default_config()
     config.data.name = "folder:images"
     config.data.image_size = 16
@@ -47,4 +48,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.ema_decay = 0.0
     config.evaluation.num_samples = 512
     config.evaluation.teacher_num_steps = (4, 8, 32)
-    return shrink(config) if variant == "runlocal" else config
+    return shrink(config) if "runlocal" in names else config

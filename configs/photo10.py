@@ -10,12 +10,12 @@ Variant "unet" has a small U-Net in its place.
 import ml_collections
 
 from guided_distill.config import default_config
-from guided_distill.recipes import shrink
+from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """variant: "", "unet" or "runlocal" (every stage in seconds), or both: "unet,runlocal"."""
-    variants = variant.split(",")
+    names = chosen(variant, "unet", "runlocal")
     config = default_config()
     config.data.name = "photo10"
     config.data.flip = True
@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "patch_size": 4,
         "embedding_width": 256,
     }
-    if "unet" in variants:
+    if "unet" in names:
         config.model.name = "unet"
         config.model.options = {
             "width": 64,
@@ -50,4 +50,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.halving.learning_rate_schedule = "linear"
     config.halving.first_num_steps = 128
     config.evaluation.teacher_num_steps = (4, 8, 16, 64, 256)
-    return shrink(config) if "runlocal" in variants else config
+    return shrink(config) if "runlocal" in names else config

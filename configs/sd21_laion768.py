@@ -12,13 +12,14 @@ from runs/sd21_base and learns from data/laion512_sd21.
 
 from ml_collections import ConfigDict
 
-from guided_distill.recipes import as_variant, latent_paper_config
+from guided_distill.recipes import BASELINES, as_variant, chosen, latent_paper_config
 
 SIZES = {"block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (5, 10, 20, 20)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """variant: "" for 768 pixels, "base" for 512; "runlocal" or a baseline may follow, after a comma."""
+    names = chosen(variant, "base", *BASELINES, "runlocal")
     config = latent_paper_config()
     config.model.name = "sd_unet"
     config.model.options = {
@@ -29,8 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.model.schedule_options = {"beta_start": 0.00085, "beta_end": 0.012}
     config.data.condition = {"text": (77, 1024)}
-    size, _, rest = variant.partition(",")
-    if size == "base":
+    if "base" in names:
         config.data.name = "encoded:data/laion512_sd21"
         config.data.shape = (64, 64, 4)
         config.teacher.initial = "runs/sd21_base/teacher"
@@ -38,5 +38,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.name = "encoded:data/laion768_sd21"
         config.data.shape = (96, 96, 4)
         config.start_from = "runs/sd21/teacher"
-        rest = variant
-    return as_variant(config, rest, single_w=6.5)
+    others = [name for name in names if name != "base"]
+    return as_variant(config, ",".join(others), single_w=6.5)

@@ -73,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     from importlib.metadata import version
 
     from guided_distill.verbs import data, images, machine, models, pages, runs, studies
+    from guided_distill.verbs.shared import Parser
 
-    parser = argparse.ArgumentParser("guided-distill", description=DESCRIPTION)
+    parser = Parser("guided-distill", description=DESCRIPTION)
     parser.add_argument(
         "--version", action="version", version=f"guided-distill {version('guided_distill')}"
     )

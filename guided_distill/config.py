@@ -445,18 +445,19 @@ def _check_cadence(experiment: Experiment) -> None:
 
 
 def _check_evaluation(experiment: Experiment) -> None:
-    if "stochastic" in experiment.evaluation.teacher_samplers:
+    schedule, evaluation = experiment.model.schedule, experiment.evaluation
+    if "stochastic" in evaluation.teacher_samplers:
         raise UserError(
             "config.evaluation.teacher_samplers holds stochastic, which only a student trained for it "
             "can use: take it out"
         )
-    check_extractor("config.evaluation.extractor", experiment.evaluation.extractor)
-    for num_steps in experiment.evaluation.teacher_num_steps:
-        if experiment.model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
+    for num_steps in evaluation.teacher_num_steps:
+        if schedule in CHAINS and num_steps > NUM_TIMESTEPS:
             raise UserError(
                 f"config.evaluation.teacher_num_steps holds {num_steps}, but config.model.schedule is "
-                f"{experiment.model.schedule}, a chain of {NUM_TIMESTEPS}: make it {NUM_TIMESTEPS} or less"
+                f"{schedule}, a chain of {NUM_TIMESTEPS}: make it {NUM_TIMESTEPS} or less"
             )
+    check_extractor("config.evaluation.extractor", experiment.evaluation.extractor)
 
 
 _RULES: tuple[Callable[[Experiment], None], ...] = (

@@ -5,20 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from guided_distill.errors import UserError
-
-SEEDS = 2**64
-"""Seeds are whole numbers from 0 to this, which is none itself."""
+from guided_distill import kinds
 
 normal = functools.partial(jax.random.normal, dtype=jnp.float32)
 uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)
 integers = functools.partial(jax.random.randint, dtype=jnp.int32)
-
-
-def check_seed(where: str, seed: int) -> None:
-    """Raises UserError, naming the key or flag `where`, unless `seed` is in [0, 2^64)."""
-    if not 0 <= seed < SEEDS:
-        raise UserError(f"{where} is {seed}; choose a whole number from 0 to 2^64 - 1")
 
 
 def key_of(seed: int) -> jax.Array:
@@ -26,7 +17,7 @@ def key_of(seed: int) -> jax.Array:
 
     Raises UserError for a seed outside of [0, 2^64).
     """
-    check_seed("the seed", seed)
+    kinds.check("the seed", seed, kinds.Seed)
     words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 

@@ -52,7 +52,7 @@ class OneOf:
 
 Count = Annotated[int, Range(1, _INT32)]
 Whole = Annotated[int, Range(0, _INT32)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
+Seed = Annotated[int, Range(0, 2**64 - 1)]
 Width = Annotated[int, Range(1, 2**16)]
 BatchSize = Annotated[int, Range(1, 2**20)]
 NumSteps = Annotated[int, Range(1, 2**14)]
@@ -60,7 +60,9 @@ Positive = Annotated[float, Range(0, _FLOAT32, above=True)]
 NotNegative = Annotated[float, Range(0, _FLOAT32)]
 Fraction = Annotated[float, Range(0, 1, below=True)]
 Weight = Annotated[float, Range(-1000, 1000)]
-"""Count, Whole: what an int32 of JAX holds. Seed: a word of 32 bits. Width: of an image or a layer.
+Strength = Annotated[float, Range(0, 1, above=True)]
+Port = Annotated[int, Range(1, 2**16 - 1)]
+"""Count, Whole: what an int32 of JAX holds. Seed: of 64 bits. Width: of an image or a layer.
 NumSteps: of a sampler. Positive, NotNegative: what a float32 holds. Weight: of guidance."""
 
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
@@ -132,6 +134,14 @@ def parse_section(where: str, values: Mapping[str, Any], section: Any) -> Any:
     return section(**parsed)
 
 
+def kind_at(key: str, section: Any) -> Any:
+    """The kind of a dotted key in a dataclass; None if it has no such key."""
+    for name in key.split("."):
+        fields = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
+        section = {field.name: field.type for field in fields}.get(name)
+    return section
+
+
 def check_section(where: str, section: Any) -> None:
     """As `check`, for the fields of a dataclass and of those in it."""
     for field in dataclasses.fields(section):
@@ -160,14 +170,13 @@ def check(where: str, value: Any, kind: Any) -> None:
             raise UserError(f"{where} {verb} {each}; make it {allowed}")
 
 
-def read(where: str, text: str, kind: Any) -> Any:
-    """The number of a kind that a text holds.
-
-    Raises UserError, naming the flag `where`, unless it is one, and in its range.
-    """
+def read(text: str, kind: Any) -> Any:
+    """The number of a kind that a text holds. Raises ValueError, whose words follow a flag's name."""
+    form, allowed = type_of(kind), range_of(kind)
     try:
-        value = type_of(kind)(text)
+        value = form(text)
     except ValueError:
-        raise UserError(f"{where} is {text!r}; give {_WORDS[type_of(kind)]}") from None
-    check(where, value, kind)
+        raise ValueError(f"is {text!r}; give {_WORDS[form]}") from None
+    if allowed is not None and value not in allowed:
+        raise ValueError(f"is {text}; make it {allowed}")
     return value

@@ -105,6 +105,17 @@ def latent_paper_config() -> ml_collections.ConfigDict:
     return config
 
 
+def chosen(variant: str, *known: str) -> tuple[str, ...]:
+    """The names in a config's variant, separated by commas. Raises UserError for one that isn't known."""
+    names = tuple(name.strip() for name in variant.split(",") if name)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"the config has no variant {name!r}; choose from {', '.join(known)}, or none"
+            )
+    return names
+
+
 def as_variant(
     config: ml_collections.ConfigDict, variant: str, *, single_w: float
 ) -> ml_collections.ConfigDict:
@@ -116,12 +127,7 @@ def as_variant(
 
     Raises UserError for another name.
     """
-    names = [name for name in variant.split(",") if name]
-    for name in names:
-        if name not in (*BASELINES, "runlocal"):
-            raise UserError(
-                f"the config has no variant {name!r}; choose from {', '.join(BASELINES)}, runlocal"
-            )
+    names = chosen(variant, *BASELINES, "runlocal")
     if "runlocal" in names:
         config = shrink(config)
     for name in names:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from guided_distill import draws
+from guided_distill import draws, kinds
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition, with_clipping, with_guidance
 from guided_distill.diffusion.process import Prediction
@@ -301,7 +300,7 @@ def _run(
     tell: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
-    draws.check_seed("--seed", seed)
+    kinds.check("--seed", seed, kinds.Seed)
     network, mesh = trained.description.network(), mesh or data_mesh()
     count = _count(condition)
     batch_size = -(-min(batch_size, count) // mesh.size) * mesh.size
@@ -351,7 +350,7 @@ def check_request(
         )
     num_steps, sampler = given_or_trained(about, num_steps=num_steps, sampler=sampler)
     _check_condition(about, condition)
-    _check_finite(w, flag="--w")
+    kinds.check("--w", w, kinds.Weight)
     if allow_untrained:
         return num_steps, sampler
     _check_w(about, w, flag="--w", way_out=", or add --allow_untrained")
@@ -392,7 +391,7 @@ def check_encoding(
         )
     num_steps = _steps_or_trained(about, num_steps)
     _check_condition(about, condition)
-    _check_finite(w, flag="--w_encode")
+    kinds.check("--w_encode", w, kinds.Weight)
     _check_w(about, w, flag="--w_encode")
     if about.num_steps not in (None, num_steps):
         raise UserError(
@@ -405,8 +404,7 @@ def check_encoding(
 def _steps_or_trained(about: Description, num_steps: int | None) -> int:
     if num_steps is None:
         return about.num_steps or 2 * about.experiment.halving.first_num_steps
-    if num_steps < 1:
-        raise UserError(f"--num_steps is {num_steps}; sampling takes at least 1 step")
+    kinds.check("--num_steps", num_steps, kinds.NumSteps)
     if about.model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
         raise UserError(
             f"--num_steps is {num_steps}, but this model's schedule, {about.model.schedule}, is a chain "
@@ -437,11 +435,6 @@ def usual_w(about: Description, wished: float = 1.0) -> float:
     if about.w_min is None or about.w_max is None:
         return wished
     return min(max(wished, about.w_min), about.w_max)
-
-
-def _check_finite(w: float, *, flag: str) -> None:
-    if not math.isfinite(w):
-        raise UserError(f"{flag} is {w}; give a finite number")
 
 
 def _check_w(about: Description, w: float, *, flag: str, way_out: str = "") -> None:

@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from guided_distill import cli
+from guided_distill.errors import UserError
+from guided_distill.verbs.runs import read_config
 
-DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
+DIGITS, OWN_IMAGES = CONFIGS / "digits.py", CONFIGS / "own_images.py"
 
 
 def train(workdir, *more):
@@ -21,6 +24,7 @@ def train(workdir, *more):
     [
         (["--config", "nothing.py"], "nothing.py"),
         (["--config", "no\nthing.py"], "no thing.py"),
+        (["--config", f"{DIGITS}:runlocl"], "no variant 'runlocl'; choose from long, runlocal"),
         (["--config", f"{DIGITS}", "--config.teacher.stpes=3"], "config.teacher.stpes"),
         (["--config", f"{DIGITS}", "--config.teacher.steps=x"], "config.teacher.steps"),
         (["--config", f"{DIGITS}", "--config.guidance.w_min=9"], "config.guidance.w_min"),
@@ -48,6 +52,44 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, said):
     assert lines[0].startswith("guided-distill: ")
     assert said in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "value", "said"),
+    [
+        ("sample", "--seed", "99999999999999999999", "make it at least 0 and at most 18446744073"),
+        ("sample", "--num_steps", "2147483648", "make it at least 1 and at most 16384"),
+        ("sample", "--w", "nan", "make it at least -1000"),
+        ("sample", "--w", "-inf", "make it at least -1000"),
+        ("sample", "--stage", "../other/teacher", "the name of a stage's folder"),
+        ("sample", "--out", "", "is empty"),
+        ("transfer", "--seed", "-1", "make it at least 0"),
+        ("transfer", "--w_encode", "nan", "make it at least -1000"),
+        ("edit", "--strength", "nan", "make it greater than 0"),
+        ("evaluate", "--w", "0,nan", "make it at least -1000"),
+        ("evaluate", "--num_steps", "4,0", "make it at least 1"),
+        ("export", "--stages", "teacher,../x/teacher", "the name of a stage's folder"),
+        ("export", "--out", "", "is empty"),
+        ("serve", "--port", "99999", "at most 65535"),
+        ("encode", "--batch_size", "0", "make it at least 1"),
+        ("train", "--workdir", "", "is empty"),
+    ],
+)
+def test_a_flag_out_of_its_range_is_one_sentence(capsys, verb, flag, value, said):
+    assert cli.main([verb, f"{flag}={value}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"guided-distill: {flag} is ")
+    assert said in line
+
+
+def test_none_is_a_value_where_a_key_may_be_none():
+    overrides = ["data.image_size=None", "start_from=None", "data.text_encoder=None", "seed=3"]
+    given = [f"--config.{override}" for override in ["start_from=a/teacher", *overrides]]
+    config = read_config(str(OWN_IMAGES), given)
+    assert (config.data.image_size, config.start_from, config.data.text_encoder) == (None,) * 3
+    assert config.seed == 3
+    with pytest.raises(UserError, match="an override doesn't fit"):
+        read_config(str(DIGITS), ["--config.teacher.steps=None"])
 
 
 def whole(path):

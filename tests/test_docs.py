@@ -249,7 +249,7 @@ def test_sweeps_of_the_page_fit_their_config(patched, monkeypatch):
             options, overrides = cli._parser().parse_known_args(words)
             studies._shard(options.shard)
             base = read_config(options.config, overrides)
-            points = studies._find_sweep(options.config, options.sweep)(base)
+            points = studies._points_of(options, base)
             for point in points:
                 config.parse(with_overrides(base, point))
             assert len({name_of(point) for point in points}) == len(points) > 1

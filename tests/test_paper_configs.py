@@ -145,7 +145,7 @@ def test_baselines_keep_what_the_shared_teacher_was_trained_with(name, small):
         assert at_one_w == (baseline != "two_student")
 
 
-def test_unknown_variants_are_named():
-    for name in ("cifar10", "emoji", "sd21_laion768"):
-        with pytest.raises(UserError, match=r"'naiv'.*two_student"):
-            read(name, "naiv")
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
+def test_unknown_variants_are_named(file):
+    with pytest.raises(UserError, match=r"no variant 'runlocl'; choose from .*runlocal"):
+        read(file.stem, "runlocl")

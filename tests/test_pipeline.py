@@ -486,7 +486,7 @@ def test_evaluate_and_report(finished, capsys):
         (["--extractor", "vgg"], "--extractor is 'vgg'; choose one of classifier, lite0"),
         (["--extractor", "inception:"], "--extractor is 'inception:'"),
         (["--num_samples", "3"], "--num_samples is 3"),
-        (["--num_steps", "4,0"], "--num_steps holds 0"),
+        (["--num_steps", "4,0"], "--num_steps is 0"),
         (["--w", "1,9"], "--w holds 9.0"),
         (["--w", "high"], "--w is 'high'"),
         (["--stages", "teacher,halving_ddim_8"], "--stages names halving_ddim_8"),

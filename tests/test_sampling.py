@@ -132,7 +132,7 @@ def test_a_teacher_takes_any_finite_weight():
     assert np.isfinite(sample(TEACHER, condition=of_labels([0]), w=-7.5, num_steps=1)).all()
     for w in (float("nan"), float("inf")):
         for options in ({}, {"allow_untrained": True}):
-            with pytest.raises(UserError, match=f"--w is {w}; give a finite number"):
+            with pytest.raises(UserError, match=f"--w is {w}; make it at least -1000"):
                 sample(TEACHER, condition=of_labels([0]), w=w, num_steps=1, **options)
         with pytest.raises(UserError, match="--w_encode is"):
             encode_one(TEACHER, w=w)
@@ -260,7 +260,7 @@ def test_encoding_an_image_never_clips_it():
         (lambda: sample(TEACHER, condition=of_labels([0]), w=1.0, sampler="encode"), "--sampler"),
         (lambda: encode_one(DECODER), "not to encode"),
         (lambda: encode_one(ENCODER, num_steps=3), "in 2 steps, not in 3"),
-        (lambda: encode_one(TEACHER, num_steps=0), "at least 1 step"),
+        (lambda: encode_one(TEACHER, num_steps=0), "--num_steps is 0; make it at least 1"),
         (lambda: encode_one(ENCODER, w=4.5), "--w_encode is 4.5, outside"),
         (lambda: encode_one(ENCODER, condition=of_labels([3])), "classes in 0 ... 2"),
     ],
@@ -281,7 +281,7 @@ def encode_one(who, **request_):
         ({"num_steps": 4}, "trained for 2 steps"),
         ({"num_steps": 1}, "trained for 2 steps"),
         ({"sampler": "ddim"}, "trained for 2 steps"),
-        ({"num_steps": 0, "allow_untrained": True}, "at least 1 step"),
+        ({"num_steps": 0, "allow_untrained": True}, "--num_steps is 0; make it at least 1"),
         ({"w": 4.5}, "outside the range"),
         ({"w": -0.5}, "outside the range"),
         ({"condition": of_labels([3])}, "--labels"),

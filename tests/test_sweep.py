@@ -18,6 +18,7 @@ from guided_distill.sweeps import ABLATIONS, name_of, product, values, with_over
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 SWEEPS = """
+from guided_distill.config import default_config
 from guided_distill.sweeps import values, zipped
 
 base = runpy.run_path({digits!r})["get_config"]
@@ -31,6 +32,12 @@ def ends(config):
     samplers = values("halving.samplers", [("ddim",), ("stochastic",)])
     absent = values("data.name", ["npz:missing.npz"])
     return absent + zipped(samplers, values("guidance.w_embedding", ["fourier", "scalar"]))
+
+def helper(config):
+    return 3
+
+def of_two(config, other):
+    return values("halving.steps", [2, 3])
 
 def twice(config):
     return values("halving.steps", [2, 2])
@@ -143,8 +150,12 @@ def test_a_table_has_the_rows_of_shards_that_end_while_it_is_written(tmp_path, m
     ("name", "more", "said"),
     [
         ("ends", ["--shard", "2/2"], "--shard is '2/2'"),
-        ("nothing", [], "neither a function of"),
-        ("get_config", [], "neither a function of"),
+        ("nothing", [], "neither a function that"),
+        ("get_config", [], "neither a function that"),
+        ("default_config", [], "neither a function that"),
+        ("base", [], "neither a function that"),
+        ("helper", [], "helper is no sweep: let it return a list of points"),
+        ("of_two", [], "of_two fails: TypeError"),
         ("twice", [], "two of one name"),
         ("misspelt", [], "stepz"),
     ],

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from guided_distill import kinds
 from guided_distill.data.images import read_images
 from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
-from guided_distill.draws import check_seed
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
 from guided_distill.sampling import encode, of_labels, sample
@@ -110,7 +110,7 @@ def _nearest_round(workdir: epath.Path, sampler: str) -> str:
 
 def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.ndarray:
     """Up to `count` random images of a class. Raises UserError if it has none."""
-    check_seed("--seed", seed)
+    kinds.check("--seed", seed, kinds.Seed)
     order = np.random.default_rng(seed).permutation(source.size)
     found: list[np.ndarray] = []
     for examples in source.chunks_of(order):

@@ -24,7 +24,7 @@ def export_weights(
     stage. stages: folders of finished stages in the workdir; None for all of them. Returns the folders
     written. Raises UserError if a stage isn't finished, and as `new_folder`.
     """
-    names = _named(workdir, stages) or finished_stages(workdir)
+    names = list(stages or ()) or finished_stages(workdir)
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     trained = [load_finished(workdir / name) for name in names]
@@ -64,22 +64,12 @@ def _check_empty(out: epath.Path) -> None:
         raise UserError(f"--out {out} is not empty: choose another folder")
 
 
-def _named(workdir: epath.Path, stages: Sequence[str] | None) -> list[str]:
-    """The stages; none for None. Raises UserError for a path in place of a name."""
-    for name in stages or ():
-        if epath.Path(name).name != name or name == "..":
-            raise UserError(
-                f"--stages names {name!r}: give the name of a folder in {workdir}, such as teacher"
-            )
-    return list(stages or ())
-
-
 def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
     """The stage to write to `out`: the one that is named, or the last finished one.
 
     Raises UserError unless it is one, and if `out` holds anything.
     """
-    names = _named(workdir, stages) or finished_stages(workdir)[-1:]
+    names = list(stages or ()) or finished_stages(workdir)[-1:]
     if len(names) != 1:
         raise UserError(
             f"this format holds one finished stage, and there are {len(names)}: name one with --stages"

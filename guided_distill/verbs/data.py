@@ -3,9 +3,8 @@
 import argparse
 from typing import Any
 
-from etils import epath
-
-from guided_distill.verbs.shared import CACHE, command, workdir
+from guided_distill import kinds
+from guided_distill.verbs.shared import CACHE, command, number, path
 
 
 def add_verbs(verbs: Any) -> None:
@@ -25,9 +24,12 @@ def _add_prepare(verbs: Any) -> None:
         "captioned drawings in three styles, for data.name=npz:FILE",
         "guided-distill prepare emoji --out data/emoji3.npz",
     )
-    emoji.add_argument("--out", required=True, type=workdir, help=".npz file to write")
+    emoji.add_argument("--out", required=True, type=path, help=".npz file to write")
     emoji.add_argument(
-        "--image_size", type=int, default=64, help="side in pixels (default: %(default)s)"
+        "--image_size",
+        type=number(kinds.Width),
+        default=64,
+        help="side in pixels (default: %(default)s)",
     )
     emoji.add_argument(
         "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
@@ -40,7 +42,7 @@ def _add_prepare(verbs: Any) -> None:
         "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
         "guided-distill prepare minilm --out data/minilm",
     )
-    minilm.add_argument("--out", required=True, type=workdir, help="folder to write to")
+    minilm.add_argument("--out", required=True, type=path, help="folder to write to")
     minilm.add_argument("--cache", **CACHE)
 
 
@@ -54,9 +56,11 @@ def _add_encode(verbs: Any) -> None:
         "--text_encoder minilm:data/minilm --out data/emoji3_encoded",
     )
     encode.add_argument("--data", required=True, help="a data source, as of data.name")
-    encode.add_argument("--image_size", type=int, help="side in pixels, as of data.image_size")
     encode.add_argument(
-        "--autoencoder", required=True, type=epath.Path, help="folder of a diffusers autoencoder"
+        "--image_size", type=number(kinds.Width), help="side in pixels, as of data.image_size"
+    )
+    encode.add_argument(
+        "--autoencoder", required=True, type=path, help="folder of a diffusers autoencoder"
     )
     encode.add_argument(
         "--text_encoder",
@@ -71,12 +75,18 @@ def _add_encode(verbs: Any) -> None:
         help="encode every image without what a random mask hides, too, for in-painting models",
     )
     encode.add_argument(
-        "--batch_size", type=int, default=32, help="images at once (default: %(default)s)"
+        "--batch_size",
+        type=number(kinds.BatchSize),
+        default=32,
+        help="images at once (default: %(default)s)",
     )
     encode.add_argument(
-        "--shard_size", type=int, default=4096, help="examples in a file (default: %(default)s)"
+        "--shard_size",
+        type=number(kinds.Count),
+        default=4096,
+        help="examples in a file (default: %(default)s)",
     )
-    encode.add_argument("--out", required=True, type=workdir, help="folder to write to")
+    encode.add_argument("--out", required=True, type=path, help="folder to write to")
 
 
 # As everywhere here, each verb imports what it needs when it runs.

@@ -6,13 +6,17 @@ from typing import Any
 
 from etils import epath
 
+from guided_distill import kinds
 from guided_distill.verbs.shared import (
     add_process_arguments,
     add_sampling_arguments,
     check_same_options,
     command_of_run,
     label,
-    parse_list,
+    number,
+    path,
+    several,
+    stage_name,
 )
 
 
@@ -25,9 +29,12 @@ def add_verbs(verbs: Any) -> None:
         "draw samples: a PNG grid and an npz file",
         "guided-distill sample --workdir runs/digits --stage halving_ddim_4 --w 1 --num 40",
     )
-    sample.add_argument("--num", type=int, default=64, help="how many (default: %(default)s)")
+    sample.add_argument(
+        "--num", type=number(kinds.Count), default=64, help="how many (default: %(default)s)"
+    )
     sample.add_argument(
         "--labels",
+        type=several(label),
         help="numbers of classes from 0, or names, separated by commas, gone through in turn "
         "(default: all)",
     )
@@ -42,7 +49,7 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill transfer --workdir runs/digits --images data --from_label 7 --to_label 5",
     )
     transfer.add_argument(
-        "--to", type=epath.Path, help="run to decode by (default: WORKDIR, which encodes)"
+        "--to", type=path, help="run to decode by (default: WORKDIR, which encodes)"
     )
     transfer.add_argument(
         "--images",
@@ -56,27 +63,37 @@ def add_verbs(verbs: Any) -> None:
         "--to_label", required=True, type=label, help="class to make of them, by number or name"
     )
     transfer.add_argument(
-        "--encoder", help="folder of the encoder (default: the round nearest to 8 steps)"
+        "--encoder",
+        type=stage_name,
+        help="folder of the encoder (default: the round nearest to 8 steps)",
     )
     transfer.add_argument(
         "--decoder",
+        type=stage_name,
         help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
     )
     transfer.add_argument(
         "--w_encode",
-        type=float,
+        type=number(kinds.Weight),
         help="weight to encode at (default: 0, or the nearest that was trained)",
     )
     transfer.add_argument(
-        "--w", type=float, help="weight to decode at (default: 1, or the nearest that was trained)"
+        "--w",
+        type=number(kinds.Weight),
+        help="weight to decode at (default: 1, or the nearest that was trained)",
     )
     transfer.add_argument(
-        "--num", type=int, default=8, help="images at most (default: %(default)s)"
+        "--num", type=number(kinds.Count), default=8, help="images at most (default: %(default)s)"
     )
     transfer.add_argument(
-        "--seed", type=int, default=0, help="chooses the images of data (default: %(default)s)"
+        "--seed",
+        type=number(kinds.Seed),
+        default=0,
+        help="chooses the images of data (default: %(default)s)",
     )
-    transfer.add_argument("--out", help="folder to write to (default: WORKDIR/transfers)")
+    transfer.add_argument(
+        "--out", type=path, help="folder to write to (default: WORKDIR/transfers)"
+    )
 
     generate = command_of_run(
         verbs,
@@ -93,10 +110,10 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill edit --workdir runs/emoji --image apple.png --prompt 'green apple' "
         "--strength 0.5",
     )
-    edit.add_argument("--image", required=True, type=epath.Path, help="an image file")
+    edit.add_argument("--image", required=True, type=path, help="an image file")
     edit.add_argument(
         "--strength",
-        type=float,
+        type=number(kinds.Strength),
         default=0.5,
         help="how far to noise it, above 0 and at most 1, rounded down to whole steps "
         "(default: %(default)s)",
@@ -109,15 +126,18 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill inpaint --workdir runs/emoji --image apple.png --mask mask.png "
         "--prompt 'green apple'",
     )
-    inpaint.add_argument("--image", required=True, type=epath.Path, help="an image file")
+    inpaint.add_argument("--image", required=True, type=path, help="an image file")
     inpaint.add_argument(
-        "--mask", required=True, type=epath.Path, help="an image of its size, white where to paint"
+        "--mask", required=True, type=path, help="an image of its size, white where to paint"
     )
     for verb in (generate, edit, inpaint):
         verb.add_argument("--prompt", action="append", help="a text; may be given more than once")
-        verb.add_argument("--prompts", type=epath.Path, help="a file of texts, one a line")
+        verb.add_argument("--prompts", type=path, help="a file of texts, one a line")
         verb.add_argument(
-            "--num", type=int, default=1, help="images of each text (default: %(default)s)"
+            "--num",
+            type=number(kinds.Count),
+            default=1,
+            help="images of each text (default: %(default)s)",
         )
         add_sampling_arguments(verb)
 
@@ -136,7 +156,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
             options.workdir,
             stage=options.stage,
             count=options.num,
-            labels=parse_list("--labels", options.labels, label),
+            labels=options.labels,
             w=options.w,
             num_steps=options.num_steps,
             sampler=options.sampler,
@@ -145,8 +165,8 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
             allow_untrained=options.allow_untrained,
         )
         if is_first():
-            for path in paths:
-                print(path)
+            for each in paths:
+                print(each)
 
 
 def _transfer(options: argparse.Namespace, _: list[str]) -> None:
@@ -165,7 +185,7 @@ def _transfer(options: argparse.Namespace, _: list[str]) -> None:
             w=options.w,
             count=options.num,
             seed=options.seed,
-            out=epath.Path(options.out or options.workdir / "transfers"),
+            out=options.out or options.workdir / "transfers",
         )
     )
 
@@ -213,5 +233,5 @@ def _print_all(make: Callable[[], Iterable[epath.Path]]) -> None:
     from guided_distill.training.preemption import stopping_at_once
 
     with stopping_at_once():
-        for path in make():
-            print(path)
+        for each in make():
+            print(each)

@@ -3,10 +3,8 @@
 import argparse
 from typing import Any
 
-from etils import epath
-
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import command_of_run, parse_list, workdir
+from guided_distill.verbs.shared import command_of_run, path, several, stage_name
 
 
 def add_verbs(verbs: Any) -> None:
@@ -31,7 +29,7 @@ def add_verbs(verbs: Any) -> None:
     )
     imported.add_argument(
         "--tokenizer",
-        type=epath.Path,
+        type=path,
         help="a tokenizer's folder, which a single file doesn't hold",
     )
 
@@ -57,10 +55,11 @@ def add_verbs(verbs: Any) -> None:
     )
     export.add_argument(
         "--stages",
+        type=several(stage_name),
         help="folders of stages, separated by commas (default: all that are finished; of the other "
         "formats the last one)",
     )
-    export.add_argument("--out", required=True, type=workdir, help="new folder to write")
+    export.add_argument("--out", required=True, type=path, help="new folder to write")
 
 
 # As everywhere here, each verb imports what it needs when it runs.
@@ -70,8 +69,8 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.interop.import_model import SingleFile, import_model
 
     single = SingleFile(options.prediction_type, options.tokenizer, options.averaged)
-    for path in import_model(options.source, options.workdir, single=single):
-        print(path)
+    for each in import_model(options.source, options.workdir, single=single):
+        print(each)
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
@@ -86,6 +85,5 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     }
     if options.format not in formats:
         raise UserError(f"--format is {options.format!r}; choose one of {', '.join(formats)}")
-    stages = parse_list("--stages", options.stages, str)
-    for path in formats[options.format](options.workdir, options.out, stages=stages):
-        print(path)
+    for each in formats[options.format](options.workdir, options.out, stages=options.stages):
+        print(each)

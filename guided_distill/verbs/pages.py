@@ -5,10 +5,16 @@ import importlib.util
 import os
 from typing import Any
 
-from etils import epath
-
+from guided_distill import kinds
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import CACHE, command_of_run, keep_compiled_programs
+from guided_distill.verbs.shared import (
+    CACHE,
+    command_of_run,
+    keep_compiled_programs,
+    number,
+    path,
+    stage_name,
+)
 
 
 def add_verbs(verbs: Any) -> None:
@@ -21,7 +27,9 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill serve --workdir runs/digits --stage halving_ddim_4",
     )
     serve.add_argument(
-        "--stage", help="stage that the page begins with (default: the last one that is finished)"
+        "--stage",
+        type=stage_name,
+        help="stage that the page begins with (default: the last one that is finished)",
     )
     serve.add_argument(
         "--host",
@@ -31,11 +39,13 @@ def add_verbs(verbs: Any) -> None:
     )
     serve.add_argument(
         "--auth",
-        type=epath.Path,
+        type=path,
         metavar="FILE",
         help="file of lines NAME:PASSWORD, for those who may use the page (default: nobody logs in)",
     )
-    serve.add_argument("--port", type=int, default=7860, help="port (default: %(default)s)")
+    serve.add_argument(
+        "--port", type=number(kinds.Port), default=7860, help="port (default: %(default)s)"
+    )
     serve.add_argument("--cache", **CACHE)
 
 

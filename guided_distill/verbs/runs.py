@@ -14,6 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from guided_distill import kinds
 from guided_distill.errors import UserError
 from guided_distill.verbs.shared import (
     CACHE,
@@ -22,8 +23,10 @@ from guided_distill.verbs.shared import (
     command,
     command_of_run,
     keep_compiled_programs,
-    parse_list,
-    workdir,
+    number,
+    path,
+    several,
+    stage_name,
 )
 
 
@@ -44,7 +47,7 @@ def add_verbs(verbs: Any) -> None:
     )
     plan.add_argument(
         "--slices",
-        type=int,
+        type=number(kinds.Width),
         default=1,
         help="how many such slices: weights are split within each, a batch over all "
         "(default: %(default)s)",
@@ -75,7 +78,7 @@ def add_verbs(verbs: Any) -> None:
     add_config(train)
     train.add_argument(
         "--workdir",
-        type=workdir,
+        type=path,
         help="the run's folder (default: runs/ and the config's name)",
     )
     train.add_argument("--cache", **CACHE)
@@ -94,15 +97,23 @@ def add_verbs(verbs: Any) -> None:
         "which adds the CLIP score of runs that are told of texts (default, here and below: the run's "
         "config)",
     )
-    evaluate.add_argument("--num_samples", type=int, help="samples of each row")
-    evaluate.add_argument("--w", help="guidance weights, separated by commas")
+    evaluate.add_argument("--num_samples", type=number(kinds.Count), help="samples of each row")
     evaluate.add_argument(
-        "--stages", help="folders of stages in the workdir, separated by commas (default: all)"
+        "--w", type=several(number(kinds.Weight)), help="guidance weights, separated by commas"
     )
-    evaluate.add_argument("--num_steps", help="sampling steps of the teacher, separated by commas")
+    evaluate.add_argument(
+        "--stages",
+        type=several(stage_name),
+        help="folders of stages in the workdir, separated by commas (default: all)",
+    )
+    evaluate.add_argument(
+        "--num_steps",
+        type=several(number(kinds.NumSteps)),
+        help="sampling steps of the teacher, separated by commas",
+    )
     evaluate.add_argument(
         "--reference",
-        type=epath.Path,
+        type=path,
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
     evaluate.add_argument(
@@ -188,9 +199,9 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
         request = Request(
             extractor=options.extractor,
             num_samples=options.num_samples,
-            weights=parse_list("--w", options.w, float),
-            stages=parse_list("--stages", options.stages, str),
-            num_steps=parse_list("--num_steps", options.num_steps, int),
+            weights=options.w,
+            stages=options.stages,
+            num_steps=options.num_steps,
             reference=options.reference,
             again=options.again,
         )
@@ -224,27 +235,42 @@ def find_config(file: str) -> str:
 
 
 def read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does."""
+    """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does.
+
+    None stands for itself where the key may be None.
+    """
+    from guided_distill.config import Experiment
+
     if "://" in path:
         raise UserError(f"--config {path} is not on this machine: copy the file to it")
     named, _, variant = path.partition(":")
     file = find_config(named)
     try:
         config = runpy.run_path(file)["get_config"](variant)
-    except Exception as error:  # Whatever the user's own code raises.
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # Whatever the user's own code raises.
         raise UserError(
             f"--config {path} can't be read: {type(error).__name__}: {error}"
         ) from error
+    arguments = ["guided-distill"]
+    without: dict[str, None] = {}
     for override in overrides:
-        _check_key(config, override.removeprefix("--config.").partition("=")[0], file)
+        key, _, value = override.removeprefix("--config.").partition("=")
+        _check_key(config, key, file)
+        kind = kinds.kind_at(key, Experiment)
+        if value == "None" and kinds.without_none(kind) is not kind:
+            without[key] = None
+        else:
+            arguments.append(override)
     values = flags.FlagValues()
-    arguments = ["guided-distill", *overrides]
     with _command_line(arguments):
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values)
             values(arguments)
         except (flags.Error, TypeError, ValueError) as error:
             raise UserError(f"an override doesn't fit {file}: {error}") from error
+    config.update_from_flattened_dict(without)
     return config
 
 

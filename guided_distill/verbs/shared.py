@@ -2,21 +2,16 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from etils import epath
 
+from guided_distill import kinds
 from guided_distill.errors import UserError
 
 Value = TypeVar("Value")
-
-CACHE: dict[str, Any] = {
-    "type": epath.Path,
-    "default": epath.Path("~/.cache/guided_distill").expanduser(),
-    "help": "folder that keeps what took long to get (default: %(default)s)",
-}
-"""The flag --cache."""
 
 
 def command(
@@ -33,15 +28,53 @@ def command_of_run(
 ) -> argparse.ArgumentParser:
     """As `command`, for a verb that works on a run's folder."""
     verb = command(verbs, name, run, words, example)
-    verb.add_argument("--workdir", required=True, type=workdir, help="the run's folder")
+    verb.add_argument("--workdir", required=True, type=path, help="the run's folder")
     return verb
 
 
-def workdir(text: str) -> epath.Path:
-    """The folder that --workdir or --out names, which isn't the current one by mistake."""
+class Parser(argparse.ArgumentParser):
+    """A parser to which what is wrong with a flag is bad input like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        own = re.match(r"argument (?:-\w, )?(--\w+|[A-Z]+): (is .*)", message, re.DOTALL)
+        raise UserError(" ".join(own.groups()) if own else f"{message}; see {self.prog} --help")
+
+
+def path(text: str) -> epath.Path:
+    """The file or folder that a flag names, which isn't the current one by mistake."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a folder, or . for the current one")
+        raise argparse.ArgumentTypeError("is empty; name a file or folder, . for the current one")
     return epath.Path(text)
+
+
+def stage_name(text: str) -> str:
+    """The name of a stage's folder in its run's."""
+    if text in ("", ".", "..") or set(text) & {"/", "\\"}:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}; give the name of a stage's folder in the run's, such as halving_ddim_4"
+        )
+    return text
+
+
+def number(kind: Any) -> Callable[[str], Any]:
+    """What reads a number of a kind."""
+
+    def read(text: str) -> Any:
+        try:
+            return kinds.read(text, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+CACHE: dict[str, Any] = {
+    "type": path,
+    "default": epath.Path("~/.cache/guided_distill").expanduser(),
+    "help": "folder that keeps what took long to get (default: %(default)s)",
+}
+"""The flag --cache."""
 
 
 def keep_compiled_programs(cache: epath.Path) -> None:
@@ -56,7 +89,7 @@ def add_process_arguments(verb: argparse.ArgumentParser) -> None:
     """Those of every verb that many processes can run together."""
     verb.add_argument(
         "--start_timeout",
-        type=int,
+        type=number(kinds.Whole),
         default=300,
         metavar="SECONDS",
         help="of many processes: how long to wait for the others to start (default: %(default)s)",
@@ -68,7 +101,7 @@ def check_same_options(options: argparse.Namespace) -> None:
     from guided_distill.training.processes import texts_of_all
 
     flags = {
-        "the verb" if name == "verb" else f"--{name}": "not given" if value is None else str(value)
+        "the verb" if name == "verb" else f"--{name}": _written(value)
         for name, value in vars(options).items()
         if name not in ("run", "cache", "start_timeout")
     }
@@ -82,19 +115,33 @@ def check_same_options(options: argparse.Namespace) -> None:
                 )
 
 
+def _written(value: Any) -> str:
+    """A flag's value as it is given."""
+    if value is None:
+        return "not given"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
     """Those of every verb that samples."""
     verb.add_argument(
         "--stage",
+        type=stage_name,
         help="folder of the stage in the workdir (default: the last one that is finished)",
     )
     verb.add_argument(
-        "--w", type=float, help="guidance weight (default: 1, or the nearest that was trained)"
+        "--w",
+        type=number(kinds.Weight),
+        help="guidance weight (default: 1, or the nearest that was trained)",
     )
-    verb.add_argument("--num_steps", type=int, help="sampling steps (default: as trained)")
+    verb.add_argument(
+        "--num_steps", type=number(kinds.NumSteps), help="sampling steps (default: as trained)"
+    )
     verb.add_argument("--sampler", help="sampler (default: as trained)")
-    verb.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
-    verb.add_argument("--out", type=workdir, help="folder to write to (default: WORKDIR/samples)")
+    verb.add_argument(
+        "--seed", type=number(kinds.Seed), default=0, help="seed (default: %(default)s)"
+    )
+    verb.add_argument("--out", type=path, help="folder to write to (default: WORKDIR/samples)")
     verb.add_argument(
         "--allow_untrained",
         action="store_true",
@@ -107,14 +154,6 @@ def label(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
-def parse_list(
-    flag: str, text: str | None, kind: Callable[[str], Value]
-) -> tuple[Value, ...] | None:
-    """The values of a flag that are separated by commas. Raises UserError, naming the flag."""
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        example = "0.5,1,2" if kind is float else "0,3,7"
-        raise UserError(f"{flag} is {text!r}; give numbers like {example}") from None
+def several(read: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """What reads a flag's values, separated by commas."""
+    return lambda text: tuple(read(part.strip()) for part in text.split(","))

@@ -1,15 +1,21 @@
 """The verbs of many runs: sweep, compare."""
 
 import argparse
+import inspect
 import re
 import runpy
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from guided_distill.errors import UserError
 from guided_distill.verbs.runs import add_config, find_config, read_config
-from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs, workdir
+from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs, path
+
+_CONFIG = "config_file"
+"""The module that a config file is while its sweeps are looked up."""
 
 
 def add_verbs(verbs: Any) -> None:
@@ -29,7 +35,7 @@ def add_verbs(verbs: Any) -> None:
     )
     sweep.add_argument(
         "--workdir",
-        type=workdir,
+        type=path,
         help="the study's folder (default: runs/ and the names of config and sweep)",
     )
     sweep.add_argument(
@@ -47,10 +53,10 @@ def add_verbs(verbs: Any) -> None:
         "write one page that puts runs side by side",
         "guided-distill compare runs/range/* --out compare.html",
     )
-    compare.add_argument("runs", nargs="+", type=epath.Path, metavar="RUN", help="a run's folder")
+    compare.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's folder")
     compare.add_argument(
         "--out",
-        type=epath.Path,
+        type=path,
         default=epath.Path("compare.html"),
         help="the page's file (default: %(default)s)",
     )
@@ -67,7 +73,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
 
     index, count = _shard(options.shard)
     base = read_config(options.config, overrides)
-    points = _find_sweep(options.config, options.sweep)(base)
+    points = _points_of(options, base)
     runs = [
         Run(name_of(point), point, config.parse(with_overrides(base, point))) for point in points
     ]
@@ -103,14 +109,34 @@ def _shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _find_sweep(config: str, name: str) -> Any:
+def _points_of(options: argparse.Namespace, base: ConfigDict) -> list[Any]:
+    """The points of a sweep: a function that the config file defines, or one of ABLATIONS.
+
+    Raises UserError for another name, and for a function that isn't a sweep.
+    """
     from guided_distill.sweeps import ABLATIONS
 
-    own = runpy.run_path(find_config(config.partition(":")[0]))
-    if name in ABLATIONS:
-        return own.get(name, ABLATIONS[name])
-    if name == "get_config" or not callable(own.get(name)):
+    file = find_config(options.config.partition(":")[0])
+    defined = runpy.run_path(file, run_name=_CONFIG)
+    own = {
+        name: each
+        for name, each in defined.items()
+        if inspect.isfunction(each) and each.__module__ == _CONFIG and name != "get_config"
+    }
+    sweeps: dict[str, Any] = {**ABLATIONS, **own}
+    if options.sweep not in sweeps:
         raise UserError(
-            f"--sweep {name} is neither a function of {config} nor one of {', '.join(ABLATIONS)}"
+            f"--sweep {options.sweep} is neither a function that {options.config} defines nor one of "
+            f"{', '.join(ABLATIONS)}"
         )
-    return own[name]
+    try:
+        points = sweeps[options.sweep](base)
+    except Exception as error:  # Whatever the user's own code raises.
+        raise UserError(
+            f"--sweep {options.sweep} fails: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(points, list) or not all(isinstance(each, Mapping) for each in points):
+        raise UserError(
+            f"--sweep {options.sweep} is no sweep: let it return a list of points, as `values` makes them"
+        )
+    return points
