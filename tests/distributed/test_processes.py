@@ -343,15 +343,17 @@ def test_kills_at_random_instants_change_nothing(
     if not left:
         pytest.skip("--kills 10 kills two processes once")
     command = [*arguments, "--workdir"]
-    began = time.monotonic()
     undisturbed = machine.launch(*command, str(tmp_path / "whole"))
     assert undisturbed.wait(600) == 0
-    seconds, generator = time.monotonic() - began, random.Random(os.getpid())
-    workdir = tmp_path / "killed"
+    generator, workdir = random.Random(os.getpid()), tmp_path / "killed"
+    teacher = epath.Path(workdir) / "teacher"
     ended = 0
     while left:
         killed = machine.launch(*command, str(workdir))
-        time.sleep(generator.uniform(0.4, 1.6) * seconds)
+        goal = (latest_step(teacher) or 0) + 4 * generator.randrange(4)
+        while (latest_step(teacher) or 0) < goal and killed.poll() is None:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 2))
         try:
             victims = generator.choice([(0,), (1,), (0, 1)])
             for each in victims:
@@ -363,7 +365,7 @@ def test_kills_at_random_instants_change_nothing(
             left -= 1
             assert killed.returncode in (128 + signal.SIGKILL, 75), output
             assert "damaged" not in output
-            print(f"{left} left, at step {latest_step(epath.Path(workdir) / 'teacher')}")
+            print(f"{left} left, at step {latest_step(teacher)}")
         if not victims or not left:
             last = machine.launch(*command, str(workdir))
             output = last.communicate(timeout=600)[0]

@@ -28,15 +28,28 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 IMPORTS = "from guided_distill import cli; cli.run(['--version'])"
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def end_all():
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
+
+
 def start(*arguments, folder=None):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder or ""), *sys.path])}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
     )
+    STARTED.append(process)
+    return process
 
 
 def busy(*arguments):

@@ -8,8 +8,11 @@ import shutil
 import signal
 import time
 
+import pytest
 from etils import epath
 
+from guided_distill import cli
+from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.trained import load_finished
 
 SAVING = "*/checkpoints/*-tmp"
@@ -148,3 +151,56 @@ def test_kills_at_random_instants_change_nothing(
         assert measured(workdir) == measured(whole)
         print(f"{left} kills left; a run takes {seconds}")
         shutil.rmtree(workdir)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["sample", "--stage", "teacher"],
+            "4 is damaged (about/metadata is not as it was written)",
+        ),
+        (["train"], "teacher was finished, and no checkpoint of it is whole"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_finished_stage_that_is_damaged_is_left_to_the_user(
+    undisturbed, tiny_arguments, tmp_path, capsys, arguments, said
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    for step in (2, 4):
+        flip(workdir / "teacher" / "checkpoints" / str(step) / "about" / "metadata")
+    shutil.rmtree(workdir / "guidance")
+    before = files_of(workdir / "teacher")
+    config = tiny_arguments if arguments == ["train"] else []
+    assert cli.main([*arguments, *config, "--workdir", str(workdir)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("guided-distill: ")
+    assert said in line
+    assert files_of(workdir / "teacher") == before
+
+
+def test_training_goes_on_from_the_checkpoint_before(runs, undisturbed, tmp_path, assert_same_runs):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    stage = workdir / "halving_ddim_2"
+    newest = str(latest_step(epath.Path(stage)))
+    flip(stage / "checkpoints" / newest / "layout" / "metadata")
+    shutil.rmtree(workdir / "halving_ddim_1")
+    runs.start(workdir)
+    status, said = runs.end()
+    assert status == 0, said
+    assert "layout/metadata is not as it was written" in said
+    assert (stage / "damaged" / f"{newest}-0").exists()
+    assert_same_runs(workdir, undisturbed)
