@@ -60,6 +60,13 @@ class Data:
     shape: tuple[kinds.Width, ...] = ()
     condition: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The name for pages, without the place on this machine: "x.npz" for "npz:/home/me/x.npz"."""
+        kind, _, path = self.name.partition(":")
+        on_disk = kind in ("npz", "folder", "encoded")
+        return path.rstrip("/").rpartition("/")[2] if on_disk else self.name
+
 
 @dataclass(frozen=True)
 class Model:

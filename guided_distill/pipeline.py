@@ -27,7 +27,14 @@ from guided_distill.latent_space import latents_of, open_data, outline_of_latent
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
-from guided_distill.storage import check_writable, held, is_there, persistently, write_text
+from guided_distill.storage import (
+    check_writable,
+    first_line,
+    held,
+    is_there,
+    persistently,
+    write_text,
+)
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
@@ -133,7 +140,16 @@ def read_config(workdir: epath.Path) -> Experiment:
             f"{workdir} holds no run (config.json is missing): give the --workdir of a "
             f"`guided-distill train`"
         )
-    return parse_recorded(json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}): remove it, and run `guided-distill train` with "
+            f"the run's --config, which writes it anew"
+        ) from error
+    return parse_recorded(values)
 
 
 def finished_stages(workdir: epath.Path) -> list[str]:

@@ -18,6 +18,7 @@ from guided_distill.diffusion import samplers
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, comparable, read_results, write_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
+from guided_distill.report import samples
 from guided_distill.report.page import headline, write_report
 from guided_distill.sampling import cycling_labels, encode, of_labels, sample
 from guided_distill.training.trained import load_finished
@@ -238,6 +239,21 @@ def test_sample_writes_a_picture_and_arrays(finished, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def test_every_request_has_files_of_its_own(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        samples, "sample", lambda _, condition, **__: np.zeros((*condition["label"].shape, 8, 8, 1))
+    )
+    requests = (
+        *([], ["--num_steps", "5"], ["--sampler", "stochastic"], ["--labels", "3"], ["--num", "6"]),
+        *(["--seed", "1"], ["--w", "0.3333333"], ["--w", "0.33333333"], ["--stage", "guidance"]),
+    )
+    arguments = ["sample", "--workdir", str(finished), "--stage", "teacher", "--out", str(tmp_path)]
+    for request in (*requests, *requests):
+        assert cli.main([*arguments, *request]) == 0
+    assert len(list(tmp_path.glob("*.npz"))) == len(list(tmp_path.glob("*.png"))) == len(requests)
+    assert list(tmp_path.glob("teacher_ddim_5_w1_seed0_*.png"))
+
+
 def test_export_is_a_smaller_run_that_samples_and_trains_on(finished, tmp_path, capsys):
     out = tmp_path / "out"
     stages = ["teacher", "guidance", "halving_ddim_4"]
@@ -321,7 +337,7 @@ def test_transfer_carries_images_through_their_noise(finished, tmp_path):
     (picture,) = (tmp_path / "a").glob("*.png")
     with Image.open(picture) as image:
         assert image.size == (3 * 64 + 2 * 8, 3 * 64 + 2 * 8)
-    assert picture.stem == "7_to_5_halving_encode_4_halving_ddim_4_w0_1_seed0"
+    assert picture.stem[:-7] == "7_to_5_halving_encode_4_halving_ddim_4_w0_1_seed0"
     test = sources.load("digits", split="test")
     of_class = [image for image, label in zip(*test.arrays().values(), strict=True) if label == 7]
     for image in found["image"]:
@@ -503,6 +519,10 @@ def test_evaluate_names_the_flag_that_is_wrong(finished, capsys, arguments, said
 def test_a_stage_without_its_config_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         pipeline.read_config(epath.Path(tmp_path))
+    for damaged in (b"", b'{"seed": 1', b"\xff\xfe", b"[" * 99999, b"[]", b"7", b"null"):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"config\.json is damaged .*: remove it, and run"):
+            pipeline.read_config(epath.Path(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"seed": "x"}))
     with pytest.raises(UserError, match=r"config\.seed"):
         pipeline.read_config(epath.Path(tmp_path))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from markupsafe import Markup
 
-from guided_distill.config import Experiment, differences
+from guided_distill.config import Data, Experiment, differences
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, Result, at_weights, metric_name, read_results
 from guided_distill.pipeline import read_config
@@ -43,7 +43,7 @@ class Ground(NamedTuple):
 
     def __str__(self) -> str:
         size = f" at {self.image_size} pixels" if self.image_size else ""
-        return f"{self.data}{size}, {self.extractor}, n = {self.n}"
+        return f"{Data(self.data).title}{size}, {self.extractor}, n = {self.n}"
 
 
 def write_comparison(workdirs: Sequence[epath.Path], out: epath.Path) -> epath.Path:

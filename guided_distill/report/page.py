@@ -64,7 +64,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     weights = {each.w for each in shown if each.w is not None}
     page = render(
         "page.html.jinja",
-        title=f"guided_distill: {experiment.data.name}",
+        title=f"guided_distill: {experiment.data.title}",
         headline=headline(shown),
         tiles=tiles(shown),
         shortfalls=shortfalls(workdir, experiment, shown, logs),

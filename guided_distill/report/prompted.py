@@ -22,7 +22,7 @@ from guided_distill.data.images import read_images, read_mask, size_at
 from guided_distill.errors import UserError
 from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
-from guided_distill.report.samples import last_finished
+from guided_distill.report.samples import last_finished, name_for
 from guided_distill.sampling import given_or_trained, usual_w
 from guided_distill.storage import write_bytes
 
@@ -91,7 +91,7 @@ def edit_to_files(
     model, request = _open(workdir, stage, request)
     images = _repeated(_read(image, model), request)
     edited = edit(model, images, request.prompts, strength=strength, **request.sampling)
-    settings = {"image": image.name, "strength": strength, "steps_run": edited.steps_run}
+    settings = {"image": image, "strength": strength, "steps_run": edited.steps_run}
     return _write(out, "edit", model, request, edited.images, settings)
 
 
@@ -124,7 +124,7 @@ def inpaint_to_files(
         request.prompts,
         **request.sampling,
     )
-    settings = {"image": image.name, "mask": mask.name}
+    settings = {"image": image, "mask": mask}
     return _write(out, "inpaint", model, request, painted, settings)
 
 
@@ -163,12 +163,14 @@ def _write(
         "num_steps": num_steps,
         "sampler": sampler,
         "package_version": about.package_version,
-        **more,
+        # Paths are this machine's alone.
+        **{name: each.name if name in ("image", "mask") else each for name, each in more.items()},
     }
     told = {"w": f"{request.w:g}", "seed": request.seed, "steps": num_steps}
     told |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
     told |= {name: value for name, value in more.items() if name == "strength"}
-    stem = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])
+    words = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])
+    stem = name_for(words, *settings.items(), *map(str, more.values()), *request.prompts)
     paths = []
     for index, (prompt, pixels) in enumerate(zip(request.prompts, images, strict=True)):
         information = PngInfo()

@@ -1,5 +1,6 @@
 """Samples of a stage as files: a picture to look at and the arrays to work with."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.pipeline import finished_stages, read_config
-from guided_distill.sampling import class_index, of_labels, sample, usual_w
+from guided_distill.sampling import class_index, given_or_trained, of_labels, sample, usual_w
 from guided_distill.stages import all_stages
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
@@ -64,11 +65,18 @@ def sample_to_files(
     )
     if about.latent:
         images = load_latent_space(workdir).to_images(images)
-    stem = f"{epath.Path(trained.path).name}_w{w:g}_seed{seed}"
+    name = epath.Path(trained.path).name
+    steps, by = given_or_trained(about, num_steps=num_steps, sampler=sampler)
+    stem = name_for(f"{name}_{by}_{steps}_w{w:g}_seed{seed}", float(w), all_labels.tolist())
     arrays = {"image": images, "label": all_labels}
     return write_files(
         out, stem, drawn=images, colours=all_labels, columns=num_classes, arrays=arrays
     )
+
+
+def name_for(words: str, *request: object) -> str:
+    """A file's name that no other request has: `words`, and 6 hex digits of what they leave out."""
+    return f"{words}_{hashlib.sha256(repr(request).encode()).hexdigest()[:6]}"
 
 
 def write_files(

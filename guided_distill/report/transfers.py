@@ -12,7 +12,7 @@ from guided_distill.applications.style_transfer import (
 from guided_distill.data import sources
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
-from guided_distill.report.samples import write_files
+from guided_distill.report.samples import name_for, write_files
 from guided_distill.sampling import class_index, usual_w
 
 
@@ -61,7 +61,10 @@ def transfer_to_files(
     rows = (found.image, found.returned, found.transferred)
     return write_files(
         out,
-        f"{own}_to_{target}_{'_'.join(names)}_w{w_encode:g}_{w:g}_seed{seed}",
+        name_for(
+            f"{own}_to_{target}_{'_'.join(names)}_w{w_encode:g}_{w:g}_seed{seed}",
+            *(float(w_encode), float(w), str(images), count, str(to)),
+        ),
         drawn=np.concatenate(rows),
         colours=np.repeat(np.arange(len(rows)), len(originals)),
         columns=len(originals),

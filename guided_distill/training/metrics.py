@@ -13,6 +13,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from guided_distill.errors import UserError
 from guided_distill.storage import storage_error, write_text
 from guided_distill.training.processes import is_first
 
@@ -85,9 +86,33 @@ class MetricsLog:
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a stage's log, oldest first; none where it has no log yet."""
+    """The rows of a stage's log, oldest first; none where it has no log yet.
+
+    A last line that was cut is left out. Raises UserError for another one that is damaged.
+    """
     path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    while lines and not lines[-1].strip():
+        lines.pop()
+    rows = [_row(line) for line in lines]
+    if rows and rows[-1] is None:
+        rows.pop()
+    whole = [row for row in rows if row is not None]
+    if len(whole) < len(rows):
+        raise UserError(
+            f"{path}, line {rows.index(None) + 1}, is damaged: remove the line, or the file if you don't "
+            f"need what it says"
+        )
+    return whole
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What a line says of a step; None for one that doesn't."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def parameter_table(params: Mapping) -> str:

@@ -7,6 +7,8 @@ import re
 import pytest
 from run_folder import ROW, WEIGHTS, make_run, rows_of
 
+from guided_distill.config import Data
+from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
 from guided_distill.report.grids import pair
 from guided_distill.report.page import headline, tiles, timed, write_report
@@ -22,6 +24,36 @@ def written(workdir):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return written(make_run(tmp_path_factory.mktemp("run"), results=rows_of(fd=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("npz:/home/me/shapes.npz", "shapes.npz"),
+        ("folder:/home/me/photos/", "photos"),
+        ("tfds:cifar10", "tfds:cifar10"),
+        ("digits", "digits"),
+    ],
+)
+def test_pages_name_data_without_their_place(name, title):
+    assert Data(name).title == title
+
+
+def test_a_page_is_called_by_the_datas_name(tmp_path):
+    config = {"data": {"name": "npz:/home/me/shapes.npz"}}
+    page = written(make_run(tmp_path / "run", results=rows_of(fd=1.0), config=config))
+    assert "<title>guided_distill: shapes.npz</title>" in page
+    assert "Data: shapes.npz." in page
+
+
+def test_damaged_samples_are_told_in_one_sentence(tmp_path):
+    workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
+    file = sorted((workdir / "samples").glob("halving_ddim_4_w*.npz"))[0]
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-30], b"no archive"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"^{file} can't be read \([^\n]*\): remove it$"):
+            write_report(workdir)
 
 
 def section(page, name):

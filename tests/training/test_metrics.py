@@ -85,3 +85,25 @@ def test_the_table_of_parameters_counts_them():
     assert "layer/kernel" in table
     assert "(3, 40)" in table
     assert "Total: 160" in table
+
+
+WHOLE = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+
+
+def test_a_log_that_was_cut_goes_on_from_its_last_whole_line(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    first = WHOLE.index(b"\n")
+    for length in range(len(WHOLE) + 1):
+        (directory / "metrics.jsonl").write_bytes(WHOLE[:length])
+        count = (length >= first) + (length >= len(WHOLE) - 1)
+        assert [row["step"] for row in read_metrics(directory)] == [1, 2][:count]
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"\x00\xff", b'{"loss": 1}', b"[]", b'{"step": "x"}', b"[" * 9999]
+)
+def test_a_damaged_line_is_named(directory, damaged):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_bytes(damaged + b"\n" + WHOLE)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1, is damaged: remove the line"):
+        read_metrics(directory)
