@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from guided_distill import stopping
+from guided_distill import stopping, surroundings
 from guided_distill.errors import Interrupted, UserError
 
 DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling steps."
@@ -47,10 +47,20 @@ def _one_line(error: BaseException) -> str:
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """`main`, and out at once: threads that libraries leave behind can abort a Python that ends."""
     stopping.watch()
-    status = main(argv)
+    surroundings.settle()
+    try:
+        status = main(argv)
+    except SystemExit as ending:  # argparse's.
+        status = int(ending.code or 0)
     stopping.end_by(status)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except UserError as error:
+        # Where this broke off the verb, it has been said.
+        if status == 0:
+            print(f"guided-distill: {error}", file=sys.stderr)
+        status = status or 2
     sys.stderr.flush()
     os._exit(status)
 

@@ -287,8 +287,8 @@ def storage_error(path: epath.Path, error: Exception, *, verb: str = "written") 
             f"run the same command again"
         )
     return UserError(
-        f"{path} can't be written ({first_line(error)}): make room or choose another "
-        f"--workdir, then run the same command to go on from the last checkpoint"
+        f"{path} can't be written ({first_line(error)}): make room or choose another place, then run the "
+        f"same command again"
     )
 
 

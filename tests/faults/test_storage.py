@@ -148,7 +148,7 @@ CANNOT_PASS = (
 @pytest.mark.parametrize("error", CANNOT_PASS, ids=str)
 def test_what_cannot_pass_is_told_at_once(waited, monkeypatch, error, processes, path):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    with pytest.raises(UserError, match="make room or choose another --workdir"):
+    with pytest.raises(UserError, match="make room or choose another place"):
         persistently(failing(error, 1), path)
     assert waited == []
 
@@ -248,4 +248,4 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
     assert cli.main(["train", *tiny_arguments, "--workdir", str(tmp_path / "file" / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "run/.lock can't be written" in line
-    assert "another --workdir" in line
+    assert "another place" in line

@@ -167,7 +167,7 @@ def test_a_folder_without_checkpoints_has_nothing_to_restore(directory):
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for action in (StageCheckpoints, lambda path: write_text(path / "text", "")):
-        with pytest.raises(UserError, match="make room or choose another --workdir"):
+        with pytest.raises(UserError, match="make room or choose another place"):
             action(epath.Path(tmp_path / "file" / "stage"))
 
 
