@@ -258,9 +258,9 @@ def encode(
     By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
     DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
     sigma_0. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
-    sigma_0 = 4.5e-5: one that predicts x tells eps there by float32's last digits, and its own errors
-    count 22,000-fold. Encode with a network that predicts v or eps. Raises UserError for a decoder
-    student, and for what the checkpoint wasn't trained for.
+    sigma_0 = 4.5e-5: one that predicts x would give eps by float32's last digits there, and its own
+    errors would count 22,000-fold. Raises UserError for such a network, for a decoder student, and for
+    what the checkpoint wasn't trained for.
     """
     num_steps = check_encoding(trained.description, condition=condition, w=w, num_steps=num_steps)
     batches = _run(
@@ -388,6 +388,11 @@ def check_encoding(
         raise UserError(
             f"this student was trained to sample ({about.sampler}), not to encode: choose one of "
             f"config.halving.samplers=('encode',), such as halving_encode_4, or the guidance stage"
+        )
+    if about.model.parameterization == "x":
+        raise UserError(
+            "this network predicts x, which doesn't give eps at t = 0, where encoding begins: choose a "
+            "run of config.model.parameterization v or eps"
         )
     num_steps = _steps_or_trained(about, num_steps)
     _check_condition(about, condition)

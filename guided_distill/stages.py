@@ -1,6 +1,7 @@
 """What each stage of a run is: its place in the chain, its loss, its compiled step."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from guided_distill.config import Experiment, Guidance, Halving, Optimization, Teacher
+from guided_distill.config import Evaluation, Experiment, Guidance, Halving, Optimization, Teacher
 from guided_distill.diffusion.guidance import Condition, with_guidance
+from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.guidance import guidance_loss
@@ -76,6 +78,30 @@ def _updates(experiment: Experiment, num_steps: int, sampler: str) -> int:
 def all_stages(experiment: Experiment) -> list[Stage]:
     """Every stage once, in the order of training."""
     return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
+
+
+def teacher_of(experiment: Experiment, stage: Stage) -> Stage | None:
+    """The stage whose weights teach this one; None for the first."""
+    chain = next(chain for chain in chains(experiment) if stage in chain)
+    place = chain.index(stage)
+    return chain[place - 1] if place else None
+
+
+def samplings(
+    stage: Stage, experiment: Experiment, evaluation: Evaluation
+) -> list[tuple[str, int]]:
+    """The samplers to measure a stage by, each with its number of steps; an encoder has none.
+
+    A student of N steps has its own; one that takes w makes as many steps as the first round's teacher;
+    any other is sampled as `evaluation` says of the teacher.
+    """
+    if stage.sampler == ENCODE:
+        return []
+    if stage.sampler is not None and stage.num_steps is not None:
+        return [(stage.sampler, stage.num_steps)]
+    if stage.takes_w:
+        return [("ddim", 2 * experiment.halving.first_num_steps)]
+    return list(itertools.product(evaluation.teacher_samplers, evaluation.teacher_num_steps))
 
 
 def check_batch(kind: str, settings: Optimization, *, devices: int) -> None:

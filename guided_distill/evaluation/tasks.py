@@ -1,18 +1,16 @@
 """Which rows an evaluation has: the config's, with what the command line asks for in their place."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from guided_distill.config import Evaluation, Experiment, check_extractor
-from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES
 from guided_distill.evaluation.results import file_stem
-from guided_distill.stages import Stage, all_stages
+from guided_distill.stages import Stage, all_stages, samplings
 
 
 @dataclass(frozen=True)
@@ -121,20 +119,6 @@ def tasks_of(
         Task(stage, sampler, num_steps, w)
         for stage in stages
         if request.stages is None or stage.name in request.stages
-        for sampler, num_steps in _samplers(stage, experiment, settings)
+        for sampler, num_steps in samplings(stage, experiment, settings)
         for w in settings.weights
     ]
-
-
-def _samplers(
-    stage: Stage, experiment: Experiment, settings: Evaluation
-) -> Iterator[tuple[str, int]]:
-    """The samplers of a stage, each with its number of steps; an encoder has none."""
-    if stage.kind == "teacher":
-        for sampler in settings.teacher_samplers:
-            for num_steps in settings.teacher_num_steps:
-                yield sampler, num_steps
-    elif stage.kind == "guidance":
-        yield "ddim", 2 * experiment.halving.first_num_steps
-    elif stage.sampler != ENCODE:
-        yield str(stage.sampler), int(stage.num_steps or 0)

@@ -145,6 +145,7 @@ class DiT(nn.Module):
     at zero. remat: one of models/remat.py's KINDS.
     """
 
+    head: ClassVar[str] = "proj_out_2"
     takes_timesteps: ClassVar[bool] = True
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 

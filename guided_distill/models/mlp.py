@@ -15,6 +15,7 @@ from guided_distill.models.embeddings import Conditioning, Features
 class MLP(nn.Module):
     """Dense -> `depth` residual blocks, scaled and shifted by the conditioning -> Dense."""
 
+    head: ClassVar[str] = "output"
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 

@@ -104,10 +104,18 @@ class Network:
     def rounded(self, params: Params) -> Params:
         """The weights as a call uses them: kernels and tables in the precision that it computes in.
 
-        Biases and the scales of normalizations stay as they are.
+        Biases, the scales of normalizations and the module's `head`, which computes in float32, stay as
+        they are.
         """
-        dtype = self.module.dtype  # type: ignore[attr-defined]
-        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+        dtype, head = self.module.dtype, self.module.head  # type: ignore[attr-defined]
+
+        def rounded(leaf: jax.Array) -> jax.Array:
+            return leaf.astype(dtype) if leaf.ndim > 1 else leaf
+
+        return {
+            name: each if name == head else jax.tree.map(rounded, each)
+            for name, each in params.items()
+        }
 
     def denoiser(
         self,

@@ -55,6 +55,7 @@ class TransformerBlock(nn.Module):
 class PatchTransformer(nn.Module):
     """Patches -> `depth` transformer blocks -> patches."""
 
+    head: ClassVar[str] = "output"
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 

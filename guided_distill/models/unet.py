@@ -95,6 +95,7 @@ class UNet(nn.Module):
     resolution" then is 1/patch_size of the image's. remat: one of models/remat.py's KINDS.
     """
 
+    head: ClassVar[str] = "output"
     takes_timesteps: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 

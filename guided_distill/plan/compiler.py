@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ from guided_distill.plan.topologies import Topology, find_topology
 from guided_distill.stages import Stage
 from guided_distill.storage import check_writable, first_line, write_text
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.trained import package_version
+
+_COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 class Question(NamedTuple):
@@ -120,6 +124,8 @@ def _kept(question: Question, cache: epath.Path) -> Answer:
         topology.slices,
         topology.compiler,
         question.level,
+        package_version(),
+        *(os.environ.get(name) for name in _COMPILER_FLAGS),
     )
     path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():

@@ -15,7 +15,7 @@ from guided_distill.plan.compiler import Question, Shortage, ask
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
-from guided_distill.stages import Stage, all_stages, check_batch
+from guided_distill.stages import Stage, all_stages, check_batch, teacher_of
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress
 
@@ -30,7 +30,7 @@ _TRAFFIC = {"all-reduce": 2.0}
 class Plan:
     """Of one program: a stage's update, or a call of the student on a batch of as many examples.
 
-    kind: of stage; updates: of all stages of the kind.
+    kind: of stage, and of its teacher where the rounds differ in that; updates: of all such stages.
     parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
     measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
     broke down over it (broke), and then `why`, with a shortage where the compiler gave figures.
@@ -148,30 +148,30 @@ def make_plans(
 ) -> list[Plan]:
     """The plans of the stages of a kind, of sampling, or of "all".
 
-    All halving rounds are one plan, of the program for the first sampler: that for another one differs in
-    the times of its jumps, and is as much work. level: how much the compiler optimizes. cache: a folder
-    that keeps what it said. Raises UserError if the config has no such stage, or if the devices can't
-    share a batch.
+    All halving rounds whose teachers are alike are one plan, of the program for the first sampler: that
+    for another one differs in the times of its jumps, and is as much work. level: how much the compiler
+    optimizes. cache: a folder that keeps what it said. Raises UserError if the config has no such stage,
+    or if the devices can't share a batch.
     """
-    groups: dict[str, list[Stage]] = {}
-    for each in all_stages(experiment):
-        groups.setdefault(each.kind, []).append(each)
-    wanted = [name for name in (*groups, CALL) if stage in (name, "all")]
+    groups = _alike(experiment)
+    kinds = list(dict.fromkeys(each[0].kind for each in groups.values()))
+    wanted = {name: each for name, each in groups.items() if stage in (each[0].kind, "all")}
+    if stage in (CALL, "all"):
+        wanted[CALL] = []
     if not wanted:
         raise UserError(
-            f"--stage is {stage}, which this config has not; choose one of {', '.join(groups)}, {CALL}, "
+            f"--stage is {stage}, which this config has not; choose one of {', '.join(kinds)}, {CALL}, "
             f"all"
         )
     check_network(student_of(experiment, outline))
     devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
-    for kind in sorted({"guidance" if name == CALL else name for name in wanted}):
+    for kind in sorted({each[0].kind if each else "guidance" for each in wanted.values()}):
         check_batch(kind, getattr(experiment, kind), devices=devices)
     plans, told_w = [], student_of(experiment, outline)
     # Students that aren't told w are guided when they are sampled: as much work as two calls.
     calls_a_step = 2 if experiment.method == "two_student" else 1
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
-        for done, name in enumerate(wanted, start=1):
-            stages = groups.get(name, [])
+        for done, (name, stages) in enumerate(wanted.items(), start=1):
             first = stages[0] if stages else None
             network = networks_of(experiment, outline, first)[0] if first else told_w
             settings = first.settings if first else experiment.guidance
@@ -200,3 +200,18 @@ def make_plans(
             )
             advance(done, name)
     return plans
+
+
+def _alike(experiment: Experiment) -> dict[str, list[Stage]]:
+    """Stages by kind; those of one kind apart where some of their teachers take w and others don't."""
+    groups: dict[tuple[str, bool], list[Stage]] = {}
+    for each in all_stages(experiment):
+        teacher = teacher_of(experiment, each)
+        groups.setdefault((each.kind, teacher is not None and teacher.takes_w), []).append(each)
+    kinds = [kind for kind, _ in groups]
+    return {
+        f"{kind} of {'a student' if takes_w else 'the teacher'}"
+        if kinds.count(kind) > 1
+        else kind: stages
+        for (kind, takes_w), stages in groups.items()
+    }

@@ -12,7 +12,7 @@ from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.models.registry import Network
 from guided_distill.objectives.weighting import Loss
-from guided_distill.stages import Stage, compiled_step
+from guided_distill.stages import Stage, compiled_step, teacher_of
 from guided_distill.training.checkpoints import abstract
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.state import initial_state, make_optimizer
@@ -28,8 +28,11 @@ def student_of(experiment: Experiment, outline: Outline) -> Network:
 def networks_of(experiment: Experiment, outline: Outline, stage: Stage) -> tuple[Network, Network]:
     """The network that a stage trains, and its teacher's."""
     plain, told_w = _teacher_of(experiment, outline), student_of(experiment, outline)
-    taught_by_student = stage.kind == "halving" and experiment.method == "guided"
-    return told_w if stage.takes_w else plain, told_w if taught_by_student else plain
+    teacher = teacher_of(experiment, stage)
+    return (
+        told_w if stage.takes_w else plain,
+        told_w if teacher is not None and teacher.takes_w else plain,
+    )
 
 
 def _teacher_of(experiment: Experiment, outline: Outline) -> Network:

@@ -107,6 +107,18 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+def test_the_last_layer_keeps_its_weights_in_float32(name):
+    network = make(name, "bfloat16")
+    params = random_params(network)
+    rounded = flatten_dict(network.rounded(params))
+    head = network.module.head
+    assert any(path[0] == head for path in rounded)
+    for path, leaf in rounded.items():
+        whole = path[0] == head or leaf.ndim == 1
+        assert leaf.dtype == (jnp.float32 if whole else jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_output_depends_on_every_input(name):
     student = make(name).told_w()
     params = random_params(student)

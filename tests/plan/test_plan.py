@@ -8,6 +8,7 @@ import runpy
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,10 @@ from guided_distill.plan.programs import (
     kept_bytes,
     lower_call,
     lower_step,
+    networks_of,
     student_of,
 )
-from guided_distill.plan.topologies import CHIPS, chips_of, find_topology
+from guided_distill.plan.topologies import CHIPS, Topology, chips_of, find_topology
 from guided_distill.report.plans import lines_under
 from guided_distill.stages import all_stages
 from guided_distill.training.mesh import DATA_AXIS, data_mesh
@@ -385,3 +387,55 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"in 2 parts \(config.halving.accumulation\): .* of 16"):
         make_plans(replace(experiment, halving=halving), outline, stage="all", **more)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("guided", {"teacher": 4, "guidance": 4, "halving": 16, CALL: 0}),
+        ("naive", {"teacher": 4, "halving of the teacher": 8, "halving of a student": 8, CALL: 0}),
+        ("two_student", {"teacher": 4, "halving": 16, CALL: 0}),
+    ],
+)
+def test_rounds_whose_teachers_differ_are_planned_apart(method, expected, monkeypatch, tmp_path):
+    """The naive way's first round guides its teacher, which costs two calls where later ones take one."""
+    experiment = replace(read("digits", "runlocal"), method=method)
+    outline = outline_for(experiment)
+    asked = []
+
+    def answer(question, cache):
+        asked.append(question.stage)
+        return compiler.Answer(None)
+
+    monkeypatch.setattr("guided_distill.plan.plan.ask", answer)
+    topology = Topology("here", 1, CHIPS["v5e"], tuple(jax.devices()))
+    plans = make_plans(experiment, outline, topology, stage="all", level="O0", cache=tmp_path)
+    assert {plan.kind: plan.updates for plan in plans} == expected
+    for stage in asked[:-1]:
+        teacher = networks_of(experiment, outline, stage)[1]
+        from_student = {"guided": stage.kind == "halving", "naive": stage.num_steps == 1}
+        assert teacher.w_conditioned == from_student.get(method, False)
+
+
+def test_what_the_compiler_said_is_kept_for_its_flags_and_this_version(tmp_path, monkeypatch):
+    text = SimpleNamespace(as_text=lambda: "the same program")
+    topology = SimpleNamespace(name="here", slices=1, compiler="libtpu 1")
+    compiled = []
+    monkeypatch.setattr(compiler, "find_topology", lambda *_, **__: topology)
+    monkeypatch.setattr(compiler, "_programs", lambda *_: (text, None))
+    monkeypatch.setattr(
+        compiler, "_compiled", lambda *_: compiled.append(0) or (MEASURED._asdict(), "")
+    )
+    question = compiler.Question(None, None, None, "here", 1, "O0")
+
+    def times():
+        assert compiler._kept(question, epath.Path(tmp_path)).measured == MEASURED
+        return len(compiled)
+
+    assert [times(), times()] == [1, 1]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=1024")
+    assert [times(), times()] == [2, 2]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something=1")
+    assert times() == 3
+    monkeypatch.setattr(compiler, "package_version", lambda: "another")
+    assert times() == 4

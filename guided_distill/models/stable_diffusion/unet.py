@@ -40,6 +40,7 @@ class UNet2DCondition(nn.Module):
     of models/remat.py's KINDS.
     """
 
+    head: ClassVar[str] = "conv_out"
     takes_timesteps: ClassVar[bool] = True
     conditions: ClassVar[tuple[str, ...]] = ("label", "text", "inpaint")
 
