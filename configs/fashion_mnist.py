@@ -1,10 +1,11 @@
 """Fashion-MNIST at 28x28: the whole method, and the paper's baselines, on a standard data set.
 
+    guided-distill prepare fashion_mnist --out data
     guided-distill train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 
-The data are two files, data/fashion_mnist_train.npz and ..._test.npz, with the fields image
-([N, 28, 28], uint8), label and class_names, of the data set's own 60,000 and 10,000 images. With a
-network, --config.data.name=tfds:fashion_mnist takes their place.
+The data are two files, data/fashion_mnist_train.npz and ..._test.npz, of the data set's own 60,000 and
+10,000 images, which the first command makes of Debian's package dataset-fashion-mnist.
+--config.data.name=tfds:fashion_mnist reads them as TensorFlow Datasets prepared them.
 
 The variants share the main run's teacher: add --config.start_from=runs/fashion_mnist/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage

@@ -44,6 +44,20 @@ def _add_prepare(verbs: Any) -> None:
     )
     minilm.add_argument("--out", required=True, type=path, help="folder to write to")
     minilm.add_argument("--cache", **CACHE)
+    fashion = command(
+        things,
+        "fashion_mnist",
+        _prepare_fashion_mnist,
+        "Fashion-MNIST, for configs/fashion_mnist.py, from Debian's package dataset-fashion-mnist",
+        "guided-distill prepare fashion_mnist --out data",
+    )
+    fashion.add_argument("--out", required=True, type=path, help="folder to write to")
+    fashion.add_argument(
+        "--from",
+        dest="source",
+        type=path,
+        help="folder of the package's four files (default: where the package installs them)",
+    )
 
 
 def _add_encode(verbs: Any) -> None:
@@ -111,6 +125,13 @@ def _prepare_minilm(options: argparse.Namespace, _: list[str]) -> None:
 
     prepare_minilm(options.out, options.cache)
     print(options.out)
+
+
+def _prepare_fashion_mnist(options: argparse.Namespace, _: list[str]) -> None:
+    from guided_distill.prepare.fashion_mnist import FOLDER, prepare_fashion_mnist
+
+    for written in prepare_fashion_mnist(options.out, options.source or FOLDER):
+        print(written)
 
 
 def _encode(options: argparse.Namespace, _: list[str]) -> None:
