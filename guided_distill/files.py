@@ -1,4 +1,4 @@
-"""What all readers of the user's files share: regular files, their texts, and reasons in one line."""
+"""What all readers of the user's files share: regular files and texts."""
 
 import functools
 import logging
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.storage import first_line
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def read_text(path: epath.Path, *, what: str = "") -> str:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{what}{path} can't be read as text, save it in UTF-8: {reason(error)}"
+            f"{what}{path} can't be read as text, save it in UTF-8: {first_line(error)}"
         ) from error
 
 
@@ -56,11 +57,6 @@ def is_text(text: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def reason(error: Exception) -> str:
-    """An error's message in one line, or what kind of error it is."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @functools.cache

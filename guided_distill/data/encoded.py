@@ -23,7 +23,8 @@ from etils import epath
 
 from guided_distill.data.source import SPLITS, Examples, Source
 from guided_distill.errors import UserError
-from guided_distill.files import is_text, reason
+from guided_distill.files import is_text
+from guided_distill.storage import first_line
 
 NUMBERS = np.dtype("<f2")
 FORMAT = 1
@@ -198,7 +199,7 @@ def read_about(root: epath.Path) -> Encoding:
         return encoding
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{root / ABOUT} isn't what it should be ({reason(error)}): {_AGAIN}"
+            f"{root / ABOUT} isn't what it should be ({first_line(error)}): {_AGAIN}"
         ) from error
 
 
@@ -231,14 +232,14 @@ def _read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({reason(error)}): {_AGAIN}") from error
+        raise UserError(f"{path} can't be read ({first_line(error)}): {_AGAIN}") from error
 
 
 def _read_null(root: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         null = np.load(root / NULL)
     except Exception as error:  # Whatever damaged bytes raise in NumPy.
-        raise UserError(f"{root / NULL} can't be read ({reason(error)}): {_AGAIN}") from error
+        raise UserError(f"{root / NULL} can't be read ({first_line(error)}): {_AGAIN}") from error
     if null.shape != shape or null.dtype.kind != "f":
         raise UserError(
             f"{root / NULL} is {null.dtype} {list(null.shape)} and must be floats {list(shape)}: {_AGAIN}"

@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.files import reason, regular_file
+from guided_distill.files import regular_file
+from guided_distill.storage import first_line
 
 _MEMORY_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 _LARGE, _PACKED_AT_MOST = 1 << 30, 500
@@ -62,7 +63,7 @@ def _read(path: epath.Path, _length: int, _modified: int, names: frozenset[str])
     except UserError:
         raise
     except Exception as error:  # Whatever damaged bytes raise in zipfile and NumPy.
-        raise UserError(f"{path} cannot be read as an .npz file: {reason(error)}") from error
+        raise UserError(f"{path} cannot be read as an .npz file: {first_line(error)}") from error
     return Fields(str(path), tuple(sorted(members)), arrays)
 
 

@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from guided_distill.data.pixels import fitted, from_uint8
 from guided_distill.errors import UserError
-from guided_distill.files import File, reason, regular_file
+from guided_distill.files import File, regular_file
+from guided_distill.storage import first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -135,5 +136,5 @@ def _reading(what: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # Whatever damaged bytes raise in Pillow.
         raise UserError(
-            f"{what} cannot be read as an image, repair or remove it: {reason(error)}"
+            f"{what} cannot be read as an image, repair or remove it: {first_line(error)}"
         ) from error

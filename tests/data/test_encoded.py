@@ -284,7 +284,7 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     folder, *_ = autoencoder
     command = ["encode", "--autoencoder", str(folder), "--out", str(tmp_path / "out")]
     for arguments, message in (
-        (["--data", "digits", "--shard_size", "0"], "--shard_size is 0: it must be at least 1"),
+        (["--data", "digits", "--shard_size", "0"], "--shard_size is 0; make it at least 1"),
         (["--data", "digits"], "takes images of 3 channels, and an example of digits is [8, 8, 1]"),
         (["--data", captioned, "--text_encoder", "t5"], "unknown text encoder 't5'"),
     ):
