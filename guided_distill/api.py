@@ -22,6 +22,7 @@ from guided_distill.applications.text_to_image import TextToImage, load_text_to_
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.latent_space import LatentSpace, load_latent_space
+from guided_distill.places import path_named
 from guided_distill.report.samples import last_finished
 from guided_distill.training.trained import Description, Trained, load_finished
 
@@ -31,7 +32,7 @@ def load(path: str | epath.Path) -> "Model":
 
     Raises UserError if there is none, or if a run of latents lacks its companions.
     """
-    directory = epath.Path(path)
+    directory = path_named(str(path))
     if not (directory / "checkpoints").exists():
         directory /= last_finished(directory)
     trained = load_finished(directory)

@@ -26,6 +26,7 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, check_network, student_params
+from guided_distill.places import path_named
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
 from guided_distill.storage import (
     check_writable,
@@ -72,7 +73,7 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
             check_shared(workdir)
         for origin in (experiment.start_from, experiment.teacher.initial):
             if origin:
-                first_alone(partial(bring_companions, epath.Path(origin).parent, workdir))
+                first_alone(partial(bring_companions, path_named(origin).parent, workdir))
         if own_latents:
             source = latents_of(source, experiment, workdir)
         pipeline = Pipeline(experiment, workdir, source)
@@ -185,7 +186,7 @@ class Pipeline:
         if experiment.teacher.initial:
             self._check_initial(experiment.teacher.initial)
         if experiment.start_from:
-            start = read_finished(epath.Path(experiment.start_from))
+            start = read_finished(path_named(experiment.start_from))
             for chain in chains(experiment):
                 self._check_start(experiment.start_from, start, chain)
         self._start: Trained | None = None
@@ -194,7 +195,7 @@ class Pipeline:
     def train_chain(self, chain: list[Stage]) -> None:
         """Train the unfinished stages of a chain that the config asks for."""
         if self._experiment.start_from:
-            self._start = load_finished(epath.Path(self._experiment.start_from), self._mesh)
+            self._start = load_finished(path_named(self._experiment.start_from), self._mesh)
             chain = _left_after(self._start.description.stage, chain)
         for index, stage in enumerate(chain):
             if self._wanted(stage):
@@ -295,11 +296,11 @@ class Pipeline:
             return teacher.params
         if path is None:
             return {}
-        return load_finished(epath.Path(path), self._mesh).params
+        return load_finished(path_named(path), self._mesh).params
 
     def _check_initial(self, path: str) -> None:
         """Raises UserError unless config.teacher.initial names a teacher with this run's network."""
-        about = read_finished(epath.Path(path))
+        about = read_finished(path_named(path))
         if about.stage != "teacher":
             raise UserError(
                 f"config.teacher.initial={path} is a {about.stage} stage: give a teacher's folder"

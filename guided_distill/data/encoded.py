@@ -24,6 +24,7 @@ from etils import epath
 from guided_distill.data.source import SPLITS, Examples, Source
 from guided_distill.errors import UserError
 from guided_distill.files import is_text
+from guided_distill.places import local_path_named
 from guided_distill.storage import first_line
 
 NUMBERS = np.dtype("<f2")
@@ -86,7 +87,7 @@ def load(path: str, *, split: str) -> Source:
     Raises:
       UserError: there is no such folder, or it isn't finished, or is damaged.
     """
-    root = epath.Path(path)
+    root = local_path_named(path, "encoded data")
     encoding = read_about(root)
     folder, copies = root / split, encoding.copies(split)
     size = copies * encoding.sizes[split]

@@ -15,6 +15,7 @@ from guided_distill.data.pixels import crop_and_resize, from_uint8
 from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
 from guided_distill.files import File, is_text, read_text, regular_file, warn_once
+from guided_distill.places import path_named
 
 _HEADER_THREADS = 16
 
@@ -47,7 +48,7 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
         others have one. Headers are checked here; damage behind the header surfaces when the image is
         read.
     """
-    root = epath.Path(path)
+    root = path_named(path)
     listing = _list_images(root)
     _warn_of_skipped(root, listing)
     files, labels = [file.path for file in listing.files], listing.labels

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from guided_distill.data.fields import Fields, check_fits, read_fields
@@ -20,6 +19,7 @@ from guided_distill.data.source import (
 )
 from guided_distill.errors import UserError
 from guided_distill.files import is_text, regular_file, warn_once
+from guided_distill.places import path_named
 
 SPLIT = "{split}"
 TEST_FRACTION = 0.1
@@ -101,7 +101,7 @@ def load(path: str, *, split: str, image_size: int | None) -> Source:
     Raises:
       UserError: the file or a field of it is missing or not as said, or is larger than the memory.
     """
-    fields = read_fields(epath.Path(path.replace(SPLIT, split)), _NAMES)
+    fields = read_fields(path_named(path.replace(SPLIT, split)), _NAMES)
     in_file = SPLIT not in path and fields.find("test_image") is not None
     train = _examples(fields, prefix="")
     test = _examples(fields, prefix="test_") if in_file else train
@@ -155,7 +155,7 @@ def _held_out(fields: Fields, count: int, split: str) -> np.ndarray:
 
 def _labels_of_other_files(path: str, split: str) -> list[np.ndarray]:
     """Those of the other split's file, where there are two."""
-    others = [epath.Path(path.replace(SPLIT, each)) for each in SPLITS if each != split]
+    others = [path_named(path.replace(SPLIT, each)) for each in SPLITS if each != split]
     if SPLIT not in path or regular_file(others[0]) is None:
         return []
     fields = read_fields(others[0], {"label", "labels"})

@@ -29,6 +29,7 @@ from guided_distill.models.stable_diffusion.text_encoder import (
     CLIPTextEncoder,
     Perceptron,
 )
+from guided_distill.places import path_named
 from guided_distill.text.tokenizers import Tokenizer, clip_tokenizer
 
 # Mean and deviation of the pixels, in [0, 1], that all published weights were trained with.
@@ -246,7 +247,7 @@ def clip_extractor(shape: tuple[int, ...], path: str) -> ClipExtractor:
     images.
     """
     check_images("clip", shape)
-    folder = epath.Path(path)
+    folder = path_named(path)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one that holds transformers' CLIPModel")
     where = folder / "config.json"

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from etils import epath
 
 from guided_distill.config import Experiment
 from guided_distill.data import sources
@@ -11,6 +10,7 @@ from guided_distill.data.encoded import read_about
 from guided_distill.data.source import Source
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
+from guided_distill.places import local_path_named
 from guided_distill.sampling import cycling_labels, of_labels
 from guided_distill.text.encoder import TextEncoder
 
@@ -53,7 +53,7 @@ def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
     data, told_of_texts = experiment.data, experiment.data.text_encoder is not None
     name, image_size = data.name, data.image_size
     if name.startswith("encoded:"):
-        encoding = read_about(epath.Path(name.removeprefix("encoded:")))
+        encoding = read_about(local_path_named(name.removeprefix("encoded:"), "encoded data"))
         name, image_size = encoding.data, encoding.image_size
         told_of_texts = encoding.text_shape is not None
         if encoding.inpaint:

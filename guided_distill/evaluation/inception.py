@@ -20,6 +20,7 @@ from guided_distill.evaluation.pretrained import (
     read_params,
     to_colour_squares,
 )
+from guided_distill.places import path_named
 
 FEATURES = 2048
 CLASSES = 1008
@@ -186,7 +187,7 @@ def inception_extractor(shape: tuple[int, ...], path: str) -> Extractor:
     if the data are not gray or colour images, or for the weights.
     """
     check_images("inception", shape)
-    file = epath.Path(path)
+    file = path_named(path)
     params = inception_params(file)
     return Extractor(
         name=f"inception-{fingerprint(file)}",

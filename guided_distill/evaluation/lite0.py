@@ -24,6 +24,7 @@ from guided_distill.evaluation.pretrained import (
     read_params,
     to_colour_squares,
 )
+from guided_distill.places import path_named
 
 FEATURES = 1280
 CLASSES = 1000
@@ -203,7 +204,7 @@ def lite0_extractor(shape: tuple[int, ...], path: str | None = None) -> Extracto
     Raises UserError if the data are not gray or colour images, or for the weights.
     """
     check_images("lite0", shape)
-    file = epath.Path(path) if path else packaged_weights()
+    file = path_named(path) if path else packaged_weights()
     params = lite0_params(file)
     side = input_side(max(shape[:2]))
     network = Lite0(by_taps=jax.default_backend() == "cpu")

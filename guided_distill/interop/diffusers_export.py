@@ -33,6 +33,7 @@ from guided_distill.layouts.diffusers_folder import (
 )
 from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.torch_layout import to_tensors
+from guided_distill.places import local_path_named
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained
 
@@ -48,6 +49,7 @@ def export_diffusers(
     stages: the one stage; None for the last finished one. Answers `out`. Raises UserError for what no
     pipeline of diffusers could load.
     """
+    local_path_named(str(out), "diffusers folders")
     companions = _companions(workdir)
     trained = load_one_stage(workdir, out, stages)
     about = trained.description

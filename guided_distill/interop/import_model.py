@@ -36,6 +36,7 @@ from guided_distill.layouts.diffusers_folder import (
 from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
 from guided_distill.pipeline import claim
+from guided_distill.places import path_named
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.checkpoints import StageCheckpoints
@@ -127,7 +128,7 @@ def import_model(
 @contextlib.contextmanager
 def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, str]]:
     """The diffusers folder that a source is, or is turned into for the time being, and its name."""
-    is_file = not source.startswith(HUB) and epath.Path(source).is_file()
+    is_file = not source.startswith(HUB) and path_named(source).is_file()
     for field in dataclasses.fields(single):
         if getattr(single, field.name) != field.default and not is_file:
             raise UserError(
@@ -138,10 +139,10 @@ def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, st
         repository, _, _ = source.partition("@")
         yield folder, f"{repository}@{folder.name}"
     elif not is_file:
-        yield epath.Path(source), epath.Path(source).name or source
+        yield path_named(source), path_named(source).name or source
     else:
         with _unpacked(source, single) as folder:
-            yield folder, epath.Path(source).name
+            yield folder, path_named(source).name
 
 
 @contextlib.contextmanager
@@ -152,7 +153,7 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
             f"--prediction_type is {single.prediction_type!r}; choose epsilon or v_prediction"
         )
     checkpoint = read_single_file(
-        epath.Path(source), prediction_type=single.prediction_type, averaged=single.averaged
+        path_named(source), prediction_type=single.prediction_type, averaged=single.averaged
     )
     if checkpoint.text_encoder:
         if single.tokenizer is None or not single.tokenizer.is_dir():

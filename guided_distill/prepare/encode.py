@@ -28,6 +28,7 @@ from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import fingerprint, read_autoencoder
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
+from guided_distill.places import local_path_named
 from guided_distill.prepare.masks import random_mask
 from guided_distill.storage import storage_error, whole, write_bytes, write_text
 from guided_distill.text.registry import load_text_encoder
@@ -69,6 +70,7 @@ def encode(
     Raises:
       UserError: bad sizes, or what the parts raise.
     """
+    local_path_named(str(out), "encoded data")
     for flag, value in (("--batch_size", batch_size), ("--shard_size", shard_size)):
         if value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")

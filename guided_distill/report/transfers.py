@@ -12,6 +12,7 @@ from guided_distill.applications.style_transfer import (
 from guided_distill.data import sources
 from guided_distill.errors import UserError
 from guided_distill.pipeline import read_config
+from guided_distill.places import path_named
 from guided_distill.report.samples import name_for, write_files
 from guided_distill.sampling import class_index, usual_w
 
@@ -54,7 +55,7 @@ def transfer_to_files(
         )
         originals = images_of_class(test, own, count=count, seed=seed)
     else:
-        originals = images_at(epath.Path(images), about, count=count)
+        originals = images_at(path_named(images), about, count=count)
     found = transfer(models, originals, from_label=own, to_label=other, w_encode=w_encode, w=w)
     names = [epath.Path(each.path).name for each in (models.encoder, models.decoder)]
     target = f"{other}" if to == workdir else f"{to.name}_{other}"

@@ -5,6 +5,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.layouts.diffusers_folder import copy_folder
 from guided_distill.layouts.json_files import read_json, write_json
+from guided_distill.places import path_named
 from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.minilm import LENGTH, load_minilm
@@ -23,12 +24,12 @@ def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
     kind, _, folder = name.partition(":")
     if kind == "clip":
         for part in ("text_encoder", "tokenizer"):
-            copy_folder(epath.Path(folder) / part, out / part)
+            copy_folder(path_named(folder) / part, out / part)
         return {
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
         }
-    source = epath.Path(folder)
+    source = path_named(folder)
     copy_folder(source, out / "text_encoder", leave_out=("vocab.txt", "config.json"))
     # diffusers gives an encoder the mask of a prompt's own tokens only where its config says so.
     config = read_json(source / "config.json") | {"use_attention_mask": True}
@@ -52,14 +53,14 @@ def load_text_encoder(name: str) -> TextEncoder:
     """
     kind, _, folder = name.partition(":")
     if name.startswith(COMPANIONS):
-        parts = epath.Path(folder)
+        parts = path_named(folder)
         config = read_json(parts / "text_encoder" / "config.json")
         if config.get("model_type") == "bert":
             vocabulary = parts / "tokenizer" / "vocab.txt"
             return load_minilm(parts / "text_encoder", name=name, vocabulary=vocabulary)
         kind = "clip"
     if kind == "minilm" and folder:
-        return load_minilm(epath.Path(folder), name=name)
+        return load_minilm(path_named(folder), name=name)
     if kind == "clip" and folder:
-        return load_clip(epath.Path(folder), name=name)
+        return load_clip(path_named(folder), name=name)
     raise UserError(f"unknown text encoder {name!r}: use one of {', '.join(KNOWN)}")

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from guided_distill import kinds
 from guided_distill.errors import UserError
+from guided_distill.places import path_named
 from guided_distill.verbs.shared import (
     CACHE,
     add_process_arguments,
@@ -228,9 +229,9 @@ def find_config(file: str) -> str:
     Raises UserError if there is none.
     """
     package = epath.Path(str(importlib.resources.files("guided_distill")))
-    for place in (epath.Path(file), package / file, package.parent / file):
-        if place.is_file():
-            return str(place)
+    for found in (path_named(file), package / file, package.parent / file):
+        if found.is_file():
+            return str(found)
     raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
 
 

@@ -10,6 +10,7 @@ from etils import epath
 
 from guided_distill import kinds
 from guided_distill.errors import UserError
+from guided_distill.places import path_named
 
 Value = TypeVar("Value")
 
@@ -45,7 +46,10 @@ def path(text: str) -> epath.Path:
     """The file or folder that a flag names, which isn't the current one by mistake."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file or folder, . for the current one")
-    return epath.Path(text)
+    try:
+        return path_named(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"{text} ")) from error
 
 
 def stage_name(text: str) -> str:
@@ -71,7 +75,7 @@ def number(kind: Any) -> Callable[[str], Any]:
 
 CACHE: dict[str, Any] = {
     "type": path,
-    "default": epath.Path("~/.cache/guided_distill").expanduser(),
+    "default": path_named("~/.cache/guided_distill"),
     "help": "folder that keeps what took long to get (default: %(default)s)",
 }
 """The flag --cache."""

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from toy import source, train_toy
 
-from guided_distill import cli, storage
+from guided_distill import cli, places, storage
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.storage import persistently, whole, write_text
 from guided_distill.training.checkpoints import latest_step
@@ -113,6 +113,7 @@ def test_a_bucket_out_of_reach_is_told_in_one_sentence(
         return exists(path)
 
     monkeypatch.setattr(kind, "exists", asked)
+    monkeypatch.setattr(places, "find_spec", lambda name: name)
     config = tiny_arguments if verb == "train" else []
     assert cli.main([verb, *config, "--workdir", str(BUCKET)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
