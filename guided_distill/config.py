@@ -242,6 +242,7 @@ class Experiment:
 RESUMABLE_CHANGES = (
     "stage",
     "fsdp",
+    "steps_per_dispatch",
     "log_every",
     "checkpoint_every",
     "checkpoints_to_keep",
@@ -293,8 +294,13 @@ def parse_recorded(values: Mapping[str, Any]) -> Experiment:
 
 
 def changed_keys(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ and make other weights, each with its (old, new) value."""
+    """Dotted keys whose values differ and make other weights, each with its (old, new) value.
+
+    Chains of more samplers make none: those there were stay as they are.
+    """
     changes = differences(dataclasses.asdict(old), dataclasses.asdict(new))
+    if set(old.halving.samplers) <= set(new.halving.samplers):
+        changes.pop("halving.samplers", None)
     return {
         key: values for key, values in changes.items() if key.split(".")[0] not in RESUMABLE_CHANGES
     }

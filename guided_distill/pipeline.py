@@ -71,9 +71,7 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
         first_alone(lambda: claim(workdir, experiment))
         with together():
             check_shared(workdir)
-        for origin in (experiment.start_from, experiment.teacher.initial):
-            if origin:
-                first_alone(partial(bring_companions, path_named(origin).parent, workdir))
+        first_alone(lambda: bring_from_origins(workdir, experiment))
         if own_latents:
             source = latents_of(source, experiment, workdir)
         pipeline = Pipeline(experiment, workdir, source)
@@ -119,9 +117,17 @@ def claim(workdir: epath.Path, experiment: Experiment) -> None:
 
 
 def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
-    """Raises UserError if the workdir holds a config that differs."""
+    """Raises UserError if the workdir holds a config that differs in more than where it started from.
+
+    That may be spelled in another way, or have moved, and is of no account to a run that has a result.
+    """
     if is_there(workdir / "config.json"):
         changes = changed_keys(read_config(workdir), experiment)
+        needed = bool(unbegun(workdir, experiment))
+        for key in ("start_from", "teacher.initial"):
+            old, new = changes.get(key, (None, None))
+            if old and new and not (needed and _differ(path_named(old), path_named(new))):
+                del changes[key]
         if changes:
             listed = "; ".join(
                 f"config.{key} is {old!r} there and {new!r} here"
@@ -131,6 +137,32 @@ def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
                 f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
                 f"the same values to go on"
             )
+
+
+def _differ(old: epath.Path, new: epath.Path) -> bool:
+    """Whether two paths name two stages; one that is gone may have become the other."""
+    return is_there(old) and old.resolve() != new.resolve()
+
+
+def bring_from_origins(workdir: epath.Path, experiment: Experiment) -> None:
+    """Copy the companions of the runs that the experiment starts from, if it has yet to start."""
+    for origin in (experiment.start_from, experiment.teacher.initial):
+        if origin and unbegun(workdir, experiment):
+            bring_companions(path_named(origin).parent, workdir)
+
+
+def unbegun(workdir: epath.Path, experiment: Experiment) -> list[list[Stage]]:
+    """The chains without a finished stage: they alone need the run that another one starts from."""
+    return [
+        chain
+        for chain in chains(experiment)
+        if not any(is_finished(workdir, stage) for stage in chain)
+    ]
+
+
+def is_finished(workdir: epath.Path, stage: Stage) -> bool:
+    """Whether the run has the stage's last checkpoint, without opening it."""
+    return latest_step(workdir / stage.name) == stage.total_steps
 
 
 def read_config(workdir: epath.Path) -> Experiment:
@@ -155,11 +187,7 @@ def read_config(workdir: epath.Path) -> Experiment:
 
 def finished_stages(workdir: epath.Path) -> list[str]:
     """Folders of the run's finished stages, in the order of training, without opening them."""
-    return [
-        stage.name
-        for stage in all_stages(read_config(workdir))
-        if latest_step(workdir / stage.name) == stage.total_steps
-    ]
+    return [stage.name for stage in all_stages(read_config(workdir)) if is_finished(workdir, stage)]
 
 
 class Pipeline:
@@ -183,23 +211,29 @@ class Pipeline:
                 raise UserError(
                     f"config.{kind}.clipped is for pixels, and {source.name} has none: set it to False"
                 )
-        if experiment.teacher.initial:
+        self._unbegun = unbegun(workdir, experiment)
+        if experiment.teacher.initial and self._unbegun:
             self._check_initial(experiment.teacher.initial)
-        if experiment.start_from:
+        if experiment.start_from and self._unbegun:
             start = read_finished(path_named(experiment.start_from))
-            for chain in chains(experiment):
+            for chain in self._unbegun:
                 self._check_start(experiment.start_from, start, chain)
         self._start: Trained | None = None
         self._latest: Trained | None = None
 
     def train_chain(self, chain: list[Stage]) -> None:
         """Train the unfinished stages of a chain that the config asks for."""
-        if self._experiment.start_from:
-            self._start = load_finished(path_named(self._experiment.start_from), self._mesh)
+        start_from = self._experiment.start_from
+        if start_from and chain in self._unbegun:
+            self._start = load_finished(path_named(start_from), self._mesh)
             chain = _left_after(self._start.description.stage, chain)
+        elif start_from:
+            # What comes before the first result of its own was another run's.
+            finished = [is_finished(self._workdir, stage) for stage in chain]
+            chain = chain[finished.index(True) :]
         for index, stage in enumerate(chain):
             if self._wanted(stage):
-                if latest_step(self._workdir / stage.name) == stage.total_steps:
+                if is_finished(self._workdir, stage):
                     console.print(f"{stage.name} is done", highlight=False)
                 else:
                     self._weights(chain, index)

@@ -279,6 +279,12 @@ def test_changes_that_leave_the_weights_alone_are_allowed():
     old = config.parse({})
     new = config.parse({"stage": "teacher", "evaluation": {"num_samples": 7}})
     assert config.changed_keys(old, new) == {}
+    assert config.changed_keys(old, config.parse({"steps_per_dispatch": 1})) == {}
+    more = config.parse({"halving": {"samplers": ("stochastic", "ddim")}})
+    assert config.changed_keys(old, more) == {}
+    assert config.changed_keys(more, old) == {
+        "halving.samplers": (("stochastic", "ddim"), ("ddim",))
+    }
     assert config.changed_keys(old, config.parse({"data": {"name": "photo10"}})) == {
         "data.name": ("digits", "photo10")
     }

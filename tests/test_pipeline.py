@@ -120,6 +120,49 @@ def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_whose_start_has_moved(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "teacher", "first/teacher")
+    shutil.copytree(finished / "teacher", "other/teacher")
+
+    def go_on(start, stage, *more):
+        return train("run", f"--config.start_from={start}", f"--config.stage={stage}", *more)
+
+    # Its config is there, and no stage.
+    assert go_on("first/teacher", "halving") == 2
+    assert go_on("other/teacher", "guidance") == 2
+    assert "config.start_from is 'first/teacher' there and 'other/teacher'" in (
+        capsys.readouterr().err
+    )
+    Path("first").rename("moved")
+    assert go_on("first/teacher", "guidance") == 2
+    assert "first/teacher holds no checkpoint" in capsys.readouterr().err
+    assert go_on("./moved/teacher", "guidance") == 0
+    shutil.rmtree("moved")
+    for start in ("./moved/teacher", "first/teacher", tmp_path / "moved" / "teacher"):
+        one = "--config.halving.samplers=('ddim','stochastic','encode')"
+        assert go_on(start, "halving", "--config.halving.first_num_steps=4", one) == 0
+    assert not Path("run/teacher").exists()
+    for stage in ("guidance", "halving_ddim_1"):
+        ours, theirs = (flat(weights(each, stage).params) for each in (tmp_path / "run", finished))
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_dispatches_and_samplers_may_change(finished, tmp_path):
+    one = "--config.halving.samplers=('ddim',)"
+    few = "--config.checkpoint_every=2"
+    assert train(tmp_path, one, "--config.stage=teacher") == 0
+    shutil.copytree(finished / "guidance", tmp_path / "guidance")
+    shutil.rmtree(tmp_path / "guidance" / "checkpoints" / "12")
+    assert train(tmp_path, one, few, "--config.steps_per_dispatch=2") == 0
+    assert train(tmp_path, "--config.halving.samplers=('ddim','encode')") == 0
+    for stage in ("guidance", "halving_ddim_1", "halving_encode_1"):
+        ours, theirs = (flat(weights(each, stage).params) for each in (tmp_path, finished))
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+
+
 def test_a_finished_run_is_left_alone(finished, capsys):
     before = (finished / "teacher" / "metrics.jsonl").stat().st_mtime_ns
     assert train(finished) == 0
