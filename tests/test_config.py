@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from guided_distill import config, kinds
+from guided_distill.data import sources
 from guided_distill.diffusion.schedules import last_log_snr
 from guided_distill.errors import UserError
+from guided_distill.latent_space import outline_of_latents
 from guided_distill.models.registry import MODELS, check_network
 from guided_distill.training.trained import network_of
 
@@ -257,6 +259,26 @@ def test_networks_that_cannot_be_made_name_the_option(name, options, said):
     with pytest.raises(UserError) as caught:
         check_network(network(name, options))
     assert str(caught.value).startswith(f"config.model.options.{said}")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"norm_num_groups": 3},
+            "norm_num_groups is 3, which doesn't divide block_out_channels[0], 8",
+        ),
+        ({"attention_levels": (2,)}, "attention_levels holds 2"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"layers_per_block": "x"}, "layers_per_block must be a whole number"),
+    ],
+)
+def test_autoencoders_that_cannot_be_made_name_the_option(options, said):
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    experiment = config.parse({"autoencoder": {"steps": 1, "options": small | options}})
+    with pytest.raises(UserError) as caught:
+        outline_of_latents(sources.load("digits"), experiment)
+    assert str(caught.value).startswith(f"config.autoencoder.options.{said}")
 
 
 def test_a_network_that_breaks_in_another_way_is_a_sentence(monkeypatch):
