@@ -112,6 +112,19 @@ def test_images_depend_on_their_own_text_and_seed_alone(model):
     assert np.abs(one[0] - one[2]).max() > 1e-3
 
 
+def test_a_student_needs_no_empty_text(model, monkeypatch):
+    encoded = []
+    encode = type(model.text_encoder).encode
+
+    def spy(encoder, prompts):
+        encoded.extend(prompts)
+        return encode(encoder, prompts)
+
+    monkeypatch.setattr(type(model.text_encoder), "encode", spy)
+    generate(model, PROMPTS[:1], w=1.0)
+    assert encoded == PROMPTS[:1]
+
+
 def test_editing_runs_the_steps_that_its_strength_leaves(model):
     whole = edit(model, images(), PROMPTS, strength=1.0, w=1.0)
     half = edit(model, images(), PROMPTS, strength=0.7, w=1.0)

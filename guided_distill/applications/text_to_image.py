@@ -48,13 +48,13 @@ class TextToImage:
 def load_text_to_image(directory: epath.Path) -> TextToImage:
     """The stage in a run's folder, with the companions of the run.
 
-    Raises UserError if it isn't finished, isn't told of texts, or lacks its companions.
+    Raises UserError if it isn't finished, isn't conditioned on texts, or lacks its companions.
     """
     trained = load_finished(directory)
     if "text" not in trained.description.condition_shapes:
         raise UserError(
-            f"{directory} is told of {' and '.join(trained.description.condition_shapes)}, not of texts: "
-            f"use `guided-distill sample`"
+            f"{directory} is conditioned on {' and '.join(trained.description.condition_shapes)}, not on "
+            f"texts: use `guided-distill sample`"
         )
     workdir = directory.parent
     return TextToImage(
@@ -178,7 +178,9 @@ def resolve(
 
 
 def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndarray:
-    null = {"text": model.text_encoder.encode([""])[0]}
+    # A network that takes w guides by itself.
+    takes_w = model.trained.description.w_min is not None
+    null = None if takes_w else {"text": model.text_encoder.encode([""])[0]}
     batch_size = min(len(condition["text"]), _BATCH)
     request = {"batch_size": batch_size, **request}
     return sample(model.trained, condition=condition, null=null, **request)

@@ -5,26 +5,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jinja2
 from etils import epath
 
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.interop.cards import rendered, shown_name
 from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.layouts.diffusers_configs import (
-    NUM_TIMESTEPS,
     PARAMETERIZATIONS,
     Chain,
     Denoiser,
     dit_config,
+    ignored_keys,
     read_scheduler,
     scheduler_config,
+    stochastic_scheduler_config,
     unet_config,
+    visited_by_diffusers,
+    visited_indices,
 )
 from guided_distill.layouts.diffusers_folder import (
     CLASS_EMBEDDER,
+    DENOISERS,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
     WEIGHTS,
@@ -37,7 +41,7 @@ from guided_distill.places import local_path_named
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained
 
-STOCHASTIC_SCHEDULER = "scheduling_guided_distill.py"
+STOCHASTIC_SCHEDULER = "scheduling_guided_distill"
 _LABELS = "class_embedder."
 
 
@@ -46,7 +50,7 @@ def export_diffusers(
 ) -> list[epath.Path]:
     """Write one finished stage to `out`, a new folder, with the run's companions and a model card.
 
-    stages: the one stage; None for the last finished one. Answers `out`. Raises UserError for what no
+    stages: the one stage; None for the last finished one. Returns `out`. Raises UserError for what no
     pipeline of diffusers could load.
     """
     local_path_named(str(out), "diffusers folders")
@@ -61,10 +65,12 @@ def export_diffusers(
 
 def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
     about = trained.description
-    copy_folder(companions, out, leave_out=(MODEL_INDEX,))
+    copy_folder(companions, out, leave_out=(MODEL_INDEX, *DENOISERS))
     index = read_json(companions / MODEL_INDEX)
-    _write_denoiser(trained, out, index)
-    if about.stage != "teacher" or _scheduler_chain(companions) != _chain(about):
+    _write_denoiser(trained, companions, out, index)
+    if about.sampler == "stochastic":
+        _write_stochastic_scheduler(about, out, index)
+    elif about.stage != "teacher" or _scheduler_chain(companions) != _chain(about):
         config = scheduler_config(_chain(about), num_steps=about.num_steps)
         write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
         index["scheduler"] = ["diffusers", config["_class_name"]]
@@ -72,9 +78,6 @@ def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
         inpaint = "inpaint" in about.condition_shapes
         index["_class_name"] = f"StableDiffusion{'Inpaint' if inpaint else ''}Pipeline"
     write_json(out / MODEL_INDEX, index)
-    if about.sampler == "stochastic":
-        script = importlib.resources.files("guided_distill.interop") / STOCHASTIC_SCHEDULER
-        write_bytes(out / STOCHASTIC_SCHEDULER, script.read_bytes())
     write_text(out / "README.md", model_card(about, index=index, vae=_vae_config(out)))
 
 
@@ -147,19 +150,37 @@ def _denoiser(about: Description) -> Denoiser:
     )
 
 
-def _write_denoiser(trained: Trained, out: epath.Path, index: dict[str, Any]) -> None:
+def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict[str, Any]) -> None:
+    """No class of diffusers takes its steps: the folder brings one, as pipelines load components."""
+    script = importlib.resources.files("guided_distill.interop") / f"{STOCHASTIC_SCHEDULER}.py"
+    write_bytes(out / "scheduler" / f"{STOCHASTIC_SCHEDULER}.py", script.read_bytes())
+    config = stochastic_scheduler_config(_chain(about), num_steps=about.num_steps)
+    write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
+    index["scheduler"] = [STOCHASTIC_SCHEDULER, config["_class_name"]]
+
+
+def _kept_keys(companions: epath.Path, part: str) -> dict[str, Any]:
+    """What the teacher's config says that has no effect here, and may have elsewhere."""
+    path = companions / part / "config.json"
+    return ignored_keys(read_json(path)) if path.exists() else {}
+
+
+def _write_denoiser(
+    trained: Trained, companions: epath.Path, out: epath.Path, index: dict[str, Any]
+) -> None:
     denoiser = _denoiser(trained.description)
     tensors = to_tensors(jax.device_get(trained.params))
     if denoiser.name == "dit":
         index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
-        write_component(out / "transformer", dit_config(denoiser), tensors, WEIGHTS)
+        config = _kept_keys(companions, "transformer") | dit_config(denoiser)
+        write_component(out / "transformer", config, tensors, WEIGHTS)
         return
     labels = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_LABELS)}
     if labels:
         table = {f"embedding.{name.removeprefix(_LABELS)}": each for name, each in labels.items()}
         write_component(out / CLASS_EMBEDDER, {"_class_name": "ClassEmbedder"}, table, WEIGHTS)
     takes_w = trained.description.w_min is not None
-    config = unet_config(
+    config = _kept_keys(companions, "unet") | unet_config(
         denoiser, w_embedding_width=denoiser.options["w_embedding_width"] if takes_w else None
     )
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
@@ -172,19 +193,14 @@ def _vae_config(folder: epath.Path) -> dict[str, Any]:
 
 def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
     """README.md of an exported folder. index, vae: its model_index.json and its vae/config.json."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guided_distill.interop", ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     scales = None
     if about.w_min is not None and about.w_max is not None:
         scales = (guidance_scale(about.w_min), guidance_scale(about.w_max))
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return environment.get_template("model_card.md.jinja").render(
+    return rendered(
+        "model_card",
         about=about,
+        name=shown_name(about.experiment.data.name),
         pipeline=index["_class_name"],
         scheduler=index["scheduler"][1],
         scaling_factor=vae.get("scaling_factor", 0.18215),
@@ -193,6 +209,14 @@ def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str
         of_text="text" in about.condition_shapes,
         size=[factor * side for side in about.data_shape[:2]],
         shown_steps=about.num_steps or 8,
-        num_timesteps=NUM_TIMESTEPS,
-        stochastic_file=STOCHASTIC_SCHEDULER,
+        own_timesteps=_own_timesteps(about),
+        stochastic_file=f"scheduler/{STOCHASTIC_SCHEDULER}.py",
     )
+
+
+def _own_timesteps(about: Description) -> list[int] | None:
+    """The indices to pass in place of a number of steps, where diffusers would visit others."""
+    if about.num_steps is None or about.sampler == "stochastic":
+        return None
+    indices = visited_indices(about.num_steps)
+    return None if indices == visited_by_diffusers(about.num_steps) else indices

@@ -24,6 +24,7 @@ from guided_distill.layouts.diffusers_configs import (
 )
 from guided_distill.layouts.diffusers_folder import (
     CLASS_EMBEDDER,
+    DENOISERS,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
     WEIGHTS,
@@ -45,7 +46,6 @@ from guided_distill.training.trained import Description, package_version
 log = logging.getLogger(__name__)
 
 HUB = "hub:"
-DENOISERS = ("unet", "transformer")
 IMPORTED_STEPS = 1
 """How many updates an imported teacher counts: as many as make a stage that is finished."""
 
@@ -118,6 +118,10 @@ def import_model(
             checkpoints.save_result(IMPORTED_STEPS, params, about=about.to_json())
             checkpoints.wait()
         copy_folder(folder, workdir / COMPANIONS, leave_out=_left_out(folder, kept))
+        part = _denoiser_part(index, folder)
+        write_json(
+            workdir / COMPANIONS / part / "config.json", read_json(folder / part / "config.json")
+        )
         if kept != index:
             write_json(workdir / COMPANIONS / MODEL_INDEX, kept)
         # Last of all, for it makes the folder a run.
@@ -209,13 +213,7 @@ def _fetched(name: str) -> epath.Path:
 
 
 def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
-    parts = [name for name in DENOISERS if name in index]
-    if not parts:
-        raise UserError(
-            f"{folder / MODEL_INDEX} names neither a unet nor a transformer: {index.get('_class_name')} "
-            f"is no pipeline that can be imported"
-        )
-    part = folder / parts[0]
+    part = folder / _denoiser_part(index, folder)
     scheduler = folder / "scheduler" / SCHEDULER_CONFIG
     denoiser = read_denoiser(read_json(part / "config.json"), part / "config.json")
     chain = read_scheduler(read_json(scheduler), scheduler)
@@ -236,6 +234,16 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
         height, width, channels = denoiser.data_shape
         shapes["inpaint"] = (height, width, 1 + channels)
     return _Model(denoiser, chain, tensors, (), shapes)
+
+
+def _denoiser_part(index: Mapping[str, Any], folder: epath.Path) -> str:
+    for name in DENOISERS:
+        if name in index:
+            return name
+    raise UserError(
+        f"{folder / MODEL_INDEX} names neither a unet nor a transformer: {index.get('_class_name')} "
+        f"is no pipeline that can be imported"
+    )
 
 
 def _class_names(index: Mapping[str, Any], count: int, where: epath.Path) -> tuple[str, ...]:

@@ -12,17 +12,39 @@ from jax import export
 from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parent
+about = json.loads((FOLDER / "about.json").read_text())
+takes = about["condition_shapes"]
+
 parser = argparse.ArgumentParser()
-parser.add_argument("--num", type=int, default=8)
-parser.add_argument("--w", type=float, default=1.0)
+parser.add_argument("--num", type=int, default=8, help="how many, of the classes in turn")
+parser.add_argument("--condition", type=Path, help=f"an npz file of the arrays {', '.join(takes)}")
+parser.add_argument("--w", type=float, default=min(max(1.0, about["w_min"]), about["w_max"]))
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("samples.npz"))
 options = parser.parse_args()
+if not about["w_min"] <= options.w <= about["w_max"]:
+    parser.error(f"--w is {options.w}, and was trained from {about['w_min']} to {about['w_max']}")
 
-about = json.loads((FOLDER / "about.json").read_text())
+if options.condition:
+    with np.load(options.condition) as given:
+        if missing := [name for name in takes if name not in given]:
+            parser.error(f"--condition {options.condition} lacks {', '.join(missing)}")
+        condition = {name: given[name] for name in takes}
+elif list(takes) == ["label"]:
+    condition = {"label": np.arange(options.num) % about["num_classes"]}
+else:
+    parser.error(f"give --condition, an npz file with {', '.join(takes)}: README.md says which")
+condition = {
+    name: np.asarray(each, np.int32 if name == "label" else np.float32)
+    for name, each in condition.items()
+}
+count = len(next(iter(condition.values())))
+
 sampler = export.deserialize(bytearray((FOLDER / "sampler.stablehlo").read_bytes()))
 weights = load_file(FOLDER / "weights.safetensors")
-labels = np.arange(options.num, dtype=np.int32) % about["num_classes"]
-w = np.full(options.num, options.w, np.float32)
-images = sampler.call(weights, np.uint32(options.seed), {"label": labels}, w)
-np.savez(options.out, image=np.asarray(images), label=labels)
+w = np.full(count, options.w, np.float32)
+drawn = np.asarray(sampler.call(weights, np.uint32(options.seed), condition, w))
+arrays = {"latent" if about["latent"] else "image": drawn}
+if "label" in condition:
+    arrays["label"] = condition["label"]
+np.savez(options.out, allow_pickle=False, **arrays)

@@ -1,12 +1,15 @@
 """A diffusers scheduler for students of the stochastic sampler; needs torch and diffusers alone.
 
-It is copied beside such a student by `guided-distill export`, and used from there or from here:
-
-    pipe.scheduler = GuidedDistillStochasticScheduler.from_config(pipe.scheduler.config)
+`guided-distill export` puts it into the folder `scheduler` of such a student, from where
+`from_pretrained` takes it with `trust_remote_code=True`.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -14,33 +17,70 @@ CLEAN = -1
 """The index that stands for data without noise."""
 
 
-class GuidedDistillStochasticScheduler(DDIMScheduler):
+class GuidedDistillStochasticScheduler(SchedulerMixin, ConfigMixin):
     """Two steps of DDIM forward, one step of noise back (Meng et al. 2023, "stochastic sampler").
 
     With N steps the network is called at indices round(1000 n / N) - 1, n = N ... 1. From each it jumps
     to the index after the next, and fresh noise takes it one back; the last jump goes to clean data.
     """
 
-    def set_timesteps(self, num_inference_steps, device=None, **_):
+    # The name of this file, by which a saved pipeline finds it again.
+    __module__ = "scheduling_guided_distill"
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        trained_steps=None,
+    ):
+        """trained_steps: the only number of steps that is sampled with; None for any."""
+        power = {"linear": 1.0, "scaled_linear": 0.5}[beta_schedule]
+        ends = beta_start**power, beta_end**power
+        betas = np.linspace(*ends, num_train_timesteps) ** (1 / power)
+        self.alphas_cumprod = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+
+    def set_timesteps(self, num_inference_steps, device=None):
         """Choose the indices of `num_inference_steps` steps, noisiest first."""
+        if num_inference_steps != (self.config.trained_steps or num_inference_steps):
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}, and this student was trained for "
+                f"{self.config.trained_steps} steps alone: pass num_inference_steps="
+                f"{self.config.trained_steps}"
+            )
         length = self.config.num_train_timesteps
         ends = range(num_inference_steps, -1, -1)
         self.num_inference_steps = num_inference_steps
         self._indices = [round(length * n / num_inference_steps) - 1 for n in ends]
         self.timesteps = torch.tensor(self._indices[:-1], device=device)
 
+    def scale_model_input(self, sample, timestep=None):
+        """The sample itself."""
+        return sample
+
+    def add_noise(self, original_samples, noise, timesteps):
+        """Clean data at the noise levels of the indices `timesteps` [B]."""
+        signal = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        signal = signal.to(original_samples).reshape(-1, *[1] * (original_samples.ndim - 1))
+        return signal.sqrt() * original_samples + (1 - signal).sqrt() * noise
+
     def step(
         self,
         model_output,
         timestep,
         sample,
-        eta=0.0,
-        use_clipped_model_output=False,
         generator=None,
         variance_noise=None,
         return_dict=True,
     ):
-        """The sample at the next index. eta and use_clipped_model_output are not used."""
+        """The sample at the next index. variance_noise: None to draw the fresh noise here."""
         place = self._indices.index(int(timestep))
         following, after = [*self._indices, CLEAN][place + 1 : place + 3]
         x, eps = self._prediction(model_output.float(), sample.float(), self._signal(timestep))
@@ -56,9 +96,15 @@ class GuidedDistillStochasticScheduler(DDIMScheduler):
         z, x = z.to(sample.dtype), x.to(sample.dtype)
         return DDIMSchedulerOutput(prev_sample=z, pred_original_sample=x) if return_dict else (z, x)
 
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As SchedulerMixin; a copy of this file comes along."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        copy = Path(save_directory, f"{self.__module__}.py")
+        copy.write_bytes(Path(__file__).read_bytes())
+
     def _signal(self, index):
         """alpha squared at an index."""
-        return torch.tensor(1.0) if index == CLEAN else self.alphas_cumprod[int(index)].cpu()
+        return torch.tensor(1.0) if index == CLEAN else self.alphas_cumprod[int(index)]
 
     def _prediction(self, output, z, signal):
         """Clean data and noise, as the network's output tells them."""

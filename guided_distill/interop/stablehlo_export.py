@@ -15,6 +15,7 @@ from jax import export
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
+from guided_distill.interop.cards import rendered, shown_name
 from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.sampling import run_sampler
 from guided_distill.storage import write_bytes, write_text
@@ -32,7 +33,8 @@ def export_stablehlo(
     sampler.stablehlo: f(weights, seed uint32, condition [B, ...] each, w [B]) -> [B, *data_shape], for
     any B on PLATFORMS; row i is `sample`'s row i of this seed, latents where the model has an
     autoencoder. weights.safetensors: its first argument. about.json: what it was trained for. A script
-    beside them draws samples of classes. stages: the one stage; None for the last finished one.
+    beside them draws samples, and README.md says what it needs. stages: the one stage; None for the
+    last finished one.
 
     Raises UserError for a stage that is no student, or an encoder.
     """
@@ -52,6 +54,7 @@ def export_stablehlo(
         write_bytes(folder / "weights.safetensors", safetensors.numpy.save(weights))
         write_text(folder / "about.json", json.dumps(_told(about), indent=2))
         write_bytes(folder / SCRIPT, script.read_bytes())
+        write_text(folder / "README.md", _card(about))
     return [out]
 
 
@@ -85,6 +88,20 @@ def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> exp
     }
     seed, w = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((count,), jnp.float32)
     return export.export(jax.jit(draw), platforms=PLATFORMS)(shapes, seed, condition, w)
+
+
+def _card(about: Description) -> str:
+    assert about.w_min is not None
+    assert about.w_max is not None
+    return rendered(
+        "stablehlo_card",
+        about=about,
+        name=shown_name(about.experiment.data.name),
+        labels=list(about.condition_shapes) == ["label"],
+        platforms=PLATFORMS,
+        script=SCRIPT,
+        w=min(max(1.0, about.w_min), about.w_max),
+    )
 
 
 def _told(about: Description) -> dict[str, object]:

@@ -3,10 +3,13 @@
 What our networks and samplers can't honour is an error that names the key: a config is never half read.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from guided_distill.errors import UserError
 from guided_distill.layouts.config_keys import (
@@ -19,6 +22,8 @@ from guided_distill.layouts.config_keys import (
     whole_numbers,
 )
 from guided_distill.layouts.diffusers_folder import DIFFUSERS_VERSION
+
+log = logging.getLogger(__name__)
 
 PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 """prediction_type of a scheduler's config, and what it is called here."""
@@ -45,7 +50,6 @@ _SAMPLERS = (
 _SCHEDULER_MUST = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "trained_betas": None,
-    "clip_sample": False,
     "thresholding": False,
     "rescale_betas_zero_snr": False,
     "timestep_type": "discrete",
@@ -137,7 +141,9 @@ class Chain:
 def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
     """The chain of a scheduler_config.json. Raises UserError, naming the key, for any other kind.
 
-    How the pipeline sampled (steps_offset, timestep_spacing, ...) isn't part of it.
+    How the pipeline sampled (steps_offset, timestep_spacing, ...) isn't part of it. clip_sample, which
+    holds pixels to [-1, 1], means nothing for the latents that are imported here, and is left out with a
+    warning.
     """
     name = str(config.get("_class_name"))
     if name.removesuffix("Scheduler") not in _SAMPLERS:
@@ -147,6 +153,8 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
         )
     for key, only in _SCHEDULER_MUST.items():
         must(config.get(key, only), only, key, where)
+    if config.get("clip_sample"):
+        log.warning("%s: clip_sample is left out, for latents have no range to be held to", where)
     prediction = config.get("prediction_type", "epsilon")
     one_of(prediction, PARAMETERIZATIONS, "prediction_type", where)
     schedule = config.get("beta_schedule", "linear")
@@ -161,11 +169,12 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
 
 
 def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
-    """The stock sampler that visits exactly the steps of a deterministic student, at num_steps.
+    """The stock sampler that takes the steps of a deterministic student, num_steps of them or any.
 
     Trailing spacing from index 999 down, and a last step to clean data, alpha = 1. diffusers' DDIM goes
     by 1000 // num_steps, so it is the one where that is exact; elsewhere DPM-Solver++ of first order,
-    the same step in other words, visits the rounded indices. num_steps: None for any, of DDIM.
+    the same step in other words, goes from each index that it visits to the next. `visited_by_diffusers`
+    says which those are.
     """
     (prediction,) = (
         key for key, ours in PARAMETERIZATIONS.items() if ours == chain.parameterization
@@ -182,7 +191,7 @@ def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
         "steps_offset": 1,
         "rescale_betas_zero_snr": False,
     }
-    if num_steps is not None and NUM_TIMESTEPS % num_steps:
+    if num_steps is None or NUM_TIMESTEPS % num_steps:
         return {
             "_class_name": "DPMSolverMultistepScheduler",
             **shared,
@@ -196,6 +205,34 @@ def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
         "clip_sample": False,
         "set_alpha_to_one": True,
     }
+
+
+def stochastic_scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
+    """That of interop/scheduling_guided_distill.py. num_steps: the only number that it takes, or None."""
+    stock = scheduler_config(chain, num_steps=num_steps)
+    shared = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "prediction_type")
+    return {
+        "_class_name": "GuidedDistillStochasticScheduler",
+        **{key: stock[key] for key in shared},
+        **chain.schedule_options,
+        "trained_steps": num_steps,
+    }
+
+
+def visited_indices(num_steps: int) -> list[int]:
+    """Indices of the chain at which a student of num_steps is called, noisiest first."""
+    return [round(NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps, 0, -1)]
+
+
+def visited_by_diffusers(num_steps: int) -> list[int]:
+    """Where trailing spacing in diffusers calls it: one step more for some, or an index off by one."""
+    steps = np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps)
+    return [int(step) - 1 for step in steps.round()]
+
+
+def ignored_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a denoiser's config.json has no effect here."""
+    return {key: config[key] for key in (*_UNET_IGNORED, *_DIT_IGNORED) if key in config}
 
 
 def read_denoiser(config: Mapping[str, Any], where: object) -> Denoiser:

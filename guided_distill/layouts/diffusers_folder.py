@@ -22,6 +22,9 @@ DIFFUSERS_VERSION = "0.42.1"
 
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
+DENOISERS = ("unet", "transformer")
+"""Folders of a pipeline's denoiser, of which it has one."""
+
 CLASS_EMBEDDER = "class_embedder"
 """Folder of a class-conditional U-Net's table of labels, which no pipeline of diffusers has."""
 

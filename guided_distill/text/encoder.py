@@ -38,12 +38,15 @@ class TextEncoder:
         return np.concatenate(parts) if parts else np.zeros((0, *self.shape), np.float32)
 
     def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """States [b, L, D] and masks [b, L] in turn; one batch size, so one compilation."""
+        """States [b, L, D] and masks [b, L] in turn.
+
+        A batch is filled up to a power of two, so that there are few compilations and one prompt is one.
+        """
         tokens, mask = self.tokenizer(prompts)
         for start in range(0, len(tokens), _BATCH):
             batch = slice(start, start + _BATCH)
             count = len(tokens[batch])
-            padding = [(0, _BATCH - count), (0, 0)]
+            padding = [(0, (1 << (count - 1).bit_length()) - count), (0, 0)]
             states = self._run(
                 self.params, np.pad(tokens[batch], padding), np.pad(mask[batch], padding)
             )

@@ -11,6 +11,8 @@ from guided_distill.layouts.diffusers_configs import (
     read_scheduler,
     scheduler_config,
     unet_config,
+    visited_by_diffusers,
+    visited_indices,
 )
 
 # As the folders of the published models have them, less what is at its default.
@@ -161,6 +163,18 @@ def test_a_scheduler_says_what_the_network_predicts(name, prediction, parameteri
     assert read_scheduler(scheduler_config(chain, num_steps=4), "F") == chain
 
 
+def test_where_diffusers_calls_a_network():
+    """As counted in its schedulers: one step more for 62 numbers, an index off by one for 49."""
+    numbers = range(1, 1001)
+    longer = [n for n in numbers if len(visited_by_diffusers(n)) != n]
+    assert (len(longer), longer[:4]) == (62, [61, 103, 121, 122])
+    other = [n for n in numbers if visited_by_diffusers(n) != visited_indices(n)]
+    shifted = [n for n in other if n not in longer]
+    assert (len(shifted), shifted[:4]) == (49, [48, 96, 112, 144])
+    assert visited_indices(8) == [999, 874, 749, 624, 499, 374, 249, 124]
+    assert not {2**k for k in range(10)} & {*other}
+
+
 def test_keys_that_old_files_leave_out():
     old = {key: tiny.SCHEDULER[key] for key in ("_class_name", "beta_start", "beta_end")}
     assert read_scheduler(old, "F") == Chain(
@@ -178,7 +192,6 @@ def test_keys_that_old_files_leave_out():
         {"trained_betas": [0.1]},
         {"prediction_type": "flow"},
         {"rescale_betas_zero_snr": True},
-        {"clip_sample": True},
         {"thresholding": True},
         {"beta_start": "small"},
         {"beta_start": 0.5},

@@ -68,12 +68,29 @@ def test_an_import_is_a_finished_teacher(run, assert_same_weights):
     assert about.model.schedule_options == {"beta_start": 0.00085, "beta_end": 0.012}
 
 
-def test_companions_are_all_but_the_denoiser_byte_for_byte(source, run):
+def test_companions_are_all_but_the_denoisers_weights_byte_for_byte(source, run):
     companions = files(run / "companions")
+    assert json.loads(companions.pop("unet/config.json")) == tiny.UNET
     whole = files(source)
     assert companions == {
         name: each for name, each in whole.items() if not name.startswith("unet/")
     }
+
+
+def test_what_has_no_effect_here_goes_out_as_it_came_in(source, tmp_path, caplog):
+    """Stable Diffusion 2.1 has upcast_attention; DDIM's default of clip_sample is for pixels."""
+    folder, run = tmp_path / "source", epath.Path(tmp_path / "run")
+    shutil.copytree(source, folder)
+    tiny.write_json(folder / "unet" / "config.json", {**tiny.UNET, "upcast_attention": True})
+    tiny.write_json(
+        folder / "scheduler" / "scheduler_config.json", {**tiny.SCHEDULER, "clip_sample": True}
+    )
+    assert cli.main(["import", "--from", str(folder), "--workdir", str(run)]) == 0
+    assert "clip_sample is left out" in caplog.text
+    assert export(run, tiny.add_student(run, num_steps=2, sampler="ddim"), tmp_path / "out") == 0
+    assert read_json(tmp_path / "out" / "unet" / "config.json")["upcast_attention"] is True
+    scheduler = read_json(tmp_path / "out" / "scheduler" / "scheduler_config.json")
+    assert scheduler["clip_sample"] is False
 
 
 def test_a_model_told_by_minilm_comes_back(source, tmp_path):
@@ -132,15 +149,42 @@ def test_a_students_folder(run, tmp_path):
 def test_a_stochastic_students_folder_has_its_scheduler(run, tmp_path):
     stage = tiny.add_student(run, num_steps=4, sampler="stochastic")
     assert export(run, stage, tmp_path) == 0
-    compile((tmp_path / "scheduling_guided_distill.py").read_text(), "file", "exec")
-    assert "scheduling_guided_distill.py" in (tmp_path / "README.md").read_text()
+    script = tmp_path / "scheduler" / "scheduling_guided_distill.py"
+    compile(script.read_text(), "file", "exec")
+    name = "GuidedDistillStochasticScheduler"
+    assert read_json(tmp_path / "model_index.json")["scheduler"] == [script.stem, name]
+    scheduler = read_json(tmp_path / "scheduler" / "scheduler_config.json")
+    assert (scheduler["_class_name"], scheduler["trained_steps"]) == (name, 4)
+    assert (
+        'from_pretrained("FOLDER", trust_remote_code=True)' in (tmp_path / "README.md").read_text()
+    )
 
 
-def test_steps_that_ddim_would_miss_get_another_scheduler(run, tmp_path):
-    assert export(run, tiny.add_student(run, num_steps=16, sampler="ddim"), tmp_path) == 0
+@pytest.mark.parametrize("changes", [{"num_steps": 16, "sampler": "ddim"}, {"stage": "guidance"}])
+def test_steps_that_ddim_would_miss_get_another_scheduler(run, tmp_path, changes):
+    assert export(run, tiny.add_student(run, **changes), tmp_path) == 0
     scheduler = read_json(tmp_path / "scheduler" / "scheduler_config.json")
     assert scheduler["_class_name"] == "DPMSolverMultistepScheduler"
     assert scheduler["solver_order"] == 1
+
+
+def test_steps_that_no_scheduler_visits_are_listed(run, tmp_path):
+    assert export(run, tiny.add_student(run, num_steps=3 * 16, sampler="ddim"), tmp_path) == 0
+    card = (tmp_path / "README.md").read_text()
+    (listed,) = re.findall(r"    timesteps=(\[.*\]),", card)
+    assert json.loads(listed)[:4] == [999, 978, 957, 937]
+    assert "    num_inference_steps=" not in card
+
+
+def test_a_card_names_its_data_without_their_place(run, tmp_path):
+    values = load_finished(run / "teacher").description.to_json()
+    values["experiment"]["data"]["name"] = "encoded:/home/somebody/data/laion512"
+    experiment = values["experiment"]
+    stage = tiny.add_student(run, num_steps=2, sampler="ddim", experiment=experiment)
+    assert export(run, stage, tmp_path) == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "# laion512, distilled to 2 steps" in card
+    assert "somebody" not in card
 
 
 def test_in_painting_goes_in_and_out(tmp_path):

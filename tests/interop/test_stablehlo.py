@@ -1,12 +1,14 @@
 """A student as a program: the same samples, by a script that knows nothing of this package."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from etils import epath
 from flax.traverse_util import flatten_dict
 
@@ -36,12 +38,7 @@ def test_a_script_without_this_package_draws_the_same(workdir, tmp_path):
     assert "guided_distill" not in script
     trained = load_finished(workdir / "halving_stochastic_2")
     for count, w, seed in ((5, 1.5, 3), (12, 0.0, 0)):
-        subprocess.run(
-            [sys.executable, "run_stablehlo.py", f"--num={count}", f"--w={w}", f"--seed={seed}"],
-            cwd=out,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            check=True,
-        )
+        run_script(out, "run_stablehlo.py", f"--num={count}", f"--w={w}", f"--seed={seed}")
         with np.load(out / "samples.npz") as drawn:
             labels = cycling_labels(count, 10)
             np.testing.assert_array_equal(drawn["label"], labels)
@@ -71,6 +68,47 @@ def test_what_cannot_be_a_sampler_is_refused(workdir, tmp_path, capsys, stages, 
     asked = ["--format", "stablehlo", "--stages", stages, "--out", str(tmp_path / "out")]
     assert cli.main(["export", "--workdir", str(workdir), *asked]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_script_draws_what_texts_ask_for(tmp_path):
+    """With states and weights of its own, and no class."""
+    run = epath.Path(tmp_path / "run")
+    source = tiny.write_pipeline(tmp_path / "source")
+    assert cli.main(["import", "--from", str(source), "--workdir", str(run)]) == 0
+    stage = tiny.add_student(run, num_steps=1, sampler="ddim")
+    asked = ["--format", "stablehlo", "--stages", stage, "--out", str(tmp_path / "out")]
+    assert cli.main(["export", "--workdir", str(run), *asked]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'condition["text"] | float32 [B, {tiny.LENGTH}, {tiny.WIDTH}]' in card
+    assert "The tokenizer and the text encoder" in card
+    assert "The autoencoder" in card
+
+    text = np.random.default_rng(0).standard_normal((3, tiny.LENGTH, tiny.WIDTH), np.float32)
+    np.savez(tmp_path / "out" / "condition.npz", text=text)
+    (command,) = re.findall(r"^    python (.*)$", card, re.MULTILINE)
+    run_script(tmp_path / "out", *command.replace("--w 1 ", "--w 3.5 ").split())
+    with np.load(tmp_path / "out" / "samples.npz") as drawn:
+        expected = sample(load_finished(run / stage), condition={"text": text}, w=3.5, seed=0)
+        np.testing.assert_allclose(drawn["latent"], expected, atol=1e-4)
+    for arguments, said in (
+        ([], "give --condition, an npz file with text"),
+        (["--condition", "samples.npz"], "lacks text"),
+        (["--w", "20"], "was trained from 1.0 to 13.0"),
+    ):
+        refused = run_script(tmp_path / "out", "run_stablehlo.py", *arguments, check=False)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+
+
+def run_script(folder, *arguments, check=True):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=check,
+        capture_output=True,
+        text=True,
+    )
 
 
 NETWORKS = {

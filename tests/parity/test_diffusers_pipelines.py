@@ -3,6 +3,7 @@
 Needs the extra `parity`, and is skipped without it.
 """
 
+import re
 from dataclasses import replace
 
 import jax
@@ -29,7 +30,12 @@ from guided_distill.diffusion.process import prediction_from  # noqa: E402
 from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
 from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
 from guided_distill.interop.import_model import import_model  # noqa: E402
-from guided_distill.layouts.diffusers_configs import read_denoiser  # noqa: E402
+from guided_distill.layouts.diffusers_configs import (  # noqa: E402
+    Chain,
+    read_denoiser,
+    scheduler_config,
+    visited_by_diffusers,
+)
 from guided_distill.layouts.torch_layout import torch_shapes  # noqa: E402
 from guided_distill.training.trained import load_finished, network_of  # noqa: E402
 
@@ -45,7 +51,7 @@ def one_thread():
     diffusers.utils.logging.set_verbosity_error()
 
 
-def made_by_diffusers(folder, *, inpaint=False):
+def made_by_diffusers(folder, *, inpaint=False, variant=None):
     """A folder that diffusers and transformers wrote, of random weights of their own."""
     torch.manual_seed(0)
     tiny.write_tokenizer(epath.Path(folder) / "words")
@@ -63,8 +69,17 @@ def made_by_diffusers(folder, *, inpaint=False):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(folder / "pipeline")
+    pipe = pipe.to(torch.float16) if variant == "fp16" else pipe
+    pipe.save_pretrained(folder / "pipeline", variant=variant)
     return folder / "pipeline"
+
+
+def by_its_card(folder):
+    """The image and the pipeline that the lines of an exported folder's README make."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    made = {}
+    exec(code.replace("FOLDER", str(folder)), made)
+    return made["image"], made["pipe"]
 
 
 def imported(source, workdir):
@@ -207,7 +222,7 @@ def test_a_student_calls_its_unet_once_a_step_and_equals_our_sampler(student):
     trained, folder = student
     pipe = load(diffusers.StableDiffusionPipeline, folder)
     text = text_of(pipe)
-    for num_steps in (1, 2, 4, 8):
+    for num_steps in (1, 2, 4, 8, 16):
         calls = Calls(pipe)
         theirs = pipe(
             prompt_embeds=torch.from_numpy(text),
@@ -223,20 +238,54 @@ def test_a_student_calls_its_unet_once_a_step_and_equals_our_sampler(student):
         assert_near(theirs, ours)
 
 
-def test_steps_that_do_not_divide_1000(run, tmp_path):
-    stage = tiny.add_student(run, num_steps=16, sampler="ddim")
-    pipe = load(diffusers.StableDiffusionPipeline, exported(run, stage, tmp_path))
+def test_a_folder_in_half_precision_goes_out_as_its_card_loads_it(tmp_path):
+    source = made_by_diffusers(tmp_path, variant="fp16")
+    assert not list(source.glob("*/model.safetensors"))
+    run = imported(source, tmp_path / "run")
+    stage = tiny.add_student(run, num_steps=2, sampler="ddim")
+    image, pipe = by_its_card(exported(run, stage, tmp_path / "out"))
+    assert np.asarray(image).std() > 5
+    theirs = load(diffusers.StableDiffusionPipeline, source, variant="fp16")
+    for part in ("vae", "text_encoder"):
+        expected = getattr(theirs, part).state_dict()
+        for name, tensor in getattr(pipe, part).state_dict().items():
+            np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_where_schedulers_call_a_network():
+    for num_steps in (1, 2, 4, 16, 48, 61, 103, 250, 512):
+        config = scheduler_config(
+            Chain("eps", "scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+            num_steps=num_steps,
+        )
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        scheduler.set_timesteps(num_steps)
+        assert scheduler.timesteps.tolist() == visited_by_diffusers(num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [16, 48])
+def test_steps_that_do_not_divide_1000(run, tmp_path, num_steps):
+    stage = tiny.add_student(run, num_steps=num_steps, sampler="ddim")
+    folder = exported(run, stage, tmp_path / "out")
+    (steps,) = re.findall(
+        r"^    ((?:timesteps|num_inference_steps)=.*),$", card(folder), re.MULTILINE
+    )
+    pipe = load(diffusers.StableDiffusionPipeline, folder)
     calls, text = Calls(pipe), text_of(pipe)
     theirs = pipe(
         prompt_embeds=torch.from_numpy(text),
         latents=channels_first(noise()),
-        num_inference_steps=16,
         guidance_scale=guidance_scale(W),
         output_type="latent",
+        **eval(f"dict({steps})"),
     ).images
-    assert calls.batches == [COUNT] * 16
+    assert calls.batches == [COUNT] * num_steps
     trained = load_finished(run / stage)
     assert_near(theirs, sampling.sample(trained, condition={"text": text}, w=W, noise=noise()))
+
+
+def card(folder):
+    return (folder / "README.md").read_text()
 
 
 def half_mask():
@@ -378,19 +427,54 @@ def test_a_dit_teacher_goes_into_its_pipeline(tmp_path):
     assert pipe([0], num_inference_steps=2, guidance_scale=1.0, output_type="np").images.std() > 0
 
 
-def test_the_stochastic_scheduler_takes_our_sampler_steps(run, tmp_path, monkeypatch):
-    """One and the same network for both: x as a function of z and t, from a closed form."""
+@pytest.fixture(scope="module")
+def stochastic_folder(run, tmp_path_factory):
     stage = tiny.add_student(run, num_steps=4, sampler="stochastic")
-    pipe = load(diffusers.StableDiffusionPipeline, exported(run, stage, tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from scheduling_guided_distill import GuidedDistillStochasticScheduler
+    return exported(run, stage, tmp_path_factory.mktemp("stochastic") / "out")
 
-    scheduler = GuidedDistillStochasticScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler = scheduler
-    calls = Calls(pipe)
-    pipe(PROMPT, num_inference_steps=4, guidance_scale=guidance_scale(W), output_type="latent")
-    assert calls.batches == [1] * 4
 
+def test_a_stochastic_student_is_loaded_saved_and_loaded_again(stochastic_folder, tmp_path):
+    def drawn(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        calls = Calls(pipe)
+        latents = pipe(
+            PROMPT,
+            num_inference_steps=4,
+            guidance_scale=guidance_scale(W),
+            output_type="latent",
+            generator=torch.Generator().manual_seed(2),
+        ).images
+        assert calls.batches == [1] * 4
+        return latents
+
+    _, pipe = by_its_card(stochastic_folder)
+    expected, kind = drawn(pipe), diffusers.StableDiffusionPipeline
+    pipe.save_pretrained(tmp_path / "again")
+    again = kind.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    torch.testing.assert_close(drawn(again), expected, rtol=0, atol=0)
+    again.save_pretrained(tmp_path / "twice")
+    for folder in (stochastic_folder, tmp_path / "again", tmp_path / "twice"):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            kind.from_pretrained(folder)
+        kind.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="pass num_inference_steps=4"):
+        again(PROMPT)
+    inpaint = load(diffusers.StableDiffusionImg2ImgPipeline, folder, trust_remote_code=True)
+    calls = Calls(inpaint)
+    inpaint(
+        PROMPT,
+        image=channels_first(noise(1))[:1],
+        strength=0.5,
+        num_inference_steps=4,
+        output_type="latent",
+    )
+    assert calls.batches == [1] * 2
+
+
+def test_the_stochastic_scheduler_takes_our_sampler_steps(stochastic_folder, monkeypatch):
+    """One and the same network for both: x as a function of z and t, from a closed form."""
+    pipe = load(diffusers.StableDiffusionPipeline, stochastic_folder, trust_remote_code=True)
+    scheduler = pipe.scheduler.from_config(pipe.scheduler.config, trained_steps=None)
     schedule = scaled_linear(beta_start=0.00085, beta_end=0.012)
 
     def eps_of(z, index):

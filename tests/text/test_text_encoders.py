@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -40,6 +41,22 @@ def test_prompts_are_encoded_one_by_one(encoder):
     assert len(together) == 33
     np.testing.assert_allclose(together[32:], encoder.encode(prompts[32:]), atol=1e-5)
     assert encoder.encode([]).shape == (0, *encoder.shape)
+
+
+def test_a_few_prompts_take_a_small_batch(encoder):
+    asked = []
+
+    def hidden(params, tokens, mask):
+        asked.append(len(tokens))
+        return encoder.hidden(params, tokens, mask)
+
+    counted = dataclasses.replace(encoder, hidden=hidden)
+    for count in (1, 2, 3, 4, 33):
+        np.testing.assert_allclose(
+            counted.encode(["the"] * count)[-1], encoder.encode(["the"])[0], atol=1e-5
+        )
+    # Traced once for each size: 33 prompts are 32 and one.
+    assert asked == [1, 2, 4, 32]
 
 
 def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
