@@ -33,9 +33,11 @@ from guided_distill.layouts.diffusers_folder import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     copy_folder,
+    weights_files,
     write_component,
 )
 from guided_distill.layouts.json_files import read_json, write_json
+from guided_distill.layouts.safetensors_file import is_floating, read_dtypes
 from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.places import local_path_named
 from guided_distill.storage import write_bytes, write_text
@@ -66,6 +68,7 @@ def export_diffusers(
 def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
     about = trained.description
     copy_folder(companions, out, leave_out=(MODEL_INDEX, *DENOISERS))
+    _load_in_float32(out / "text_encoder")
     index = read_json(companions / MODEL_INDEX)
     _write_denoiser(trained, companions, out, index)
     if about.sampler == "stochastic":
@@ -157,6 +160,16 @@ def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict
     config = stochastic_scheduler_config(_chain(about), num_steps=about.num_steps)
     write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
     index["scheduler"] = [STOCHASTIC_SCHEDULER, config["_class_name"]]
+
+
+def _load_in_float32(text_encoder: epath.Path) -> None:
+    """transformers loads an encoder in the precision of its files, and the denoiser is in float32."""
+    files = [each for name, each in weights_files(text_encoder).items() if name.endswith("tensors")]
+    dtypes = {dtype for path in files for dtype in read_dtypes(path)}
+    if any(is_floating(dtype) and dtype.itemsize < 4 for dtype in dtypes):
+        config = read_json(text_encoder / "config.json")
+        config.pop("torch_dtype", None)  # The key's older name.
+        write_json(text_encoder / "config.json", {**config, "dtype": "float32"})
 
 
 def _kept_keys(companions: epath.Path, part: str) -> dict[str, Any]:

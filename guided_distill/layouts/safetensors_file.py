@@ -80,6 +80,13 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
         return metadata
 
 
+def read_dtypes(path: epath.Path) -> set[np.dtype]:
+    """The types of a safetensors file's tensors. Raises UserError if it is missing or damaged."""
+    with _opened(path) as (file, size):
+        places = _places(_header(file, size), size - file.tell())
+        return {place.dtype for place in places.values()}
+
+
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its length. Raises UserError for an error of the storage or of what is read."""

@@ -441,10 +441,14 @@ def hub_of(repository, snapshot):
 
 
 def in_halves(source, target):
-    """As pipeline.save_pretrained(variant="fp16") names files."""
+    """As pipeline.to(torch.float16).save_pretrained(variant="fp16") writes it."""
     shutil.copytree(source, target)
     for path in Path(target).rglob("*.safetensors"):
-        path.rename(path.with_suffix(".fp16.safetensors"))
+        tensors = safetensors.numpy.load_file(path)
+        halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(halves, path.with_suffix(".fp16.safetensors"))
+        path.unlink()
+    tiny.write_json(target / "text_encoder" / "config.json", {**tiny.TEXT, "dtype": "float16"})
     return target
 
 
@@ -471,3 +475,5 @@ def test_a_repository_in_half_precision_alone(source, tmp_path, monkeypatch, cap
     assert export(run, "teacher", tmp_path / "out") == 0
     weights = {name for name in files(tmp_path / "out") if name.endswith(".safetensors")}
     assert weights == {name for name in files(source) if name.endswith(".safetensors")}
+    # Or transformers would load the encoder in half precision beside a denoiser in float32.
+    assert read_json(tmp_path / "out" / "text_encoder" / "config.json")["dtype"] == "float32"
