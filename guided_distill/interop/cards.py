@@ -15,11 +15,3 @@ def rendered(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(f"{template}.md.jinja").render(**values)
-
-
-def shown_name(data: str) -> str:
-    """What the data are called, by config.data.name, without the place where they lie."""
-    kind, _, place = data.rpartition(":")
-    if kind == "hub":
-        return place
-    return place.rstrip("/").rpartition("/")[2].removesuffix(".npz").removesuffix(".safetensors")

@@ -10,7 +10,7 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.interop.cards import rendered, shown_name
+from guided_distill.interop.cards import rendered
 from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.layouts.diffusers_configs import (
@@ -213,7 +213,6 @@ def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str
     return rendered(
         "model_card",
         about=about,
-        name=shown_name(about.experiment.data.name),
         pipeline=index["_class_name"],
         scheduler=index["scheduler"][1],
         scaling_factor=vae.get("scaling_factor", 0.18215),

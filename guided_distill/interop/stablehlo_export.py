@@ -15,7 +15,7 @@ from jax import export
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.interop.cards import rendered, shown_name
+from guided_distill.interop.cards import rendered
 from guided_distill.interop.weights import load_one_stage, new_folder
 from guided_distill.sampling import run_sampler
 from guided_distill.storage import write_bytes, write_text
@@ -96,7 +96,6 @@ def _card(about: Description) -> str:
     return rendered(
         "stablehlo_card",
         about=about,
-        name=shown_name(about.experiment.data.name),
         labels=list(about.condition_shapes) == ["label"],
         platforms=PLATFORMS,
         script=SCRIPT,
