@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from etils import epath
 
+from guided_distill.errors import UserError
 from guided_distill.evaluation.paths import MOST_STEPS, middle
 from guided_distill.evaluation.results import Result, metric_name
+from guided_distill.files import regular_file
 from guided_distill.pictures import grid_or_plot, point_plots
 from guided_distill.report.figures import WORDS
 from guided_distill.report.html import data_url
@@ -101,7 +103,7 @@ def paths(workdir: epath.Path, results: Sequence[Result]) -> tuple[float | None,
     drawn = {
         each: file
         for each in results
-        if (file := workdir / "samples" / f"{each.file_stem}_path.npz").exists()
+        if regular_file(file := workdir / "samples" / f"{each.file_stem}_path.npz")
     }
     w = middle_weight(drawn)
     shown = sorted(
@@ -115,10 +117,9 @@ def _strips(workdir: epath.Path, results: Iterable[Result], run: str = "") -> li
     strips = []
     for result in results:
         file = workdir / "samples" / f"{result.file_stem}.npz"
-        if not file.exists():
+        if not regular_file(file):
             continue
-        arrays = read_npz(file)
-        samples, labels = arrays["image"], arrays["label"]
+        samples, labels, _ = _read(file, "image", leading=1)
         points = samples.ndim == 2
         if not points:
             samples, labels = samples[:ROW_IMAGES], labels[:ROW_IMAGES]
@@ -136,10 +137,38 @@ def _strips(workdir: epath.Path, results: Iterable[Result], run: str = "") -> li
     return strips
 
 
-def _path_strip(result: Result, file: epath.Path) -> Strip:
+def _read(
+    file: epath.Path, name: str, *, leading: int
+) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
+    """Images or points, behind `leading` axes whose last is that of examples; their labels; all arrays.
+
+    Raises UserError for a file that holds anything else.
+    """
     arrays = read_npz(file)
-    x, times, labels = arrays["x"], arrays["t"], arrays["label"]
+    samples, labels = arrays.get(name), arrays.get("label")
+    if samples is None or labels is None or not samples.size:
+        raise _not_samples(file)
+    widths = {leading + 1: (2,), leading + 3: (1, 3)}.get(samples.ndim, ())
+    numbers = samples.dtype.kind in "fiu" and labels.dtype.kind in "iu"
+    if samples.shape[-1] not in widths or not numbers:
+        raise _not_samples(file)
+    if labels.shape != samples.shape[leading - 1 : leading]:
+        raise _not_samples(file)
+    return samples, labels, arrays
+
+
+def _not_samples(file: epath.Path) -> UserError:
+    return UserError(
+        f"{file} holds no samples as `guided-distill evaluate` writes them: remove it, and evaluate again"
+    )
+
+
+def _path_strip(result: Result, file: epath.Path) -> Strip:
+    x, labels, others = _read(file, "x", leading=2)
     steps, count = x.shape[:2]
+    times = others.get("t", np.empty(0))
+    if times.shape != (steps,) or times.dtype.kind != "f":
+        raise _not_samples(file)
     if x.ndim == 3:
         picture = data_url(point_plots(x, labels, size=1.6))
     else:

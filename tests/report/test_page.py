@@ -2,14 +2,19 @@
 
 import dataclasses
 import html
+import os
 import re
 
+import numpy as np
 import pytest
 from run_folder import ROW, WEIGHTS, make_run, rows_of
 
 from guided_distill.config import Data
 from guided_distill.errors import UserError
+from guided_distill.evaluation.results import read_results
 from guided_distill.pipeline import read_config
+from guided_distill.report import grids
+from guided_distill.report import page as page_module
 from guided_distill.report.grids import pair
 from guided_distill.report.page import headline, tiles, timed, write_report
 from guided_distill.report.shortfalls import shortfalls
@@ -54,6 +59,38 @@ def test_damaged_samples_are_told_in_one_sentence(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"^{file} can't be read \([^\n]*\): remove it$"):
             write_report(workdir)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("halving_ddim_4_w0.npz", {"label": None}),
+        ("halving_ddim_4_w0.npz", {"image": np.full((10, 4, 4, 1), "x")}),
+        ("halving_ddim_4_w0.npz", {"image": np.zeros((10, 4, 4, 2))}),
+        ("halving_ddim_4_w0.npz", {"label": np.arange(9)}),
+        ("teacher_ddim_16_w1_path.npz", {"t": np.float64(0)}),
+        ("teacher_ddim_16_w1_path.npz", {"x": np.zeros((8, 2))}),
+    ],
+)
+def test_samples_of_another_shape_are_told_in_one_sentence(tmp_path, monkeypatch, name, changes):
+    monkeypatch.setattr(page_module, "data_url", lambda *_: "data:,")
+    monkeypatch.setattr(grids, "data_url", lambda *_: "data:,")
+    workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
+    file = workdir / "samples" / name
+    with np.load(file) as arrays:
+        changed = dict(arrays) | changes
+    np.savez(file, **{key: each for key, each in changed.items() if each is not None})
+    with pytest.raises(UserError, match=rf"^{file} holds no samples [^\n]*$"):
+        write_report(workdir)
+
+
+def test_a_pipe_in_place_of_samples_is_not_waited_for(tmp_path):
+    workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
+    file = workdir / "samples" / "teacher_ddim_16_w1_path.npz"
+    file.unlink()
+    os.mkfifo(file)
+    shown = read_results(workdir / "results.csv")
+    assert len(grids.paths(workdir, shown)[1]) == 4
 
 
 def section(page, name):
