@@ -308,7 +308,8 @@ class Pipeline:
             settings=stage.settings,
             total_steps=stage.total_steps,
             frozen={
-                "params": jax.jit(tutor.rounded)(teacher.params) if teacher else {},
+                # Not in a program, which would copy what is in that precision already.
+                "params": tutor.rounded(teacher.params) if teacher else {},
                 # On the devices already, or they would be sent there at every step.
                 **jax.device_put(
                     {"num_steps": np.int32(stage.num_steps or 0), "null": self._source.null},
