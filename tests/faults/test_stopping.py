@@ -16,8 +16,9 @@ import hashlib, signal, sys, threading
 from guided_distill import stopping
 
 stopping.PATIENCE = 0.3
-signal.signal(signal.SIGINT, lambda *_: None)
 stopping.watch()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)  # As while nothing of Python's runs.
 if "unsaved" in sys.argv:
     stopping.unsaved.set()
     threading.Timer(3, stopping.unsaved.clear).start()

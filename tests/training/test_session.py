@@ -21,7 +21,7 @@ from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import make_train_step
 
-WEIGHTS = 2**20
+WEIGHTS = 2**18
 STATE = 4 * 4 * WEIGHTS
 """Bytes of the weights, their average and Adam's two moments."""
 
