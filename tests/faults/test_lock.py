@@ -57,10 +57,14 @@ OURS = f"{HERE} {os.getpid()}\n"
 def test_the_lock_dies_with_its_process(folder):
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"^process {holder.pid} on {HERE} is training in "):
-            hold(folder)
-        holder.send_signal(signal.SIGKILL)
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(
+                UserError, match=rf"^process {holder.pid} on {HERE} is training in "
+            ):
+                hold(folder)
+        finally:
+            holder.send_signal(signal.SIGKILL)
     assert (folder / LOCK).read_text() == f"{HERE} {holder.pid}\n"
     assert hold(folder) == OURS
 
