@@ -126,11 +126,11 @@ class StageCheckpoints:
         return self.directory / "checkpoints"
 
     def _write_digests(self) -> None:
-        """Orbax calls it in the background, when the items are whole and nothing is committed yet.
+        """Orbax calls this in the background, when the items are whole and not yet committed.
 
-        A checkpoint and its digests are so committed as one. It does so on process 0 alone, once all
-        have written. To digest what the others have written there, too, costs reading it back once; but
-        it needs no exchange, and finds what a disk has not kept of what it was given.
+        Thus a checkpoint and its digests are committed as one, and a kill leaves both or none. Of many
+        processes, the first does it for all, once all have written: that reads the checkpoint back once,
+        while training goes on, but needs no exchange, as digests by each process of its own files would.
         """
         unfinished = [
             each
