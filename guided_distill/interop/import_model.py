@@ -238,7 +238,7 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
 
 def _denoiser_part(index: Mapping[str, Any], folder: epath.Path) -> str:
     for name in DENOISERS:
-        if name in index:
+        if _in_use(index, name):
             return name
     raise UserError(
         f"{folder / MODEL_INDEX} names neither a unet nor a transformer: {index.get('_class_name')} "
