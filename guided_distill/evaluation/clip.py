@@ -19,7 +19,7 @@ from guided_distill.evaluation.alignment import Align, Alignment, retrieval
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.pretrained import check_images
 from guided_distill.layouts.companions import CLIP_TEXT_DEFAULTS, fingerprint
-from guided_distill.layouts.config_keys import one_of, whole_number
+from guided_distill.layouts.config_keys import an_object, one_of, whole_number
 from guided_distill.layouts.diffusers_folder import TEXT_WEIGHTS, read_weights
 from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import to_tree
@@ -253,11 +253,15 @@ def clip_extractor(shape: tuple[int, ...], path: str) -> ClipExtractor:
     where = folder / "config.json"
     config = read_json(where)
     one_of(config.get("model_type"), ("clip",), "model_type", where)
-    network = CLIP(
-        text=_fields(config.get("text_config") or {}, CLIP_TEXT_DEFAULTS, where),
-        vision=_fields(config.get("vision_config") or {}, _VISION_DEFAULTS, where),
-        projection_dim=whole_number(config.get("projection_dim", 512), "projection_dim", where),
+    text, vision = (
+        _fields(an_object(config.get(part), part, where), defaults, where)
+        for part, defaults in (
+            ("text_config", CLIP_TEXT_DEFAULTS),
+            ("vision_config", _VISION_DEFAULTS),
+        )
     )
+    width = whole_number(config.get("projection_dim", 512), "projection_dim", where)
+    network = CLIP(text=text, vision=vision, projection_dim=width)
     params = clip_params(network, read_weights(folder, TEXT_WEIGHTS), source=folder)
     return ClipExtractor(
         name=f"clip-{fingerprint(network, params)[:8]}",

@@ -1,7 +1,7 @@
 """Checks of a config.json's values. Each raises UserError, naming the file `where` and the key."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from guided_distill.errors import UserError
@@ -43,6 +43,13 @@ def a_list(values: Any, key: str, where: object) -> Sequence[Any]:
     if not isinstance(values, list | tuple) or not values:
         raise UserError(f"{where}: {key} is {values!r}, and must be a list of at least one entry")
     return values
+
+
+def an_object(value: Any, key: str, where: object) -> Mapping[str, Any]:
+    """The value, if it is an object, which is empty for null."""
+    if not isinstance(value, dict | None):
+        raise UserError(f"{where}: {key} is {value!r:.80}, and must be an object")
+    return value or {}
 
 
 def divides(parts: int, whole: int, key: str, of: str, where: object) -> None:

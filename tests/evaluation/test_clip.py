@@ -104,6 +104,11 @@ def test_of_oblong_images_the_middle_is_seen(height, width, resized):
             json.dumps({"model_type": "clip", **CLIP, "projection_dim": 21}),
             r"text_projection\.weight \(20 x 24, not 21 x 24\)",
         ),
+        (
+            "config.json",
+            json.dumps({"model_type": "clip", **CLIP, "text_config": [1]}),
+            r"text_config is \[1\], and must be an object",
+        ),
         ("model.safetensors", None, r"has no weights: model\.safetensors is missing"),
         ("vocab.json", None, r"vocab\.json is missing"),
     ],
