@@ -11,7 +11,7 @@ from toy import source, train_toy
 from guided_distill import cli
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import Interrupted
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.checkpoints import StageCheckpoints, latest_step
 from guided_distill.training.preemption import stopping_at_once
 
 LOG_EVERY = 4
@@ -82,6 +82,19 @@ def test_twice_between_two_lines_of_the_log(tmp_path, whole):
             train(directory, Terminated(batches(data, batch_size=8, seed=3), 1))
     train(directory, data)
     assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
+
+
+def test_a_signal_in_the_last_save_ends_the_run_after_it(tmp_path, monkeypatch):
+    wait = StageCheckpoints.wait
+
+    def told(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(StageCheckpoints, "wait", told)
+    with pytest.raises(Interrupted, match="stopped"):
+        train(epath.Path(tmp_path), source(with_nan=False))
+    assert latest_step(epath.Path(tmp_path)) == 12
 
 
 def test_outside_a_training_it_stops_at_once():
