@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -126,11 +126,10 @@ def held(folder: epath.Path) -> Iterator[None]:
     with storing(file):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, free = _locked(file)
-        owner = file.read_text().split() if file.exists() else []
-        foreign = bool(owner) and owner[0] != socket.gethostname()
-        if free and owner and (foreign or descriptor is None):
-            lost = time.time() - file.stat().mtime > LOST_AFTER
-            free = lost or not (foreign or _runs(int(owner[1])))
+        owner = _owner(file)
+        foreign = owner is not None and owner.host != socket.gethostname()
+        if free and owner is not None and (foreign or descriptor is None):
+            free = _age(file) > LOST_AFTER or not (foreign or _runs(owner.process))
     try:
         if not free:
             raise _held_by(folder, owner, foreign=foreign)
@@ -156,6 +155,25 @@ def _locked(file: epath.Path) -> tuple[int | None, bool]:
     return descriptor, True
 
 
+class _Owner(NamedTuple):
+    host: str
+    process: int
+
+
+def _owner(file: epath.Path) -> _Owner | None:
+    """Whom the file names, if anybody."""
+    text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    found = re.fullmatch(r"(\S+) ([0-9]{1,9})\n", text)
+    return _Owner(found[1], int(found[2])) if found else None
+
+
+def _age(file: epath.Path) -> float:
+    """Seconds since it was written."""
+    # Not epath's stat of a local file, which looks up the owner's name and fails where there is none.
+    modified = file.stat().mtime if _is_remote(file) else os.stat(file).st_mtime
+    return time.time() - modified
+
+
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -166,8 +184,8 @@ def _runs(process: int) -> bool:
     return process != os.getpid()
 
 
-def _held_by(folder: epath.Path, owner: Sequence[str], *, foreign: bool) -> UserError:
-    who = f"process {owner[1]} on {owner[0]}" if owner else "another process"
+def _held_by(folder: epath.Path, owner: _Owner | None, *, foreign: bool) -> UserError:
+    who = f"process {owner.process} on {owner.host}" if owner else "another process"
     todo = (
         f"; if it no longer runs there, remove {folder / LOCK}, or start again in "
         f"{LOST_AFTER / 60:.0f} minutes"

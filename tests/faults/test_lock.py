@@ -97,12 +97,19 @@ def test_of_another_machine_the_age_of_its_last_sign_decides(folder):
     assert hold(folder) == OURS
 
 
+@pytest.mark.parametrize("text", [b"", b"elsewhere", b"elsewhere x\n", b"\xff\xfe 7\n7"])
+def test_a_file_that_names_nobody_holds_nothing(folder, text):
+    folder.mkdir()
+    (folder / LOCK).write_bytes(text)
+    assert hold(folder) == OURS
+
+
 def test_its_owner_gives_signs_of_life(folder, monkeypatch):
     monkeypatch.setattr(storage, "_BEAT", 0.01)
     with held(folder):
         os.utime(folder / LOCK, (0, 0))
         deadline = time.monotonic() + 20
-        while (folder / LOCK).stat().mtime < time.time() - 60:
+        while os.stat(folder / LOCK).st_mtime < time.time() - 60:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
