@@ -14,6 +14,7 @@ from PIL import Image
 import guided_distill
 from guided_distill import cli
 from guided_distill.data.pixels import to_uint8
+from guided_distill.serve import page as page_of_run
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def workdir(tmp_path_factory, tiny_arguments):
 def pixels(gallery):
     images = [np.asarray(Image.open(each["image"])) for each in gallery["value"]]
     return np.stack(images).astype(int)
+
+
+def test_a_mask_of_strokes_on_transparency_is_its_strokes():
+    strokes = np.full((8, 8, 4), 255, np.uint8)
+    strokes[..., 3] = 0
+    strokes[2:4, 5:, 3] = 255
+    hole = page_of_run._hole(Image.fromarray(strokes), (8, 8, 3))
+    np.testing.assert_array_equal(hole, strokes[..., 3] == 255)
 
 
 def test_the_page_draws_what_the_stages_draw(workdir, served):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from guided_distill.data.encoded import INPAINT
 from guided_distill.data.images import upright
-from guided_distill.data.pixels import crop_and_resize, fitted, from_uint8
+from guided_distill.data.pixels import fitted, from_uint8
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
 from guided_distill.sampling import usual_w
@@ -272,7 +272,7 @@ def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None
             prompt = _prompt()
             mask = gr.Image(
                 type="pil",
-                image_mode="L",
+                image_mode="RGBA",
                 sources=["upload"],
                 height=160,
                 label="Or a mask, white where to paint",
@@ -366,8 +366,11 @@ def _pixels(image: Image.Image | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _hole(mask: Image.Image, shape: tuple[int, ...]) -> np.ndarray:
-    """bool [H, W], True where the mask is white. Raises UserError if that is nowhere."""
-    hole = np.asarray(crop_and_resize(mask.convert("L"), shape[0])) > 127
+    """bool [H, W], True where the mask is white; what is transparent counts as black.
+
+    Raises UserError if it is nowhere white.
+    """
+    hole = fitted(upright(mask, over="black"), (*shape[:2], 1))[..., 0] > 127
     if not hole.any():
         raise UserError("nothing is painted over: paint on the image, or upload a mask")
     return hole
