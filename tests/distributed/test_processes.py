@@ -344,7 +344,8 @@ def test_kills_at_random_instants_change_nothing(
         pytest.skip("--kills 10 kills two processes once")
     command = [*arguments, "--workdir"]
     undisturbed = machine.launch(*command, str(tmp_path / "whole"))
-    assert undisturbed.wait(600) == 0
+    output = undisturbed.communicate(timeout=600)[0]
+    assert undisturbed.returncode == 0, output
     generator, workdir = random.Random(os.getpid()), tmp_path / "killed"
     teacher = epath.Path(workdir) / "teacher"
     ended = 0
