@@ -91,3 +91,16 @@ def test_speedup(benchmark, tmp_path):
             checkpoints.wait()
     (line,) = benchmark("speedup", str(workdir), "student", "16", COUNT=4)
     assert re.fullmatch(r"teacher .* s, student .* times faster, by 16 times fewer calls", line)
+
+
+def test_rounding(benchmark):
+    tiny = {
+        "width": 8,
+        "channel_multipliers": (1,),
+        "blocks_per_level": 1,
+        "attention_resolutions": (),
+        "head_width": 8,
+        "embedding_width": 8,
+    }
+    lines = benchmark("rounding", "1", OPTIONS=tiny)
+    assert [line.split()[1] for line in lines] == ["512", "256", "64", "8"]

@@ -1,0 +1,121 @@
+"""How much of what a halving round has to learn is lost to the rounding of a bfloat16 network.
+
+    python benchmarks/rounding.py 600
+
+A small U-Net first learns the digits for that many updates, in float32. Then, for students of N steps
+that start as their teacher: the error of (target - teacher) in v when the network computes in bfloat16,
+as a share of (target - teacher), both root mean squares. The weights are rounded alike in both.
+"student": the same when the target alone is computed in float32. Prints a line for each N.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from guided_distill import draws
+from guided_distill.data import sources
+from guided_distill.diffusion.guidance import Denoiser
+from guided_distill.diffusion.process import add_noise, velocity
+from guided_distill.models.registry import Network, Params, build_network
+from guided_distill.objectives.halving import JUMPS, halving_target
+from guided_distill.objectives.teacher import teacher_loss
+
+OPTIONS = {
+    "width": 16,
+    "channel_multipliers": (1, 2),
+    "blocks_per_level": 1,
+    "attention_resolutions": (4,),
+    "head_width": 16,
+    "embedding_width": 64,
+}
+BATCH = 32
+
+
+def trained(network: Network, data: dict[str, Any], updates: int) -> Params:
+    """Weights after `updates` of Adam at 1e-3."""
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def update(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+        chosen = draws.integers(key, (BATCH,), 0, len(data["image"]))
+
+        def loss(params: Params) -> jax.Array:
+            return teacher_loss(
+                network.denoiser(params),
+                data["image"][chosen],
+                {"label": data["label"][chosen]},
+                key,
+                schedule=network.schedule,
+                weighting="truncated_snr",
+                condition_dropout=0.1,
+            ).per_example.mean()
+
+        changes, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, changes), state
+
+    params = network.init(draws.key_of(0))
+    state = optimizer.init(params)
+    for index in range(updates):
+        params, state = update(params, state, draws.key_of(index))
+    return params
+
+
+def main() -> None:
+    source = sources.load("digits", split="train", image_size=None, seed=0)
+    examples = source.read(range(source.size))
+    data = {name: jnp.asarray(examples[name]) for name in ("image", "label")}
+    networks = {
+        dtype: build_network(
+            name="unet",
+            options=OPTIONS,
+            parameterization="v",
+            schedule="cosine",
+            dtype=dtype,
+            data_shape=source.shape,
+            num_classes=source.num_classes,
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    params = trained(networks["float32"], data, int(sys.argv[1]))
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), networks["bfloat16"].rounded(params)
+    )
+    schedule = networks["float32"].schedule
+    x, condition = data["image"][:256], {"label": data["label"][:256]}
+    eps = draws.normal(draws.key_of(1), x.shape)
+
+    def size(values: jax.Array) -> float:
+        return float(jnp.sqrt(jnp.mean(jnp.square(values))))
+
+    predict = {
+        dtype: jax.jit(network.denoiser(params).predict) for dtype, network in networks.items()
+    }
+
+    def differences(dtype: str, num_steps: int) -> tuple[jax.Array, jax.Array]:
+        """v of the target, and of the teacher itself."""
+        i = draws.integers(draws.key_of(2), (len(x),), 1, num_steps + 1)
+        jump = JUMPS["ddim"](i.astype(jnp.float32), num_steps)
+        log_snr = schedule(jump.t)
+        z = add_noise(x, eps, log_snr=log_snr)
+        teacher = Denoiser(predict[dtype], guided=True, null=None)
+        target = halving_target(teacher, z, condition, None, jump=jump, schedule=schedule)
+        own = teacher.predict(z, jump.t, condition, None)
+        return velocity(target, log_snr), velocity(own, log_snr)
+
+    for num_steps in (512, 256, 64, 8):
+        target, own = differences("float32", num_steps)
+        rounded_target, rounded_own = differences("bfloat16", num_steps)
+        signal = target - own
+        print(
+            f"N {num_steps:4}  target - teacher {size(signal):.5f}  "
+            f"rounding {size(rounded_target - rounded_own - signal) / size(signal):.3f} of it  "
+            f"student {size(own - rounded_own) / size(signal):.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
