@@ -59,12 +59,18 @@ LONGEST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --kills."""
+    """Adds --kills, and --count and --seed of tests/hostile."""
     parser.addoption(
         "--kills",
         type=int,
         default=3,
         help="how often the test of kills at random instants kills (default: %(default)s)",
+    )
+    parser.addoption(
+        "--count", type=int, default=500, help="how many hostile inputs (default: %(default)s)"
+    )
+    parser.addoption(
+        "--seed", type=int, default=0, help="the first hostile input's seed (default: %(default)s)"
     )
 
 
