@@ -200,7 +200,7 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure = Figure(figsize=(2.9 * columns, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, log) in zip(panels, logs.items(), strict=False):
-        losses = [row["loss"] for row in log]
+        losses = [row.get("loss") for row in log]
         axes.plot([row["step"] for row in log], losses)
         axes.set_title(name, fontsize=9)
         # A stochastic student of one step has its teacher's own x as its target: no loss at all.

@@ -93,6 +93,12 @@ def test_a_pipe_in_place_of_samples_is_not_waited_for(tmp_path):
     assert len(grids.paths(workdir, shown)[1]) == 4
 
 
+def test_a_log_without_a_loss_is_shown(tmp_path):
+    workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
+    (workdir / "teacher" / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert "3 of 1000" in written(workdir)
+
+
 def section(page, name):
     """The page from one headline to the next."""
     return page.split(f'<h2 id="{name}">')[1].split("<h2")[0]

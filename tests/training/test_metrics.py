@@ -100,7 +100,15 @@ def test_a_log_that_was_cut_goes_on_from_its_last_whole_line(directory):
 
 
 @pytest.mark.parametrize(
-    "damaged", [b"\x00\xff", b'{"loss": 1}', b"[]", b'{"step": "x"}', b"[" * 9999]
+    "damaged",
+    [
+        *(b"\x00\xff", b'{"loss": 1}', b"[]", b'{"step": "x"}', b"[" * 9999, b'{"step": true}'),
+        *(
+            b'{"step": 1, "loss": "x"}',
+            b'{"step": 1, "loss": [1]}',
+            b'{"step": 1%s}' % (b"0" * 400),
+        ),
+    ],
 )
 def test_a_damaged_line_is_named(directory, damaged):
     directory.mkdir(parents=True, exist_ok=True)
