@@ -22,6 +22,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.evaluation.frechet import FeatureStatistics
 from guided_distill.evaluation.precision_recall import Manifold
+from guided_distill.files import regular_file
 from guided_distill.storage import write_bytes
 from guided_distill.training.progress import progress
 
@@ -187,7 +188,9 @@ def _intact(fields: Mapping[str, np.ndarray]) -> bool:
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; none where it can't be read."""
+    """The arrays of an npz file; none where it can't be read, or where there is a pipe in its place."""
+    if regular_file(path) is None:
+        return {}
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -131,6 +132,12 @@ def test_a_file_that_is_named(file):
     assert_of(own, expected())
     assert own.of == ""
     assert read_reference(file, source_of(255 - PIXELS), extractor_of()).of == "first-pixels"
+
+
+def test_a_pipe_in_place_of_statistics_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match="holds no statistics"):
+        read_reference(epath.Path(tmp_path) / "pipe.npz", source_of(), extractor_of())
 
 
 def test_statistics_of_the_fid_literature(tmp_path):
