@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
+from guided_distill.config import STAGES
 from guided_distill.errors import UserError
 from guided_distill.storage import first_line, write_text
 
@@ -166,8 +167,18 @@ def add_result(path: epath.Path, result: Result) -> None:
 
 
 def read_results(path: epath.Path) -> list[Result]:
-    """The rows of a results.csv; none where there is no file."""
-    return read_rows(path, Result)
+    """The rows of a results.csv; none where there is no file.
+
+    Raises UserError for a file that isn't whole, or a row of a stage that there is none of.
+    """
+    results = read_rows(path, Result)
+    for result in results:
+        if result.stage not in ("real", *STAGES):
+            raise UserError(
+                f"{path} is damaged (a row's stage is {result.stage[:50]!r}): mend or remove it, and "
+                f"measure again"
+            )
+    return results
 
 
 def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:

@@ -181,3 +181,10 @@ def test_rows_of_another_reference_are_not_compared():
     old, stale, new = row(w=0.0), row(w=1.0, against="0123abcd"), row(w=2.0, against="ffffffff")
     assert comparable([old, stale, new], "classifier") == [old, new]
     assert comparable([old, stale], "classifier") == [old, stale]
+
+
+def test_a_row_of_an_unknown_stage_is_told_in_one_sentence(tmp_path):
+    path = epath.Path(tmp_path) / "results.csv"
+    write_results(path, [dataclasses.replace(RESULT, stage="x")])
+    with pytest.raises(UserError, match=r"results\.csv is damaged \(a row's stage is 'x'\)"):
+        read_results(path)

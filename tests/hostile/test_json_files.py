@@ -270,7 +270,7 @@ def log_of_stage(case, whole):
     found = attempt(lambda: read_metrics(run / "teacher"))
     use(case, run)
     if not isinstance(found, Refusal):
-        lines = path.read_text().split("\n")
+        lines = path.read_bytes().split(b"\n")
         assert found == [json.loads(line) for line in lines[: len(found)]]
 
 
