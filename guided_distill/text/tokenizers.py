@@ -50,7 +50,7 @@ class Tokenizer:
         for prompt in prompts:
             if not is_text(prompt):
                 raise UserError(
-                    f"the prompt {prompt!a} can't be read as text: give a string of whole signs"
+                    f"the prompt {prompt!a} can't be read as text: give a string in UTF-8"
                 )
         tokens = np.full((len(prompts), self.length), self.pad, np.int32)
         mask = np.zeros(tokens.shape, bool)
