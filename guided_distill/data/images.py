@@ -63,7 +63,12 @@ def size_at(path: epath.Path) -> tuple[int, int]:
 
 
 def read_image(path: epath.Path, *, over: str = "white") -> Image.Image:
-    """The image in a regular file: RGB, upright, over the colour. Raises UserError if it is damaged."""
+    """The image in a regular file: RGB, upright, over the colour.
+
+    Raises UserError if there is no such file, or it is damaged.
+    """
+    if regular_file(path) is None:
+        raise UserError(f"no image at {path}: give a file")
     with _reading(str(path)), path.open("rb") as stream, _open(stream) as image:
         return upright(image, over=over)
 

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.files import regular_file
 from guided_distill.layouts.safetensors_file import read_safetensors
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -97,16 +98,16 @@ def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
     Takes the memory of the file's numbers, once. Raises UserError if the file is missing, damaged, or
     holds anything but a dictionary of tensors.
     """
-    if not path.is_file():
+    found = regular_file(path)
+    if found is None:
         raise UserError(f"there is no weights file {path}: give the path of one")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        size = path.stat().length
         with path.open("rb") as file:
             read = _read_zip if file.read(2) == b"PK" else _read_legacy
             file.seek(0)
-            return read(file, size)
+            return read(file, found.length)
     except _Refused as error:
         raise UserError(
             f"{path} is not read, for it holds more than tensors ({error}): give a file of weights "

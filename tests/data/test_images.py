@@ -105,3 +105,5 @@ def test_pipes_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=r"no images at .*pipe\.png"):
         read_images(epath.Path(tmp_path / "pipe.png"), shape=(4, 4, 3), limit=1)
+    with pytest.raises(UserError, match=r"no image at .*pipe\.png"):
+        read_mask(epath.Path(tmp_path / "pipe.png"), shape=(4, 4))

@@ -141,3 +141,10 @@ def test_weights_of_another_network_name_a_tensor(tmp_path, changes, said):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="no weights file"):
         read_tensors(epath.Path(tmp_path / "nothing.pth"))
+
+
+@pytest.mark.parametrize("name", ["pipe.pth", "pipe.safetensors"])
+def test_a_pipe_is_no_weights_file(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="there is no weights file"):
+        read_tensors(epath.Path(tmp_path / name))
