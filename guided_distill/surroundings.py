@@ -20,7 +20,10 @@ _GOOGLE = "0x1ae0"
 _DISKS_AND_NETWORKS = ("0x01", "0x02")
 
 # JAX and libtpu set these themselves on any machine, and what they start inherits them.
-_NO_SIGN_OF_A_TPU = {"TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"}
+_NO_SIGN_OF_A_TPU = {
+    *("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"),
+    *("TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"),
+}
 
 
 def settle() -> None:
@@ -40,11 +43,7 @@ def in_vain(environ: Mapping[str, str], root: Path = Path("/")) -> bool:
     """
     if "JAX_PLATFORMS" in environ or not _installed("libtpu") or _installed("jax_plugins"):
         return False
-    named = {
-        name
-        for name in environ
-        if name.startswith(("TPU_", "LIBTPU_")) or name == "JAX_FORCE_TPU_INIT"
-    }
+    named = {name for name in environ if name.startswith("TPU_") or name == "JAX_FORCE_TPU_INIT"}
     devices = [each for pattern in _DEVICES for each in (root / "dev").glob(pattern)]
     return not (named - _NO_SIGN_OF_A_TPU or devices or _google_chips(root))
 

@@ -54,11 +54,14 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
 
 def latest_step(directory: epath.Path) -> int | None:
-    """The step of the newest checkpoint in a stage's folder, or None, without opening it."""
+    """The step of the newest checkpoint in a stage's folder, or None, without opening it.
+
+    Raises UserError if the folder can't be reached.
+    """
     folder = directory / "checkpoints"
     steps = (
         [int(each.name) for each in folder.iterdir() if each.name.isdigit()]
-        if folder.exists()
+        if is_there(folder)
         else []
     )
     return max(steps, default=None)

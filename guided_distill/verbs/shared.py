@@ -93,7 +93,7 @@ def add_process_arguments(verb: argparse.ArgumentParser) -> None:
     """Those of every verb that many processes can run together."""
     verb.add_argument(
         "--start_timeout",
-        type=number(kinds.Whole),
+        type=number(kinds.Count),
         default=300,
         metavar="SECONDS",
         help="of many processes: how long to wait for the others to start (default: %(default)s)",

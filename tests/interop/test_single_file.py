@@ -230,7 +230,7 @@ def test_a_file_is_imported_with_the_tokenizer_that_it_lacks(tmp_path, capsys, a
     teacher = load_finished(run / "teacher")
     assert_same_weights(teacher.params, tiny.unet())
     assert teacher.description.data_shape == (64, 64, 4)
-    companions = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "vae"}
+    companions = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
     assert {each.name for each in (run / "companions").iterdir()} == companions
 
 
