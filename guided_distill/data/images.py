@@ -47,6 +47,8 @@ def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 def upright_size(file: File) -> tuple[int, int]:
     """(width, height) of an image, turned upright, by its header. Raises UserError if it is damaged."""
     with _reading(str(file.path)), file.path.open("rb") as stream, _open(stream) as image:
+        if image.format == "TIFF":  # Pillow turns it on opening, or on loading, by its version.
+            return ImageOps.exif_transpose(image).size
         # A PNG file may have EXIF data behind its pixels, which would all be decoded to get there.
         knows = image.format != "PNG" or "exif" in image.info
         orientation = image.getexif().get(ExifTags.Base.Orientation) if knows else 1

@@ -150,7 +150,7 @@ def _read(
         raise _not_samples(file)
     widths = {leading + 1: (2,), leading + 3: (1, 3)}.get(samples.ndim, ())
     numbers = samples.dtype.kind in "fiu" and labels.dtype.kind in "iu"
-    if samples.shape[-1] not in widths or not numbers:
+    if not widths or samples.shape[-1] not in widths or not numbers:
         raise _not_samples(file)
     if labels.shape != samples.shape[leading - 1 : leading]:
         raise _not_samples(file)

@@ -112,11 +112,12 @@ def test_gray_of_32_bits_is_refused(tmp_path):
         load(tmp_path)[0]
 
 
-def test_sizes_are_those_of_upright_images(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
+def test_sizes_are_those_of_upright_images(tmp_path, options):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for name in "ab":
-        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}.jpg", exif=exif)
+    for name in ("a.jpg", "b.tif"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name, exif=exif, **options)
     Image.new("RGB", (4, 6)).save(tmp_path / "c.png")
     source = load(tmp_path)
     assert source.shape == (6, 4, 3)

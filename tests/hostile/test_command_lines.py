@@ -274,5 +274,5 @@ def test_command_lines(case: Case, no_work, places, monkeypatch) -> None:
         options = cli._parser().parse_args(arguments)
         with np.load(found.splitlines()[1]) as arrays:
             assert len(arrays["image"]) == options.num
-            labels = [int(each) for each in (options.labels or "0,1,2,3,4,5,6,7,8,9").split(",")]
+            labels = [int(each) for each in options.labels or range(10)]
             np.testing.assert_array_equal(arrays["label"], np.resize(labels, options.num))

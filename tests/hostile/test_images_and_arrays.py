@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,7 +125,8 @@ def put(case, path, content):
 
 def pixels(path):
     """What Pillow reads: RGB [H, W, 3], upright and over white, as floats of 0 to 255."""
-    with Image.open(path) as image:
+    # From a stream: Pillow does not turn every TIFF file that it maps into memory.
+    with path.open("rb") as stream, Image.open(stream) as image:
         image.load()  # Which turns those of TIFF.
         turn = TURNED.get(image.getexif().get(274, 1), TURNED[1])
         if image.mode.startswith("I;16"):
@@ -149,7 +151,7 @@ def folder_of_images(case):
     found = attempt(lambda: all_of(f"folder:{root}", split, image_size)["image"])
     if not isinstance(found, Refusal):
         wholes = []
-        for file in root.glob("*/*"):
+        for file in filter(Path.is_file, root.glob("*/*")):
             with contextlib.suppress(OSError, SyntaxError, ValueError):  # One of the other split.
                 wholes.append(fitted(pixels(file), image_size))
         for image in found:
@@ -257,7 +259,7 @@ def npz_of_images(case):
     file = io.BytesIO()
     case.rng.choice((np.savez, np.savez_compressed))(file, **made)
     put(case, path, file.getvalue())
-    image_size = case.rng.choice((None, None, 4, 7, 0))
+    image_size = case.rng.choice((None, None, 4, 7))
     name = f"npz:{path}"
     found = attempt(lambda: [all_of(name, split, image_size) for split in sources.SPLITS])
     if isinstance(found, Refusal) or image_size == 7:

@@ -67,6 +67,7 @@ def test_damaged_samples_are_told_in_one_sentence(tmp_path):
         ("halving_ddim_4_w0.npz", {"label": None}),
         ("halving_ddim_4_w0.npz", {"image": np.full((10, 4, 4, 1), "x")}),
         ("halving_ddim_4_w0.npz", {"image": np.zeros((10, 4, 4, 2))}),
+        ("halving_ddim_4_w0.npz", {"image": np.float32(0)}),
         ("halving_ddim_4_w0.npz", {"label": np.arange(9)}),
         ("teacher_ddim_16_w1_path.npz", {"t": np.float64(0)}),
         ("teacher_ddim_16_w1_path.npz", {"x": np.zeros((8, 2))}),
