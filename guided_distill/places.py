@@ -6,21 +6,32 @@ from etils import epath
 
 from guided_distill.errors import UserError
 
-BUCKETS = "gs://"
+CLIENTS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
+"""Of the buckets that names like gs://NAME stand for: the packages any of which reads them."""
 
 
 def path_named(name: str) -> epath.Path:
     """What a name stands for; a ~ at its start is the home folder.
 
-    Raises UserError for one in a bucket where the client of buckets isn't installed.
+    Raises UserError for a name that isn't UTF-8, and for one in a bucket of an unknown kind, or whose
+    client isn't installed.
     """
-    found = epath.Path(name).expanduser()
-    if name.startswith(BUCKETS) and not any(map(find_spec, ("gcsfs", "tensorflow"))):
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r} is not a name in UTF-8: give or make another") from None
+    kind, separator, _ = name.partition("://")
+    if not separator:
+        return epath.Path(name).expanduser()
+    if kind not in CLIENTS:
+        raise UserError(f"{name} is in no bucket that is known: give gs:// or s3://, or a folder")
+    if not any(map(find_spec, CLIENTS[kind])):
+        client, *_ = CLIENTS[kind]
+        todo = "install the package's extra `tpu`" if kind == "gs" else "install it"
         raise UserError(
-            f"{name} is in a bucket, and gcsfs, which reads those, isn't installed: install the "
-            f"package's extra `tpu`"
+            f"{name} is in a bucket, and {client}, which reads those, isn't installed: {todo}"
         )
-    return found
+    return epath.Path(name)
 
 
 def local_path_named(name: str, what: str) -> epath.Path:

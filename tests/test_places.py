@@ -119,3 +119,21 @@ def test_an_encoding_is_not_written_to_a_bucket(monkeypatch, capsys):
     assert cli.main(["encode", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "gs://bucket/x is in a bucket, and encoded data must be on a disk" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("s3://bucket/run", "s3fs, which reads those, isn't installed"),
+        ("ftp://host/run", "is in no bucket that is known"),
+        ("\udc80", "is not a name in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--workdir", "--out"])
+def test_names_of_nothing_that_can_be_read_are_refused(
+    without_clients, tmp_path, capsys, flag, name, said
+):
+    places_named = {"--workdir": str(tmp_path), "--out": str(tmp_path / "out")} | {flag: name}
+    assert cli.main(["export", *(word for pair in places_named.items() for word in pair)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
