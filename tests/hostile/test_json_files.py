@@ -232,7 +232,7 @@ def config_of_run(case, whole):
     found = attempt(lambda: pipeline.read_config(run))
     use(case, run)
     if not isinstance(found, Refusal):
-        agree(json.loads((run / "config.json").read_bytes().decode("utf-8-sig")), found)
+        agree(json.loads((run / "config.json").read_bytes()), found)
 
 
 def agree(values, found):
