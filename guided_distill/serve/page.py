@@ -88,7 +88,7 @@ def _rooms_of_texts(run: OpenRun, about: Description, settings: list[Any]) -> No
 
 def _subject(about: Description) -> str:
     of = "texts" if "text" in about.condition_shapes else f"{len(about.class_names)} classes"
-    return f"A run on `{about.experiment.data.title}`, told of {of}."
+    return f"A run on `{about.experiment.data.title}`, conditioned on {of}."
 
 
 def _settings(run: OpenRun, first: str) -> list[Any]:

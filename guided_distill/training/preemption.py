@@ -1,4 +1,4 @@
-"""Being told to end: by SIGTERM, the notice that this machine will be taken away, or by Ctrl-C.
+"""The notice to end: by SIGTERM, the notice that this machine will be taken away, or by Ctrl-C.
 
 Anything but a training stops at once. A training asks for the notice after each dispatch. In a run of
 many processes it hands the signal to JAX, which tells all of them, and chooses the dispatch after which

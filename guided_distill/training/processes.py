@@ -46,8 +46,6 @@ def connected(*, timeout: int) -> Iterator[None]:
     process says so and exits with 2. If another process dies, this one says so and exits with
     Interrupted.STATUS.
     """
-    if timeout < 1:
-        raise UserError(f"--start_timeout is {timeout}; give at least 1 second")
     if not jax.distributed.is_initialized():
         _join(timeout)
     console.quiet = not is_first()
