@@ -75,7 +75,12 @@ def test_jax_is_left_alone_without_libtpu_or_with_other_plugins(machine, monkeyp
 
 
 def program(text, **environ):
-    variables = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    # As from a shell: without what conftest.py sets, and what planning for a TPU leaves in this process.
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_PLATFORMS", "TPU_"))
+    }
     return subprocess.run(
         [sys.executable, "-c", text], env=variables | environ, capture_output=True, text=True
     )
