@@ -13,8 +13,10 @@ OUTSIDE = {
 
 
 def page_of(source):
-    """Its text, with links into docs/ as links beside it, and those to notebooks as their names."""
+    """Its text with links that work on the site; notebooks, which it lacks, become plain names."""
     text = (ROOT / source).read_text().replace("](docs/", "](")
+    for outside, page in OUTSIDE.items():
+        text = text.replace(f"]({outside}", f"]({page}")
     return re.sub(r"\[(\w+)\]\(notebooks/\S+?\)", r"`\1`", text)
 
 
