@@ -9,10 +9,10 @@
 # %% [markdown]
 # # From 128 network calls to one
 #
-# A classifier-free guided diffusion model calls its network twice a step, for dozens of steps. This
-# notebook trains such a model on small handwritten digits and distills it into students that need 4, 2
-# and 1 calls and still take the guidance weight $w$ as an input. It takes a few minutes on two CPU
-# cores.
+# A diffusion model with classifier-free guidance calls its network twice per step, for dozens of
+# steps. This notebook trains such a model on small handwritten digits and distills it into students
+# that need 4, 2 and 1 network calls and still take the guidance weight $w$ as an input. It takes a
+# few minutes on two CPU cores.
 
 # %%
 import importlib.util
@@ -23,26 +23,28 @@ if importlib.util.find_spec("guided_distill") is None:
 # %% [markdown]
 # ## The idea
 #
-# **Stage one** trains one network, told $w$, to answer what the teacher answers with two calls:
+# **Stage one** trains one network, conditioned on $w$, to predict in one call what the teacher
+# predicts with two:
 #
 # $$\hat x_w = (1 + w)\,\hat x(z, c) - w\,\hat x(z)$$
 #
-# Here $z$ is the noisy image, $c$ its class, and $\hat x$ the network's guess of the clean image. $w =
-# 0$ is the plain model of a class; the `guidance_scale` of other programs is $1 + w$.
+# Here $z$ is the noisy image, $c$ its class, and $\hat x$ the network's prediction of the clean
+# image. $w = 0$ is the plain conditional model; the `guidance_scale` of other programs is $1 + w$.
 #
-# **Stage two** halves the steps, round by round. Two deterministic steps of the teacher lead from $z_t$
-# to $z_s$. The student learns the one answer that leads there in a single step:
+# **Stage two** is progressive distillation: it halves the number of steps, round by round. Two DDIM
+# steps of the teacher lead from $z_t$ to $z_s$. The student learns the single prediction that leads
+# there in one step:
 #
 # $$\tilde x = \frac{z_s - q\,z_t}{\alpha_s - q\,\alpha_t}, \qquad q = \frac{\sigma_s}{\sigma_t}$$
 #
-# The student of one round is the teacher of the next. $w$ stays an input throughout.
+# The student of one round is the teacher of the next. $w$ remains an input throughout.
 
 # %% [markdown]
 # ## Train
 #
-# One command trains the teacher, stage one, and the students of 8, 4, 2 and 1 steps. Interrupt it
-# whenever you like: the same command goes on where it was. The numbers of updates are smaller here than
-# in `configs/digits.py`, to save time; without these overrides the students get closer to their
+# One command trains the teacher, the stage-one student, and the students with 8, 4, 2 and 1 steps.
+# You can interrupt it at any time; the same command resumes. To save time, this notebook uses fewer
+# updates than `configs/digits.py`; without these overrides the students get closer to their
 # teacher.
 
 # %%
@@ -61,9 +63,9 @@ samples = 16 if variant else 512
 # %% [markdown]
 # ## Measure
 #
-# `evaluate` draws samples of every stage and compares them with the training data, in the features of a
-# small classifier that it trains first. Fréchet distances fall with the number of samples, so those of
-# a few hundred can be compared with each other only.
+# `evaluate` samples from every stage and compares the samples with the training data, in the
+# features of a small classifier that it trains first. Fréchet distances decrease with the number of
+# samples, so distances from a few hundred samples are comparable only with each other.
 
 # %%
 # !guided-distill evaluate --workdir runs/digits --num_samples {samples} --num_steps 1,2,4,8,64 --w 0,1,4
@@ -71,9 +73,9 @@ samples = 16 if variant else 512
 # %% [markdown]
 # ## Look
 #
-# The same seed and the same digits in every row. The teacher takes 64 steps of two calls; in 2 steps it
-# falls behind, and the curve below tells by how much. The students start from the same noise, so each
-# image has its counterpart in the rows above.
+# Every row has the same seed and the same digits. The teacher takes 64 steps with two calls each.
+# With 2 steps its samples get worse, and the curve below shows by how much. The students start from
+# the same noise, so each image corresponds to those above it.
 
 # %%
 # %matplotlib inline
@@ -95,7 +97,7 @@ image_rows(rows)
 # %% [markdown]
 # ## Turn the guidance weight
 #
-# One student, one seed, four weights. A larger $w$ makes clearer digits that are more alike.
+# One student, one seed, four weights. A larger $w$ gives clearer digits that are more alike.
 
 # %%
 twos_and_eights = [2] * 6 + [8] * 6
@@ -114,10 +116,10 @@ results = read_results(epath.Path("runs/digits/results.csv"))
 quality_figure(results)
 
 # %% [markdown]
-# The teacher gets worse as its steps get fewer. The students' curve stays near the level of the
-# teacher's many steps. What a student of one step loses is diversity at $w = 0$: see `recall` below.
-# Accuracy alone misleads: in one step all of the teacher's digits are recognised, and they have no
-# variety at all.
+# The teacher gets worse as its number of steps decreases. The students' curve stays near the level
+# of the many-step teacher. What a one-step student loses is diversity at $w = 0$: see `recall`
+# below. Accuracy alone is misleading: all of the one-step teacher's digits are recognised, and they
+# have no variety at all.
 
 # %%
 print("stage      steps    w  distance  recall  accuracy")
@@ -132,5 +134,5 @@ for row in results:
 # ## Next
 #
 # `guided-distill report --workdir runs/digits` writes all of this on one page.
-# `02_guidance_in_two_dimensions` shows what $w$ does where it is known exactly, and
-# `03_your_own_images` trains on a folder of yours.
+# `02_guidance_in_two_dimensions` shows what $w$ does where the exact answer is known, and
+# `03_your_own_images` trains on a folder of your images.

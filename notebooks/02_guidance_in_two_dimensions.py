@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Guidance in two dimensions
 #
-# What does the guidance weight $w$ do to a distribution? For points in the plane one can see it; and
-# for a mixture of Gaussians the best possible denoiser is known in closed form, so every trained
-# network can be held against the exact answer. This notebook takes a few minutes on two CPU cores.
+# What does the guidance weight $w$ do to a distribution? With points in the plane you can see it.
+# For a mixture of Gaussians the optimal denoiser is known in closed form, so every trained network
+# can be compared with the exact answer. This notebook takes a few minutes on two CPU cores.
 
 # %%
 import importlib.util
@@ -22,8 +22,8 @@ if importlib.util.find_spec("guided_distill") is None:
 # %% [markdown]
 # ## Train a teacher, and distill it
 #
-# One command: the teacher, stage one, and the students of 8, 4, 2 and 1 steps. They see points and
-# their classes only, nothing of the closed form below.
+# One command trains the teacher, the stage-one student, and the students with 8, 4, 2 and 1 steps.
+# They see only points and their classes, not the closed form below.
 
 # %%
 variant = ""  # "runlocal" makes everything tiny
@@ -57,10 +57,10 @@ colours = np.array(["tab:blue", "tab:orange", "tab:green", "tab:red"])
 # %% [markdown]
 # ## The exact answer
 #
-# Four classes are the arms of a pinwheel, each a mixture of three Gaussians. With $z = \alpha x +
-# \sigma\epsilon$ the mean of $x$ given $z$ is a weighted sum of Gaussian means, with the class $c$
-# known or not. So the guided denoiser $(1 + w)\,\mathrm{E}[x|z, c] - w\,\mathrm{E}[x|z]$ is exact, and
-# so is where it leads each point.
+# Each of the four classes is an arm of a pinwheel, a mixture of three Gaussians. With $z = \alpha x
+# + \sigma\epsilon$, the mean of $x$ given $z$ is a weighted sum of Gaussian means, whether or not
+# the class $c$ is known. The guided denoiser $(1 + w)\,\mathrm{E}[x|z, c] - w\,\mathrm{E}[x|z]$ is
+# therefore exact, and so is the point to which it leads each noise sample.
 
 
 # %%
@@ -92,10 +92,10 @@ noise = np.random.default_rng(0).standard_normal((len(labels), 2), np.float32)
 exact_points = {w: flow(exact, noise, labels, w=w, num_steps=256)[-1] for w in weights}
 
 # %% [markdown]
-# At each noise level the guided denoiser climbs $p(z|c)^{1+w} / p(z)^w$. Above, this density for the
-# blue class, with little noise left: $w$ also takes it away from where the other classes are. Below,
-# where the exact guided flow takes points of all four classes: $w = 0$ is the data; a larger $w$ parts
-# the classes and narrows them.
+# At each noise level the guided denoiser climbs $p(z|c)^{1+w} / p(z)^w$. The top row shows this
+# density for the blue class, at a low noise level: $w$ also pushes it away from the other classes.
+# The bottom row shows where the exact guided flow takes points of all four classes: $w = 0$ gives
+# the data; a larger $w$ separates the classes and narrows them.
 
 # %%
 side = np.linspace(-1.1, 1.1, 150, dtype=np.float32)
@@ -122,9 +122,9 @@ for (above, below), w in zip(panels.T, weights, strict=True):
 # %% [markdown]
 # ## The networks' answer
 #
-# All start from the same noise, so each point has its counterpart in every picture. The number in a
-# corner is how far points are from where the exact flow takes them (root mean square; an arm is
-# about 0.6 long).
+# All start from the same noise, so each point corresponds to one point in every other picture. The
+# number in the corner is the distance between the points and where the exact flow takes them (root
+# mean square; an arm is about 0.6 long).
 
 # %%
 import guided_distill
@@ -153,9 +153,10 @@ for column, (name, of_weight) in zip(panels.T, points.items(), strict=True):
             axes.text(-1.05, -1.05, f"{apart:.3f}", fontsize=9)
 
 # %% [markdown]
-# So short a training leaves the teacher thinner arms than the exact ones, and more so at a large $w$,
-# which multiplies its errors. Stage one inherits them. The few steps of the students cost something at
-# $w = 0$ and $w = 1$; at $w = 3$ the teacher's own errors are all that shows.
+# After such a short training run the teacher's arms are thinner than the exact ones, more so at a
+# large $w$, which multiplies its errors. Stage one inherits these errors. Taking few steps costs
+# the students something at $w = 0$ and $w = 1$; at $w = 3$ only the teacher's own errors are
+# visible.
 
 # %% [markdown]
 # ## Watch them flow

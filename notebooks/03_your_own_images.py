@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Your own images
 #
-# A folder of images, one sub-folder a class, is all that training needs. Here a small folder is drawn
-# first, so that the notebook runs as it is, in a few minutes on two CPU cores.
+# All you need for training is a folder of images with one sub-folder per class. This notebook first
+# draws a small folder, so that it runs as it is, in a few minutes on two CPU cores.
 
 # %%
 import importlib.util
@@ -25,9 +25,9 @@ images = "shapes"  # the path of your own folder, in place of this one
 # %% [markdown]
 # ## The folder
 #
-# `shapes/disc/`, `shapes/square/` and `shapes/triangle/` get PNG files of 64 x 64 pixels. With images
-# of your own, leave this cell out. PNG, JPEG, WebP and BMP files of any size will do; they are cropped
-# to squares and resized.
+# This cell writes PNG files of 64 x 64 pixels to `shapes/disc/`, `shapes/square/` and
+# `shapes/triangle/`. If you have your own images, skip it. PNG, JPEG, WebP and BMP files of any
+# size work; they are cropped to squares and resized.
 
 # %%
 from pathlib import Path
@@ -59,8 +59,8 @@ for kind in ("disc", "square", "triangle"):
 # ## Train
 #
 # `data.name` says where the images are and `data.image_size` how large to make them. The network of
-# `configs/digits.py` and few updates suit 8 x 8 pixels. For photographs, start from
-# `configs/photo10.py:unet` or `configs/cifar10.py`, a GPU, and many thousands of images.
+# `configs/digits.py` and a few updates are enough for 8 x 8 pixels. For photographs, start from
+# `configs/photo10.py:unet` or `configs/cifar10.py`, with a GPU and many thousands of images.
 
 # %%
 fewer = {
@@ -75,8 +75,9 @@ fewer = {
 # %% [markdown]
 # ## Sample
 #
-# The picture and an `.npz` file lie in `samples/`. `guided-distill evaluate --workdir runs/shapes` and
-# then `guided-distill report --workdir runs/shapes` make a page of the whole run.
+# The command writes a picture and an `.npz` file to `samples/`. `guided-distill evaluate --workdir
+# runs/shapes` and then `guided-distill report --workdir runs/shapes` write a report of the whole
+# run.
 
 # %%
 # !guided-distill sample --workdir runs/shapes --stage halving_ddim_4 --w 1 --num 15 --out samples
@@ -84,8 +85,8 @@ fewer = {
 # %% [markdown]
 # ## In Python
 #
-# Classes have the names of the sub-folders. Real images are above; the teacher and its students start
-# from the same noise.
+# The classes are named after the sub-folders. Real images are in the top row; the teacher and its
+# students start from the same noise.
 
 # %%
 # %matplotlib inline
@@ -111,5 +112,5 @@ for n in (4, 2, 1):
 image_rows(rows)
 
 # %% [markdown]
-# `guided-distill export --workdir runs/shapes --out weights` hands the weights on, and `guided-distill
-# train --help` lists how to change anything else.
+# `guided-distill export --workdir runs/shapes --out weights` exports the weights, and
+# `guided-distill train --help` lists how to change anything else.

@@ -7,11 +7,11 @@
 # ---
 
 # %% [markdown]
-# # From a Stable Diffusion folder to a student of four calls, and back
+# # From a Stable Diffusion folder to a student with four calls, and back
 #
-# A folder that diffusers wrote goes in, and one that diffusers loads comes out: import, distill, export.
-# It runs on two CPU cores, with a model that small: pictures of 32 x 32 pixels, in the
-# layout of Stable Diffusion.
+# A folder written by diffusers goes in, and a folder that diffusers loads comes out: import,
+# distill, export. The notebook runs on two CPU cores because the model is small: 32 x 32 pixels, in
+# the layout of Stable Diffusion.
 
 # %%
 import importlib.util
@@ -27,12 +27,12 @@ updates, pictures = {"": ((120, 60), 64), "runlocal": ((2, 2), 8)}[variant]
 # %% [markdown]
 # ## The folder
 #
-# In place of Stable Diffusion stands the teacher of `docs/results/emoji`, which a clone of this
-# repository has: a U-Net in latent space that is told of texts. Its text encoder, all-MiniLM-L6-v2, is
-# fetched once. What comes out is a folder like any that diffusers wrote.
+# In place of Stable Diffusion, this notebook uses the teacher from `docs/results/emoji` in a clone
+# of this repository: a U-Net in latent space, conditioned on text. Its text encoder,
+# all-MiniLM-L6-v2, is downloaded once. The result is a folder like any that diffusers writes.
 #
-# With Stable Diffusion 1.5 the folder would be the one that `save_pretrained` wrote, or `--from hub:ID`
-# in the next cell but one would fetch it; `configs/sd15_laion512.py` is its config.
+# With Stable Diffusion 1.5, the folder would be the one written by `save_pretrained`, or `--from
+# hub:ID` in the import cell below would download it; its config is `configs/sd15_laion512.py`.
 
 # %%
 import shutil
@@ -65,8 +65,8 @@ copy_text_encoder("minilm:data/minilm", epath.Path("runs/emoji/companions"))
 # %% [markdown]
 # ## Import it
 #
-# The U-Net becomes a teacher like any that was trained here. The rest, autoencoder, text encoder,
-# tokenizer and scheduler, lies beside it, byte for byte.
+# The U-Net becomes a teacher like any trained here. The autoencoder, text encoder, tokenizer and
+# scheduler are copied beside it, byte for byte.
 
 # %%
 # !guided-distill import --from teacher_folder --workdir runs/imported
@@ -74,9 +74,9 @@ copy_text_encoder("minilm:data/minilm", epath.Path("runs/emoji/companions"))
 # %% [markdown]
 # ## Data
 #
-# A data set would be a folder of images with captions, encoded once. Here the teacher draws its own,
-# of sixteen captions, and these are all that the students will know. `w` is the paper's:
-# `guidance_scale` of diffusers is $1 + w$.
+# Normally the data set is a folder of images with captions, encoded once. Here the teacher
+# generates its own, from sixteen captions, and these are all that the students will know. `w` is
+# the paper's: diffusers' `guidance_scale` is $1 + w$.
 
 # %%
 import numpy as np
@@ -96,10 +96,10 @@ np.savez("data/drawn.npz", image=np.uint8(127.5 * (drawn + 1)), caption=asked)
 # %% [markdown]
 # ## Distill
 #
-# The config names the data, the network of the folder, and what is different from the defaults.
-# `start_from` skips the training of a teacher. Stage one puts both calls of a step into one network that
-# is told $w$; one round of stage two then halves 8 steps to 4. These are few updates: thousands would
-# bring the student closer to its teacher.
+# The config names the data, the network in the folder, and what differs from the defaults.
+# `start_from` skips training a teacher. Stage one distills the two calls per step into one network
+# conditioned on $w$; one round of stage two then halves 8 steps to 4. These are few updates:
+# thousands would bring the student closer to its teacher.
 
 # %%
 # %%writefile emoji_distilled.py
@@ -139,8 +139,9 @@ def get_config(variant=""):
 # %% [markdown]
 # ## Look
 #
-# The same noise in every row. This small teacher loses little in four steps of two calls; the student
-# makes one call a step. Few updates leave their mark on it: colours stronger than its teacher's.
+# Every row starts from the same noise. This small teacher loses little in four steps of two calls
+# each; the student makes one call per step. The short training is visible: the student's colours
+# are stronger than its teacher's.
 
 # %%
 # %matplotlib inline
@@ -159,15 +160,17 @@ rows = {
 image_rows(rows)
 
 # %% [markdown]
-# ## Give it to diffusers
+# ## Export to diffusers
 #
-# The student is a folder again. Its README says which steps and guidance scales it was trained for.
+# The student becomes a folder again. Its README states the steps and guidance scales that it was
+# trained for.
 
 # %%
 # !guided-distill export --workdir runs/distilled --stages halving_ddim_4 --format diffusers --out student_folder
 
 # %% [markdown]
-# Nothing in the next cell but the noise is ours. The hook counts the calls of the U-Net.
+# In the next cell, everything but the noise comes from diffusers. The hook counts the calls of the
+# U-Net.
 
 # %%
 from guided_distill.sampling import initial_noise
@@ -202,5 +205,5 @@ image_rows({name: row for name, row in rows.items() if "teacher" not in name})
 # %% [markdown]
 # ## Next
 #
-# `docs/stable_diffusion.md` has the same with Stable Diffusion, editing and in-painting;
-# `configs/emoji.py` trains a model such as this one from the first pixel on.
+# `docs/stable_diffusion.md` does the same with Stable Diffusion, and adds editing and in-painting;
+# `configs/emoji.py` trains a model such as this one from scratch.

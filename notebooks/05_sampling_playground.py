@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Sampling playground
 #
-# Turn the knobs of a trained student: guidance weight, steps, seed, digit. Without a kernel, the
-# picture at the end shows what they do.
+# Try the controls of a trained student: guidance weight, steps, seed, digit. Without a kernel, the
+# picture at the end shows their effects.
 
 # %%
 import importlib.util
@@ -22,7 +22,8 @@ if importlib.util.find_spec("ipywidgets") is None:
     # %pip install -q ipywidgets
 
 # %% [markdown]
-# The run of `01_distill_digits`. Where it has been trained already, this ends at once.
+# This uses the run of `01_distill_digits`. If it has been trained already, the command returns at
+# once.
 
 # %%
 variant = ""  # "runlocal" makes everything tiny
@@ -51,10 +52,10 @@ def draw(w, steps, seed, digit):
 
 
 # %% [markdown]
-# ## The knobs
+# ## The controls
 #
-# A student is called `steps` times; each number of steps is a student of its own. The same seed is the
-# same noise whatever the other knobs say.
+# The student calls its network `steps` times; each number of steps is a separate student. The same
+# seed gives the same noise whatever the other controls are set to.
 
 # %%
 import io
@@ -86,7 +87,7 @@ VBox([*knobs.values(), picture])
 # %% [markdown]
 # ## What they do
 #
-# One student's images first; below, one knob turned at a time.
+# The first row shows one student's images; each row below changes one control.
 
 # %%
 image_rows(
