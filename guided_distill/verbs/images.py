@@ -35,7 +35,7 @@ def add_verbs(verbs: Any) -> None:
     sample.add_argument(
         "--labels",
         type=several(label),
-        help="numbers of classes from 0, or names, separated by commas, gone through in turn "
+        help="classes by number, from 0, or by name, separated by commas; samples take them in turn "
         "(default: all)",
     )
     add_sampling_arguments(sample)
@@ -45,22 +45,22 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "transfer",
         _transfer,
-        "carry images from one class or run to another by way of noise: a PNG figure and an npz file",
+        "transfer images from one class or run to another through noise: a PNG figure and an npz file",
         "guided-distill transfer --workdir runs/digits --images data --from_label 7 --to_label 5",
     )
     transfer.add_argument(
-        "--to", type=path, help="run to decode by (default: WORKDIR, which encodes)"
+        "--to", type=path, help="run that decodes (default: WORKDIR, which encodes)"
     )
     transfer.add_argument(
         "--images",
         required=True,
-        help="an image file, a folder of them, or data: test images of --from_label",
+        help="an image file, a folder of image files, or the word data: test images of --from_label",
     )
     transfer.add_argument(
         "--from_label", required=True, type=label, help="class of the images, by number or name"
     )
     transfer.add_argument(
-        "--to_label", required=True, type=label, help="class to make of them, by number or name"
+        "--to_label", required=True, type=label, help="class to transfer them to, by number or name"
     )
     transfer.add_argument(
         "--encoder",
@@ -75,21 +75,24 @@ def add_verbs(verbs: Any) -> None:
     transfer.add_argument(
         "--w_encode",
         type=number(kinds.Weight),
-        help="weight to encode at (default: 0, or the nearest that was trained)",
+        help="guidance weight for encoding (default: 0, or the nearest trained w)",
     )
     transfer.add_argument(
         "--w",
         type=number(kinds.Weight),
-        help="weight to decode at (default: 1, or the nearest that was trained)",
+        help="guidance weight for decoding (default: 1, or the nearest trained w)",
     )
     transfer.add_argument(
-        "--num", type=number(kinds.Count), default=8, help="images at most (default: %(default)s)"
+        "--num",
+        type=number(kinds.Count),
+        default=8,
+        help="at most this many images (default: %(default)s)",
     )
     transfer.add_argument(
         "--seed",
         type=number(kinds.Seed),
         default=0,
-        help="chooses the images of data (default: %(default)s)",
+        help="seed that selects the test images for data (default: %(default)s)",
     )
     transfer.add_argument(
         "--out", type=path, help="folder to write to (default: WORKDIR/transfers)"
@@ -99,14 +102,14 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "generate",
         _generate,
-        "draw images of texts: a PNG file each, and a sheet of all",
+        "generate images from prompts: a PNG file for each, and a sheet of all",
         "guided-distill generate --workdir runs/emoji --prompt 'red apple, 3D Fluent style' --num 4",
     )
     edit = command_of_run(
         verbs,
         "edit",
         _edit,
-        "change images after a text: noise them part of the way, and sample from there",
+        "change images to fit a prompt: add noise to them, and sample from there",
         "guided-distill edit --workdir runs/emoji --image apple.png --prompt 'green apple' "
         "--strength 0.5",
     )
@@ -115,34 +118,34 @@ def add_verbs(verbs: Any) -> None:
         "--strength",
         type=number(kinds.Strength),
         default=0.5,
-        help="how far to noise it, above 0 and at most 1, rounded down to whole steps "
+        help="how much noise to add, above 0 and at most 1, rounded down to whole steps "
         "(default: %(default)s)",
     )
     inpaint = command_of_run(
         verbs,
         "inpaint",
         _inpaint,
-        "paint a part of an image after a text, and keep the rest exactly",
+        "paint part of an image to fit a prompt, and keep the rest exactly as it is",
         "guided-distill inpaint --workdir runs/emoji --image apple.png --mask mask.png "
         "--prompt 'green apple'",
     )
     inpaint.add_argument("--image", required=True, type=path, help="an image file")
     inpaint.add_argument(
-        "--mask", required=True, type=path, help="an image of its size, white where to paint"
+        "--mask", required=True, type=path, help="an image of the same size, white where to paint"
     )
     for verb in (generate, edit, inpaint):
-        verb.add_argument("--prompt", action="append", help="a text; may be given more than once")
-        verb.add_argument("--prompts", type=path, help="a file of texts, one a line")
+        verb.add_argument("--prompt", action="append", help="a prompt; repeat the flag for more")
+        verb.add_argument("--prompts", type=path, help="a file of prompts, one per line")
         verb.add_argument(
             "--num",
             type=number(kinds.Count),
             default=1,
-            help="images of each text (default: %(default)s)",
+            help="images per prompt (default: %(default)s)",
         )
         add_sampling_arguments(verb)
 
 
-# As everywhere here, each verb imports what it needs when it runs.
+# As in verbs/runs.py, each verb imports what it needs when it runs.
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
@@ -229,7 +232,7 @@ def _prompted(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_all(make: Callable[[], Iterable[epath.Path]]) -> None:
-    """Make the files, unless told to stop, and print their paths."""
+    """Make the files and print their paths; a signal stops it at once."""
     from guided_distill.training.preemption import stopping_at_once
 
     with stopping_at_once():

@@ -1,4 +1,4 @@
-"""The verb that looks at the machine: doctor."""
+"""The verb that checks the machine: doctor."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "doctor",
         _doctor,
-        "tell what is installed and which devices there are, and try a tiny run of everything",
+        "report what is installed and which devices are present, and try a tiny run of everything",
         "guided-distill doctor",
     )
 

@@ -1,4 +1,4 @@
-"""The verbs that take models in and out: import, export."""
+"""The verbs that import and export models."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "import",
         _import,
-        "make a teacher of a published model: a diffusers folder or a single .safetensors file",
+        "turn a published model into a teacher: a diffusers folder or a single .safetensors file",
         "guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15",
     )
     imported.add_argument(
@@ -21,48 +21,47 @@ def add_verbs(verbs: Any) -> None:
         dest="source",
         required=True,
         help="a diffusers folder, a .safetensors file of Stable Diffusion, or hub:ID or "
-        "hub:ID@REVISION to fetch a folder",
+        "hub:ID@REVISION to download a folder",
     )
     imported.add_argument(
         "--prediction_type",
-        help="epsilon or v_prediction, where a single file doesn't tell (Stable Diffusion 2)",
+        help="epsilon or v_prediction, if a single file doesn't say (Stable Diffusion 2)",
     )
     imported.add_argument(
         "--tokenizer",
         type=path,
-        help="a tokenizer's folder, which a single file doesn't hold",
+        help="folder of the tokenizer, which a single file doesn't contain",
     )
 
     imported.add_argument(
         "--averaged",
         action="store_true",
-        help="take the moving averages (model_ema.*) that a single file holds, not its weights",
+        help="import the EMA weights (model_ema.*) of a single file in place of the others",
     )
 
     export = command_of_run(
         verbs,
         "export",
         _export,
-        "write a run's results to a folder of their own, to keep or to give away",
+        "export stages of a run to a new folder",
         "guided-distill export --workdir runs/digits --stages teacher,halving_ddim_4 --out digits",
     )
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint, to sample and train on with this program; diffusers, one stage as a folder "
-        "that its pipelines load; or stablehlo, one student as a program of its own "
-        "(default: %(default)s)",
+        help="checkpoint, to sample from or train on here; diffusers, one stage as a folder that its "
+        "pipelines load; or stablehlo, one student as a standalone program (default: %(default)s)",
     )
     export.add_argument(
         "--stages",
         type=several(stage_name),
-        help="folders of stages, separated by commas (default: all that are finished; of the other "
-        "formats the last one)",
+        help="folders of stages, separated by commas (default: all finished ones; for the other "
+        "formats, the last one)",
     )
-    export.add_argument("--out", required=True, type=path, help="new folder to write")
+    export.add_argument("--out", required=True, type=path, help="new folder to write to")
 
 
-# As everywhere here, each verb imports what it needs when it runs.
+# As in verbs/runs.py, each verb imports what it needs when it runs.
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> None:

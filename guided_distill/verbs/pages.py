@@ -23,25 +23,25 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "serve",
         _serve,
-        "sample from a run on a web page of this machine, until Ctrl-C",
+        "serve a local web page to sample from a run, until Ctrl-C",
         "guided-distill serve --workdir runs/digits --stage halving_ddim_4",
     )
     serve.add_argument(
         "--stage",
         type=stage_name,
-        help="stage that the page begins with (default: the last one that is finished)",
+        help="stage that the page opens with (default: the last finished one)",
     )
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets in everybody who reaches this machine and is in --auth "
+        help="address to listen on; 0.0.0.0 admits everybody who can reach this machine and is in --auth "
         "(default: %(default)s)",
     )
     serve.add_argument(
         "--auth",
         type=path,
         metavar="FILE",
-        help="file of lines NAME:PASSWORD, for those who may use the page (default: nobody logs in)",
+        help="file with a line NAME:PASSWORD for each user of the page (default: no login)",
     )
     serve.add_argument(
         "--port", type=number(kinds.Port), default=7860, help="port (default: %(default)s)"

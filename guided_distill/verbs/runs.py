@@ -1,4 +1,4 @@
-"""The verbs of a run: plan, train, evaluate, report."""
+"""The verbs of a run: plan, train, evaluate and report."""
 
 import argparse
 import contextlib
@@ -37,7 +37,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "plan",
         _plan,
-        "compile a config's stages for a slice of TPUs that need not be there, and tell what they take",
+        "compile a config's stages for TPUs you don't have yet, and report memory, FLOPs and hours",
         "guided-distill plan --config configs/cifar10.py --stage halving --topology v5e:4x4",
     )
     add_config(plan)
@@ -50,22 +50,22 @@ def add_verbs(verbs: Any) -> None:
         "--slices",
         type=number(kinds.Width),
         default=1,
-        help="how many such slices: weights are split within each, a batch over all "
+        help="number of such slices: weights are sharded within each, a batch over all "
         "(default: %(default)s)",
     )
     plan.add_argument(
         "--stage",
         default="all",
-        help="teacher, guidance, halving, sampling (a call of the student, and samples of its N steps) "
+        help="teacher, guidance, halving, sampling (one call of the student, and its N-step samples) "
         "or all (default: %(default)s)",
     )
     plan.add_argument(
         "--optimization_level",
         default="O0",
         choices=("O0", "O1", "O2", "O3"),
-        help="how hard the compiler tries; O0 is by far the quickest (default: %(default)s)",
+        help="optimization level of the compiler; O0 compiles by far the fastest (default: %(default)s)",
     )
-    plan.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument("--cache", **CACHE)
 
     train = command(
@@ -89,16 +89,16 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "evaluate",
         _evaluate,
-        "measure every stage: results.csv; run again to resume",
+        "measure every stage and write results.csv; run again to resume",
         "guided-distill evaluate --workdir runs/digits --extractor lite0 --num_samples 10000",
     )
     evaluate.add_argument(
         "--extractor",
         help="classifier (trained on the run's data), lite0, lite0:PATH, inception:PATH, or clip:PATH, "
-        "which adds the CLIP score of runs that are told of texts (default, here and below: the run's "
+        "which adds the CLIP score of runs conditioned on text (default, here and below: the run's "
         "config)",
     )
-    evaluate.add_argument("--num_samples", type=number(kinds.Count), help="samples of each row")
+    evaluate.add_argument("--num_samples", type=number(kinds.Count), help="samples per row")
     evaluate.add_argument(
         "--w", type=several(number(kinds.Weight)), help="guidance weights, separated by commas"
     )
@@ -118,7 +118,7 @@ def add_verbs(verbs: Any) -> None:
         help="an .npz file of statistics to measure against (default: those of the training data)",
     )
     evaluate.add_argument(
-        "--again", action="store_true", help="measure rows anew that were measured already"
+        "--again", action="store_true", help="repeat rows that are already measured"
     )
     evaluate.add_argument("--cache", **CACHE)
     add_process_arguments(evaluate)
@@ -127,7 +127,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "report",
         _report,
-        "write report.html, one page that shows the run",
+        "write report.html, the run on one page",
         "guided-distill report --workdir runs/digits",
     )
 
@@ -141,7 +141,7 @@ def add_config(verb: argparse.ArgumentParser) -> None:
     )
 
 
-# Each verb imports what it needs when it runs, so that --help and bad arguments answer at once.
+# Each verb imports what it needs when it runs, so that --help and errors in flags are immediate.
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -224,7 +224,7 @@ def _default_workdir(config: str) -> epath.Path:
 
 
 def find_config(file: str) -> str:
-    """The file itself, or the one of the package, or beside it in a checkout, for configs/NAME.py.
+    """The path of configs/NAME.py: the file itself, the package's copy, or the one beside it in a clone.
 
     Raises UserError if there is none.
     """
@@ -238,7 +238,7 @@ def find_config(file: str) -> str:
 def read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does.
 
-    None stands for itself where the key may be None.
+    For a key that may be None, the value None means None.
     """
     from guided_distill.config import Experiment
 

@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 def command(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
 ) -> argparse.ArgumentParser:
-    """Adds a verb whose arguments are still to come; `run` gets the options and config overrides."""
+    """Adds a verb without its arguments; `run` is called with the options and config overrides."""
     verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
     verb.set_defaults(run=run)
     return verb
@@ -27,14 +27,14 @@ def command(
 def command_of_run(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
 ) -> argparse.ArgumentParser:
-    """As `command`, for a verb that works on a run's folder."""
+    """Like `command`, for a verb that works on a run's folder."""
     verb = command(verbs, name, run, words, example)
     verb.add_argument("--workdir", required=True, type=path, help="the run's folder")
     return verb
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser to which what is wrong with a flag is bad input like any other."""
+    """A parser that reports an error in a flag like any other bad input."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> epath.Path:
-    """The file or folder that a flag names, which isn't the current one by mistake."""
+    """The file or folder that a flag names; an empty name isn't the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file or folder, . for the current one")
     try:
@@ -53,7 +53,7 @@ def path(text: str) -> epath.Path:
 
 
 def stage_name(text: str) -> str:
-    """The name of a stage's folder in its run's."""
+    """The name of a stage's folder within its run."""
     if text in ("", ".", "..") or set(text) & {"/", "\\"}:
         raise argparse.ArgumentTypeError(
             f"is {text!r}; give the name of a stage's folder in the run's, such as halving_ddim_4"
@@ -62,7 +62,7 @@ def stage_name(text: str) -> str:
 
 
 def number(kind: Any) -> Callable[[str], Any]:
-    """What reads a number of a kind."""
+    """A reader of numbers of this kind."""
 
     def read(text: str) -> Any:
         try:
@@ -76,13 +76,13 @@ def number(kind: Any) -> Callable[[str], Any]:
 CACHE: dict[str, Any] = {
     "type": path,
     "default": path_named("~/.cache/guided_distill"),
-    "help": "folder that keeps what took long to get (default: %(default)s)",
+    "help": "folder for downloads and compiled programs (default: %(default)s)",
 }
 """The flag --cache."""
 
 
 def keep_compiled_programs(cache: epath.Path) -> None:
-    """Let JAX look up in the folder what it compiled before, unless it was told of another."""
+    """Let JAX cache compiled programs in the folder, unless JAX's own cache is set already."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
@@ -90,18 +90,18 @@ def keep_compiled_programs(cache: epath.Path) -> None:
 
 
 def add_process_arguments(verb: argparse.ArgumentParser) -> None:
-    """Those of every verb that many processes can run together."""
+    """Adds the flags of every verb that many processes can run together."""
     verb.add_argument(
         "--start_timeout",
         type=number(kinds.Count),
         default=300,
         metavar="SECONDS",
-        help="of many processes: how long to wait for the others to start (default: %(default)s)",
+        help="with many processes: how long to wait for the others to start (default: %(default)s)",
     )
 
 
 def check_same_options(options: argparse.Namespace) -> None:
-    """Raises UserError, in every process, unless all that run together were given the same flags."""
+    """Raises UserError in every process unless all processes have the same flags."""
     from guided_distill.training.processes import texts_of_all
 
     flags = {
@@ -120,23 +120,23 @@ def check_same_options(options: argparse.Namespace) -> None:
 
 
 def _written(value: Any) -> str:
-    """A flag's value as it is given."""
+    """A flag's value as it is written on the command line."""
     if value is None:
         return "not given"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
-    """Those of every verb that samples."""
+    """Adds the flags of every verb that samples."""
     verb.add_argument(
         "--stage",
         type=stage_name,
-        help="folder of the stage in the workdir (default: the last one that is finished)",
+        help="folder of the stage in the workdir (default: the last finished one)",
     )
     verb.add_argument(
         "--w",
         type=number(kinds.Weight),
-        help="guidance weight (default: 1, or the nearest that was trained)",
+        help="guidance weight w (default: 1, or the nearest trained w)",
     )
     verb.add_argument(
         "--num_steps", type=number(kinds.NumSteps), help="sampling steps (default: as trained)"
@@ -154,10 +154,10 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def label(text: str) -> int | str:
-    """What names a class on the command line: a number, or else a name."""
+    """A class as the command line names it: by number, or else by name."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
 def several(read: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """What reads a flag's values, separated by commas."""
+    """A reader of a flag's values, separated by commas."""
     return lambda text: tuple(read(part.strip()) for part in text.split(","))

@@ -1,4 +1,4 @@
-"""The verbs of many runs: sweep, compare."""
+"""The verbs of many runs: sweep and compare."""
 
 import argparse
 import inspect
@@ -15,7 +15,7 @@ from guided_distill.verbs.runs import add_config, find_config, read_config
 from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs, path
 
 _CONFIG = "config_file"
-"""The module that a config file is while its sweeps are looked up."""
+"""The module name of a config file while its sweeps are looked up."""
 
 
 def add_verbs(verbs: Any) -> None:
@@ -42,7 +42,7 @@ def add_verbs(verbs: Any) -> None:
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="run every N-th point, from the I-th, counted from 0: one shard a machine",
+        help="run every N-th point, starting with the I-th, counted from 0: one shard per machine",
     )
     sweep.add_argument("--cache", **CACHE)
 
