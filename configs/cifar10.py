@@ -2,12 +2,12 @@
 
     guided-distill train --config configs/cifar10.py --workdir runs/cifar10
 
-Data: TFDS's cifar10, prepared on disk (guided_distill/data/tfds.py). Cost: not run. Expected: an FID of
-5.98 at best is quoted for the paper, by a leaderboard that names neither w nor the number of steps.
+Data: TFDS's cifar10, prepared on disk (guided_distill/data/tfds.py). Cost: not run. Expected: a
+leaderboard quotes a best FID of 5.98 for the paper, without w or the number of steps.
 
 The baselines "single_w" (at w = 0.3), "two_student" and "naive" share the main run's teacher: add
---config.start_from=runs/cifar10/teacher. For another w, set config.guidance.w_min and w_max to it,
-and config.evaluation.weights to "(w,)".
+--config.start_from=runs/cifar10/teacher. For another w, set config.guidance.w_min and w_max to it, and
+config.evaluation.weights to "(w,)".
 """
 
 from ml_collections import ConfigDict
@@ -21,8 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.name = "tfds:cifar10"
     config.data.shape = (32, 32, 3)
     config.data.condition = {"label": 10}
-    # Salimans & Ho's network, here told the label, and their training; the teacher's number of updates
-    # is our choice.
+    # Salimans & Ho's network, here conditioned on the label, and their training; the teacher's number
+    # of updates is our choice.
     config.model.options = {
         "width": 256,
         "channel_multipliers": (1, 1, 1),
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.teacher.learning_rate = 2e-4
     config.teacher.weight_decay = 0.001
     config.teacher.dropout = 0.2
-    # Not confirmed by a source we could read.
+    # Not confirmed by any source we could read.
     config.guidance.learning_rate = 1e-3
     config.halving.learning_rate = 5e-5
     return as_variant(config, variant, single_w=0.3)

@@ -2,11 +2,11 @@
 
     guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small
 
-The data are two files, data/cifar10_jpeg_train.npz and ..._test.npz, which aren't handed out. Any npz
-files of CIFAR-10's images will do in their place, one a split, with the fields image, label and
-class_names (see guided_distill/data/npz.py); numbers will differ. Cost, beside other work: 75 minutes for
-the teacher, about an hour for stage one and another for the deterministic rounds. The two other chains
-went down to 8 steps only, and the whole was not run. Evaluation comes on top.
+The data are two files, data/cifar10_jpeg_train.npz and ..._test.npz, which aren't distributed. You can
+use any npz files of CIFAR-10's images instead, one per split, with the fields image, label and
+class_names (see guided_distill/data/npz.py); the numbers will differ. Cost, beside other work: 75
+minutes for the teacher, about an hour for stage one and another for the deterministic rounds, plus
+evaluation. The two other chains were run down to 8 steps only; the config as a whole was not run.
 
 The variants share the main run's teacher: add --config.start_from=runs/cifar10_small/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "embedding_width": 192,
         "patch_size": 2,
     }
-    # More than one update in a call is slow on a CPU: see training/step.py.
+    # More than one update per call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
     config.checkpoint_every = 500
     for stage in (config.teacher, config.guidance, config.halving):

@@ -1,12 +1,12 @@
-"""DiT-XL/2 of ImageNet 256x256 (Peebles & Xie 2023), distilled.
+"""DiT-XL/2 for ImageNet 256x256 (Peebles & Xie 2023), distilled.
 
     guided-distill import --from DiT-XL-2-256 --workdir runs/dit256
     guided-distill encode --data tfds:imagenet2012 --image_size 256 --flip \\
         --autoencoder runs/dit256/companions/vae --out data/imagenet256_dit
     guided-distill train --config configs/dit_imagenet256.py --workdir runs/dit256_distilled
 
-Not in the paper: its training of ImageNet 256x256 on today's teacher of it. Cost: not run. Nothing is
-known of what to expect.
+Not in the paper: its training for ImageNet 256x256, applied to a newer teacher. Cost: not run. Expected
+results are unknown.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
-"""Text to image, whole and small: captioned emoji of 32x32 pixels.
+"""Text to image, complete and small: captioned emoji at 32x32 pixels.
 
     guided-distill prepare emoji --out data/emoji3.npz
     guided-distill prepare minilm --out data/minilm
     guided-distill train --config configs/emoji.py --workdir runs/emoji
 
-Three styles of drawing, 5,664 images; a tenth of the names is held out. An autoencoder of 4 x 8 x 8
-latents comes first, then a teacher told of the captions by all-MiniLM-L6-v2, both in the layout of Stable
-Diffusion, so that the students run in its pipelines. Not in the paper. Cost: by the times of its parts,
-minutes on a GPU and hours on two CPU cores (not run in one go).
+Three styles of drawing, 5,664 images; a tenth of the names is held out. First comes an autoencoder with
+latents of 4 x 8 x 8, then a teacher conditioned on captions that all-MiniLM-L6-v2 encodes. Both are in
+the layout of Stable Diffusion, so the students run in its pipelines. Not in the paper. Cost: judging by
+its parts, minutes on a GPU and hours on two CPU cores (not run from start to end at once).
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from guided_distill.recipes import BASELINES, as_variant, chosen
 def get_config(variant: str = "") -> ConfigDict:
     """variant: "", a baseline ("single_w", "two_student", "naive"), or "runlocal" for seconds.
 
-    "runlocal" needs the two files that are prepared; a baseline may stand beside it, after a comma.
+    "runlocal" needs the two prepared files; it can be combined with a baseline, after a comma.
     """
     names = chosen(variant, *BASELINES, "runlocal")
     config = default_config()
@@ -42,10 +42,10 @@ def get_config(variant: str = "") -> ConfigDict:
         "num_attention_heads": (2, 4),
         "layers_per_block": 1,
         "cross_attention_dim": 384,
-        # Few groups: normalization takes out what time and w add to all channels of a group.
+        # Few groups: normalization removes what time and w add to all channels of a group.
         "norm_num_groups": 8,
     }
-    # More than one update in a call is slow on a CPU: see training/step.py.
+    # More than one update per call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
     config.checkpoint_every = 500
     config.autoencoder.steps = 4000

@@ -3,9 +3,9 @@
     guided-distill prepare fashion_mnist --out data
     guided-distill train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 
-The data are two files, data/fashion_mnist_train.npz and ..._test.npz, of the data set's own 60,000 and
-10,000 images, which the first command makes of Debian's package dataset-fashion-mnist.
---config.data.name=tfds:fashion_mnist reads them as TensorFlow Datasets prepared them.
+The data are two files, data/fashion_mnist_train.npz and ..._test.npz, with the data set's own 60,000
+and 10,000 images, which the first command makes from Debian's package dataset-fashion-mnist.
+--config.data.name=tfds:fashion_mnist reads the images that TensorFlow Datasets prepared.
 
 The variants share the main run's teacher: add --config.start_from=runs/fashion_mnist/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "embedding_width": 128,
         "patch_size": 2,
     }
-    # More than one update in a call is slow on a CPU: see training/step.py.
+    # More than one update per call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
     config.checkpoint_every = 500
     for stage in (config.teacher, config.guidance, config.halving):

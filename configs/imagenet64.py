@@ -5,8 +5,8 @@
 Data: TFDS's imagenet_resized/64x64, prepared on disk (guided_distill/data/tfds.py); the set
 downsampled_imagenet has no labels. Cost: not run. Expected, as other papers quote it: an FID of 18.5,
 5.81, 2.24 and 2.31 for the stochastic student of 1, 2, 4 and 8 steps (Multistep Consistency Models,
-table 5; that w was 0.3 is not confirmed by a source we could read), and of 7.54 for the best student of
-one step (Distribution Matching Distillation, table 1).
+table 5; no source we could read confirms that w was 0.3), and of 7.54 for the best student of one step
+(Distribution Matching Distillation, table 1).
 
 The baselines "single_w" (at w = 0.3), "two_student" and "naive" share the main run's teacher: add
 --config.start_from=runs/imagenet64/teacher. For another w, set config.guidance.w_min and w_max to it,
@@ -24,8 +24,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.name = "tfds:imagenet_resized/64x64"
     config.data.shape = (64, 64, 3)
     config.data.condition = {"label": 1000}
-    # Salimans & Ho's network, but for its output, and their training; the teacher's number of updates is
-    # Ho & Salimans'.
+    # Salimans & Ho's network, except for its output, and their training; the teacher's number of
+    # updates is Ho & Salimans'.
     config.model.dtype = "bfloat16"
     config.model.options = {
         "width": 192,
@@ -36,15 +36,15 @@ def get_config(variant: str = "") -> ConfigDict:
         "embedding_width": 768,
         "remat": "blocks",
     }
-    # On 16 chips of v5e, copies of the weights would leave less than a tenth of the memory free.
+    # On 16 v5e chips, copies of the weights would leave less than a tenth of the memory free.
     config.fsdp = 0
-    # Many batches of this size in one call would fill the memory.
+    # Several batches of this size per call would fill the memory.
     config.steps_per_dispatch = 1
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 2048
     config.teacher.learning_rate = 3e-4
     config.teacher.dropout = 0.1
-    # Not confirmed by a source we could read.
+    # Not confirmed by any source we could read.
     config.guidance.learning_rate = 3e-4
     config.halving.learning_rate = 1e-4
     # The encoder of the paper's style transfer.

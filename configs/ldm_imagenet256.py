@@ -1,13 +1,13 @@
-"""The class-conditional latent diffusion model of ImageNet 256x256 (Rombach et al. 2022), distilled.
+"""The class-conditional latent diffusion model for ImageNet 256x256 (Rombach et al. 2022), distilled.
 
     guided-distill import --from cin256-v2.safetensors --workdir runs/cin256
     guided-distill encode --data tfds:imagenet2012 --image_size 256 --flip \\
         --autoencoder runs/cin256/companions/vae --out data/imagenet256_cin256
     guided-distill train --config configs/ldm_imagenet256.py --workdir runs/cin256_distilled
 
-Meng et al. 2023, the section on ImageNet 256x256. w in [0, 14] is not confirmed by a source we could
-read, nor are the rounds, taken from Stable Diffusion's. Cost: not run. Expected: the teacher's FID in 2
-to 4 steps, as reviews of the paper say.
+Meng et al. 2023, section on ImageNet 256x256. No source we could read confirms w in [0, 14], or the
+rounds, which are those for Stable Diffusion. Cost: not run. Expected: the teacher's FID with 2 to 4
+steps, according to reviews of the paper.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""A class-conditional Gaussian mixture in the plane, where the guided target is known exactly.
+"""A class-conditional Gaussian mixture in the plane, for which the guided target is known exactly.
 
 Cost: a few minutes on two CPU cores. Command:
 

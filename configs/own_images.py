@@ -1,9 +1,10 @@
-"""Images of your own at 16x16, from a folder to students in a quarter of an hour on two CPU cores.
+"""Your own images at 16x16, from a folder to students in a quarter of an hour on two CPU cores.
 
     guided-distill train --config configs/own_images.py --config.data.name=folder:PATH --workdir runs/own
 
-A sub-folder of PATH is a class. On an accelerator, with many thousands of images, raise data.image_size,
-the network's width and the updates: configs/cifar10.py is at the paper's scale, as far as that is known.
+Each sub-folder of PATH is a class. On an accelerator, with many thousands of images, raise
+data.image_size, the network's width and the number of updates: configs/cifar10.py is at the paper's
+scale, as far as that is known.
 """
 
 import ml_collections
@@ -30,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "embedding_width": 128,
         "patch_size": 2,
     }
-    # More than one update in a call is slow on a CPU: see training/step.py.
+    # More than one update per call is slow on a CPU: see training/step.py.
     config.steps_per_dispatch = 1
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 32

@@ -1,10 +1,10 @@
-"""32x32 colour patches of ten photographs: CIFAR-10's shape, with nothing to download.
+"""32x32 colour patches from ten photographs: CIFAR-10's shape, with nothing to download.
 
-Cost: not run to its end; a patch transformer, meant for an accelerator. Command:
+The network is a patch transformer, meant for an accelerator. Cost: not run to its end. Command:
 
     guided-distill train --config configs/photo10.py --workdir runs/photo10
 
-Variant "unet" has a small U-Net in its place.
+The variant "unet" uses a small U-Net instead.
 """
 
 import ml_collections

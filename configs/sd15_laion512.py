@@ -1,13 +1,13 @@
-"""Stable Diffusion 1.5 at 512 pixels, distilled as Meng et al. 2023 do, sections on latent space.
+"""Stable Diffusion 1.5 at 512 pixels, distilled as in Meng et al. 2023, sections on latent space.
 
     guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15
     guided-distill encode --data folder:laion512 --image_size 512 --out data/laion512_sd15 \\
         --autoencoder runs/sd15/companions/vae --text_encoder clip:runs/sd15/companions
     guided-distill train --config configs/sd15_laion512.py --workdir runs/sd15_distilled
 
-The teacher predicts eps; the first stage makes it predict v. Cost: not run; others price the paper's at
-108.8 days of one A100 (InstaFlow). Expected, as others quote the paper: an FID of 37.2, 26.0 and 26.4 and
-a CLIP score of 0.275, 0.297 and 0.300 at 1, 2 and 4 steps, on 5,000 captions of COCO 2017 (Adversarial
+The teacher predicts eps; the first stage makes it predict v. Cost: not run; others estimate the paper's
+at 108.8 A100 days (InstaFlow). Expected, as others quote the paper: an FID of 37.2, 26.0 and 26.4 and a
+CLIP score of 0.275, 0.297 and 0.300 at 1, 2 and 4 steps, on 5,000 captions of COCO 2017 (Adversarial
 Diffusion Distillation, table 2).
 """
 

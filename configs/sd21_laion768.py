@@ -1,13 +1,13 @@
-"""Stable Diffusion 2.1 at 768 pixels, whose teacher predicts v already.
+"""Stable Diffusion 2.1 at 768 pixels, whose teacher already predicts v.
 
     guided-distill import --from stable-diffusion-2-1 --workdir runs/sd21
     guided-distill encode --data folder:laion768 --image_size 768 --out data/laion768_sd21 \\
         --autoencoder runs/sd21/companions/vae --text_encoder clip:runs/sd21/companions
     guided-distill train --config configs/sd21_laion768.py --workdir runs/sd21_distilled
 
-Not in the paper, which distills an earlier Stable Diffusion; its training is taken over. Cost: not
-run. Nothing is known of what to expect. "base" is the 512-pixel model, which predicts eps: it starts
-from runs/sd21_base and learns from data/laion512_sd21.
+Not in the paper, which distills an earlier Stable Diffusion; this config uses its training. Cost: not
+run. Expected results are unknown. "base" is the 512-pixel model, which predicts eps: it starts from
+runs/sd21_base and trains on data/laion512_sd21.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ SIZES = {"block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (5
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "" for 768 pixels, "base" for 512; "runlocal" or a baseline may follow, after a comma."""
+    """variant: "" for 768 pixels, "base" for 512; "runlocal" or a baseline can follow, after a comma."""
     names = chosen(variant, "base", *BASELINES, "runlocal")
     config = latent_paper_config()
     config.model.name = "sd_unet"

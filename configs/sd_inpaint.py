@@ -5,8 +5,8 @@
         --autoencoder runs/sd_inpaint/companions/vae --text_encoder clip:runs/sd_inpaint/companions
     guided-distill train --config configs/sd_inpaint.py --workdir runs/sd_inpaint_distilled
 
-Meng et al. 2023, the section on in-painting. Its masks weren't available to us: guided_distill/prepare/
-masks.py has ours. Cost: not run. Expected: pictures as good as the teacher's in 2 to 4 steps.
+Meng et al. 2023, section on in-painting. We couldn't obtain its masks: guided_distill/prepare/masks.py
+has ours. Cost: not run. Expected: images as good as the teacher's with 2 to 4 steps.
 """
 
 from ml_collections import ConfigDict
