@@ -20,8 +20,8 @@ import numpy as np
 from guided_distill.config import Experiment, parse
 from guided_distill.data.outline import outline_of
 from guided_distill.data.pipeline import batches
-from guided_distill.latent_space import open_data
 from guided_distill.plan.programs import networks_of
+from guided_distill.run_data import open_data
 from guided_distill.stages import Stage, all_stages, compiled_step
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.state import split_initial_state

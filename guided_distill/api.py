@@ -23,7 +23,7 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.latent_space import LatentSpace, load_latent_space
 from guided_distill.places import path_named
-from guided_distill.report.samples import last_finished
+from guided_distill.runs import last_finished
 from guided_distill.training.trained import Description, Trained, load_finished
 
 

@@ -1,260 +1,26 @@
-"""A run's own latent space: its autoencoder, and the data as latents and embedded texts."""
+"""A run's autoencoder: pixels to latents and back."""
 
 import functools
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from guided_distill import draws
-from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
-from guided_distill.data import sources
-from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
-from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.layouts.companions import COMPANIONS, autoencoder_config, read_autoencoder
-from guided_distill.layouts.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
-from guided_distill.layouts.diffusers_folder import (
-    DIFFUSERS_VERSION,
-    MODEL_INDEX,
-    SCHEDULER_CONFIG,
-    WEIGHTS,
-    write_component,
-)
-from guided_distill.layouts.json_files import write_json
-from guided_distill.layouts.torch_layout import to_tensors
-from guided_distill.models.registry import Params, check_module, check_options
+from guided_distill.layouts.companions import COMPANIONS, read_autoencoder
+from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
-from guided_distill.objectives.autoencoder import autoencoder_loss
-from guided_distill.prepare.encode import check_image_shape, encode
-from guided_distill.text.registry import copy_text_encoder, load_text_encoder
-from guided_distill.training.mesh import data_mesh
-from guided_distill.training.processes import first_alone
-from guided_distill.training.session import train_in
-from guided_distill.training.state import make_optimizer
-from guided_distill.training.step import make_train_step
 
-SCALE_EXAMPLES = 4096
-"""Images whose latents' deviation sets the scaling factor."""
-
-_BATCH = 8
+BATCH_SIZE = 8
 """Images in a call of an autoencoder: one of 512 pixels takes a gigabyte."""
-
-_SHARD = 4096
 
 
 def autoencoder_folder(workdir: epath.Path) -> epath.Path:
     """Where a run's autoencoder lies, in diffusers' layout."""
     return workdir / COMPANIONS / "vae"
-
-
-def open_data(experiment: Experiment) -> Source:
-    """The data that the config names. Raises UserError if they aren't what it says."""
-    data = experiment.data
-    source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
-    if data.channels not in (None, source.shape[-1]):
-        raise UserError(
-            f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
-            f"give it images of that kind, or set config.data.channels to what it has"
-        )
-    check_expected(data, source)
-    if source.latent and data.flip:
-        raise UserError(
-            "config.data.flip would mirror latents, which are no latents of mirrored images: set it to "
-            "False, and let `guided-distill encode --flip` encode both"
-        )
-    if data.text_encoder and not experiment.autoencoder.steps:
-        raise UserError(
-            "config.data.text_encoder is for a run with an autoencoder: set config.autoencoder.steps, or "
-            "let `guided-distill encode` embed the texts and name its folder in config.data.name"
-        )
-    if data.text_encoder and source.captions is None:
-        raise UserError(
-            f"config.data.text_encoder is set, but {data.name} has no captions: set it to None, or give "
-            f"data that have them"
-        )
-    return source
-
-
-def outline_of_latents(source: Source, experiment: Experiment) -> Source:
-    """What `latents_of` will be like, to check a network by before anything is trained.
-
-    Raises UserError if the autoencoder's options, the images or the text encoder don't fit.
-    """
-    module = check_autoencoder(experiment.autoencoder, source)
-    images = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
-    latents = check_module(
-        "config.autoencoder.options",
-        module,
-        f"autoencoder of {source.name}",
-        lambda: jax.eval_shape(
-            lambda key, images: module.init_with_output(key, images, method="to_latents")[0],
-            jax.eval_shape(jax.random.key, 0),
-            images,
-        ),
-        shape=source.shape,
-    )
-    text_encoder = experiment.data.text_encoder
-    condition_shapes: dict[str, tuple[int, ...]] = {"label": ()}
-    if text_encoder:
-        condition_shapes = {"text": load_text_encoder(text_encoder).shape}
-    return replace(
-        source,
-        shape=latents.shape[1:],
-        class_names=() if text_encoder else source.class_names,
-        condition_shapes=condition_shapes,
-        latent=True,
-    )
-
-
-def outline_for(experiment: Experiment) -> Outline:
-    """What the denoisers of a run are trained on, told by the config, or else by the data."""
-    if expected := expected_outline(experiment.data):
-        return expected
-    source = open_data(experiment)
-    return outline_of(
-        outline_of_latents(source, experiment) if experiment.autoencoder.steps else source
-    )
-
-
-def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> Source:
-    """What the run's denoisers are trained on: latents by an autoencoder of the run's own.
-
-    The autoencoder is trained first where it isn't finished, and the data are encoded, texts too.
-    Raises UserError if it is unfinished and config.stage asks for another stage.
-    """
-    data = experiment.data
-    if not (workdir / COMPANIONS / MODEL_INDEX).exists():
-        if experiment.stage not in ("all", AUTOENCODER):
-            raise UserError(
-                f"{workdir} has no autoencoder yet, and the next stage needs it: train it with "
-                f"--config.stage={AUTOENCODER}, or everything with --config.stage=all"
-            )
-        if jax.process_count() > 1:
-            raise UserError(
-                f"{workdir} has no autoencoder yet, and one process trains it: run one first, with "
-                f"--config.stage={AUTOENCODER}, then go on with {jax.process_count()} processes"
-            )
-        train_autoencoder(experiment, source, workdir)
-    folder = workdir / "latents"
-    first_alone(
-        lambda: encode(
-            folder,
-            data=data.name,
-            image_size=data.image_size,
-            autoencoder=autoencoder_folder(workdir),
-            text_encoder=data.text_encoder,
-            mirrored=data.flip,
-            batch_size=_BATCH,
-            shard_size=_SHARD,
-        )
-    )
-    return sources.load(f"encoded:{folder}")
-
-
-def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:
-    """Train the run's autoencoder on the images of `source`, and write it to its folder.
-
-    Its scaling factor makes the latents of the training images have a deviation of one. Raises
-    UserError as training does, and for data that aren't images of its size.
-    """
-    settings = experiment.autoencoder
-    module = check_autoencoder(settings, source)
-    seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
-    init_key, loop_key = jax.random.split(draws.key_of(seed))
-
-    def initial() -> Params:
-        return jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
-
-    optimizer = make_optimizer(settings, steps=settings.steps)
-    mesh = data_mesh()
-    step = make_train_step(
-        lambda params, frozen, batch, key: autoencoder_loss(
-            module, params, batch["image"], key, kl_weight=settings.kl_weight
-        ),
-        optimizer,
-        ema_decay=settings.ema_decay,
-        mesh=mesh,
-        accumulation=settings.accumulation,
-    )
-    state = train_in(
-        workdir / AUTOENCODER,
-        source=source,
-        flip=experiment.data.flip,
-        seed=seed,
-        shapes=jax.eval_shape(initial),
-        initial=initial,
-        step=step,
-        optimizer=optimizer,
-        settings=settings,
-        total_steps=settings.steps,
-        frozen={},
-        key=loop_key,
-        cadence=experiment.cadence,
-        about={"stage": AUTOENCODER},
-        mesh=mesh,
-        title=AUTOENCODER,
-    )
-    factor = _scaling_factor(module, state.result, source)
-    _write_companions(
-        workdir / COMPANIONS, experiment, module.clone(scaling_factor=factor), state.result, source
-    )
-
-
-def _write_companions(
-    folder: epath.Path,
-    experiment: Experiment,
-    module: AutoencoderKL,
-    params: Params,
-    source: Source,
-) -> None:
-    """What the run's denoisers need beside them, as diffusers keeps it; the index last of all."""
-    model, text_encoder = experiment.model, experiment.data.text_encoder
-    write_component(
-        folder / "vae",
-        autoencoder_config(module, sample_size=source.shape[0]),
-        to_tensors(params),
-        WEIGHTS,
-    )
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "text_encoder": [None, None],
-        "tokenizer": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if model.schedule != "cosine" and model.parameterization in PARAMETERIZATIONS.values():
-        chain = Chain(model.parameterization, model.schedule, model.schedule_options)
-        scheduler = scheduler_config(chain, num_steps=None)
-        write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler)
-        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if text_encoder:
-        index |= copy_text_encoder(text_encoder, folder)
-    write_json(folder / MODEL_INDEX, index)
-
-
-def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
-    """The autoencoder of a config. Raises UserError if its options or the images don't fit."""
-    fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
-    check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
-    module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])
-    check_image_shape(module, source)
-    return module
-
-
-def _scaling_factor(module: AutoencoderKL, params: Params, source: Source) -> float:
-    unscaled = LatentSpace(module.clone(scaling_factor=1.0), params)
-    chunks = source.chunks(SCALE_EXAMPLES)
-    return float(1.0 / np.std(np.concatenate([unscaled.to_latents(x["image"]) for x in chunks])))
 
 
 @dataclass(frozen=True)
@@ -282,10 +48,10 @@ class LatentSpace:
 
     def _batched(self, run: Callable[..., Any], arrays: np.ndarray) -> np.ndarray:
         found = []
-        for start in range(0, len(arrays), _BATCH):
-            batch = arrays[start : start + _BATCH]
+        for start in range(0, len(arrays), BATCH_SIZE):
+            batch = arrays[start : start + BATCH_SIZE]
             # One size, so one compilation.
-            size = min(_BATCH, len(arrays))
+            size = min(BATCH_SIZE, len(arrays))
             padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (arrays.ndim - 1)])
             found.append(np.asarray(run({"params": self.params}, padded))[: len(batch)])
         return np.concatenate(found)

@@ -1,13 +1,18 @@
 """Samples as pictures: grids of images by Pillow, points in the plane by matplotlib."""
 
+from __future__ import annotations
+
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from guided_distill.data.pixels import to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 8
 """Pixels between the images of a grid."""
@@ -36,6 +41,8 @@ def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
 
 def point_plots(points: np.ndarray, labels: np.ndarray, *, size: float) -> Figure:
     """Sets of points [k, n, 2] beside each other, `size` inches each, coloured by label [n]."""
+    from matplotlib.figure import Figure  # Takes a second, and images need none of it.
+
     figure = Figure(figsize=(size * len(points), size), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]
     for axes, each in zip(panels, points, strict=True):
@@ -62,8 +69,8 @@ def png(
 ) -> bytes:
     """The picture as a file; dpi is for figures, whose sizes are in inches; information, for images."""
     data = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(data, format="png", dpi=dpi)
-    else:
+    if isinstance(picture, Image.Image):
         picture.save(data, "PNG", pnginfo=information)
+    else:
+        picture.savefig(data, format="png", dpi=dpi)
     return data.getvalue()

@@ -19,18 +19,17 @@ from guided_distill.config import (
     Experiment,
     changed_keys,
     differences,
-    parse_recorded,
 )
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.latent_space import latents_of, open_data, outline_of_latents
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.places import path_named
+from guided_distill.run_data import latents_of, open_data, outline_of_latents
+from guided_distill.runs import is_finished, read_config
 from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
 from guided_distill.storage import (
     check_writable,
-    first_line,
     held,
     is_there,
     persistently,
@@ -158,36 +157,6 @@ def unbegun(workdir: epath.Path, experiment: Experiment) -> list[list[Stage]]:
         for chain in chains(experiment)
         if not any(is_finished(workdir, stage) for stage in chain)
     ]
-
-
-def is_finished(workdir: epath.Path, stage: Stage) -> bool:
-    """Whether the run has the stage's last checkpoint, without opening it."""
-    return latest_step(workdir / stage.name) == stage.total_steps
-
-
-def read_config(workdir: epath.Path) -> Experiment:
-    """The config of a run. Raises UserError if the folder holds none."""
-    path = workdir / "config.json"
-    if not is_there(path):
-        raise UserError(
-            f"{workdir} holds no run (config.json is missing): give the --workdir of a "
-            f"`guided-distill train`"
-        )
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({first_line(error)}): remove it, and run `guided-distill train` with "
-            f"the run's --config, which writes it anew"
-        ) from error
-    return parse_recorded(values)
-
-
-def finished_stages(workdir: epath.Path) -> list[str]:
-    """Folders of the run's finished stages, in the order of training, without opening them."""
-    return [stage.name for stage in all_stages(read_config(workdir)) if is_finished(workdir, stage)]
 
 
 class Pipeline:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import jax
 from etils import epath
 
-from guided_distill import pipeline
+from guided_distill import pipeline, runs
 from guided_distill.config import Experiment, changed_keys
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.evaluation.evaluate import evaluate
@@ -71,7 +71,7 @@ def _with_teacher(run: Run, earlier: Sequence[Run], folder: epath.Path) -> Exper
     """The run's config, told to start from a like teacher where an earlier run has one."""
     experiment = run.experiment
     if (folder / run.name / "config.json").exists():
-        begun = pipeline.read_config(folder / run.name)
+        begun = runs.read_config(folder / run.name)
         return replace(experiment, start_from=begun.start_from)
     if experiment.start_from or experiment.autoencoder.steps:
         return experiment

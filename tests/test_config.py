@@ -14,8 +14,8 @@ from guided_distill import config, kinds
 from guided_distill.data import sources
 from guided_distill.diffusion.schedules import last_log_snr
 from guided_distill.errors import UserError
-from guided_distill.latent_space import outline_of_latents
 from guided_distill.models.registry import MODELS, check_network
+from guided_distill.run_data import outline_of_latents
 from guided_distill.training.trained import network_of
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from guided_distill import cli, pipeline
+from guided_distill import cli, runs
 from guided_distill.evaluation import evaluate, reference, registry
 from guided_distill.evaluation.results import read_results
 from guided_distill.sampling import cycling_labels, of_labels, sample
@@ -54,7 +54,7 @@ def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
     assert cli.main(["evaluate", *where]) == 0
     assert cli.main(["report", *where]) == 0
 
-    experiment = pipeline.read_config(workdir)
+    experiment = runs.read_config(workdir)
     stages = all_stages(experiment)
     assert all((workdir / stage.name / "checkpoints").is_dir() for stage in stages)
     measured = {

@@ -50,6 +50,36 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("guided-distill 0.")
 
 
+def loaded_after(text: str) -> set[str]:
+    """The packages that a program has imported."""
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{text}\nprint(*sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return {module.partition(".")[0] for module in told.split()}
+
+
+def test_what_takes_long_to_import_waits_until_it_is_needed():
+    assert not {"jax", "flax", "matplotlib", "scipy"} & loaded_after("import guided_distill")
+    loaded = loaded_after("import guided_distill\nguided_distill.load")
+    assert "jax" in loaded
+    assert not {"matplotlib", "grain", "scipy", "tensorboardX", "array_record"} & loaded
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "train --help", "sample --num x"])
+def test_the_command_answers_without_jax(arguments):
+    answer = f"""
+from guided_distill.cli import main
+try:
+    main({arguments.split()})
+except SystemExit:
+    pass
+"""
+    assert not {"jax", "flax", "matplotlib", "scipy"} & loaded_after(answer)
+
+
 def test_doctor_tells_what_there_is_and_tries_it(capsys):
     assert cli.main(["doctor"]) == 0
     told = capsys.readouterr()

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from guided_distill import cli, pipeline
+from guided_distill import cli, runs
 from guided_distill.applications import style_transfer
 from guided_distill.data import sources
 from guided_distill.diffusion import samplers
@@ -100,7 +100,7 @@ def test_the_stochastic_student_of_one_step_is_its_teacher(finished):
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert not (finished / UNTRAINED / "metrics.jsonl").exists()
-    assert UNTRAINED in pipeline.finished_stages(epath.Path(finished))
+    assert UNTRAINED in runs.finished_stages(epath.Path(finished))
 
 
 def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished, tmp_path, capsys):
@@ -561,11 +561,11 @@ def test_evaluate_names_the_flag_that_is_wrong(finished, capsys, arguments, said
 
 def test_a_stage_without_its_config_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        pipeline.read_config(epath.Path(tmp_path))
+        runs.read_config(epath.Path(tmp_path))
     for damaged in (b"", b'{"seed": 1', b"\xff\xfe", b"[" * 99999, b"[]", b"7", b"null"):
         (tmp_path / "config.json").write_bytes(damaged)
         with pytest.raises(UserError, match=r"config\.json is damaged .*: remove it, and run"):
-            pipeline.read_config(epath.Path(tmp_path))
+            runs.read_config(epath.Path(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"seed": "x"}))
     with pytest.raises(UserError, match=r"config\.seed"):
-        pipeline.read_config(epath.Path(tmp_path))
+        runs.read_config(epath.Path(tmp_path))

@@ -16,14 +16,14 @@ from PIL import Image
 from text_models import write_clip_of_both, write_minilm
 
 import guided_distill
-from guided_distill import cli, latent_space
+from guided_distill import cli, run_data
 from guided_distill.applications import text_to_image
 from guided_distill.applications.text_to_image import edit, generate, inpaint, load_text_to_image
 from guided_distill.data.encoded import INPAINT
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
-from guided_distill.pipeline import finished_stages
+from guided_distill.runs import finished_stages
 from guided_distill.sampling import initial_noise, sample
 from guided_distill.training.trained import read_finished
 
@@ -430,7 +430,7 @@ def test_the_autoencoder_is_trained_in_as_many_parts_as_asked(
     def tell_size(module, params, x, key, **settings):
         raise UserError(f"{len(x)} at once")
 
-    monkeypatch.setattr(latent_space, "autoencoder_loss", tell_size)
+    monkeypatch.setattr(run_data, "autoencoder_loss", tell_size)
     parts = ["--config.autoencoder.batch_size=8", "--config.autoencoder.accumulation=2"]
     assert cli.main(["train", "--workdir", str(tmp_path / "run"), *arguments, *parts]) == 2
     assert "4 at once" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from guided_distill.data.images import read_images
 from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.pipeline import read_config
+from guided_distill.runs import read_config
 from guided_distill.sampling import encode, of_labels, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step

@@ -15,9 +15,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 from etils import epath
 
@@ -26,6 +25,9 @@ from guided_distill.errors import UserError
 from guided_distill.files import is_text
 from guided_distill.places import local_path_named
 from guided_distill.storage import first_line
+
+if TYPE_CHECKING:
+    from grain.sources import ArrayRecordDataSource
 
 NUMBERS = np.dtype("<f2")
 FORMAT = 1
@@ -158,14 +160,17 @@ def shards(folder: epath.Path, kind: str, count: int, size: int) -> list[Shard]:
 
 def _open(
     folder: epath.Path, kind: str, width: int, count: int, size: int
-) -> grain.sources.ArrayRecordDataSource:
+) -> "ArrayRecordDataSource":
     """`count` records of `width` bytes each, `size` in a file."""
+    # Takes a while, and of all that a loaded model imports, only this needs it.
+    from grain.sources import ArrayRecordDataSource
+
     paths = []
     for path, start, stop in shards(folder, kind, count, size):
         if not path.exists():
             raise UserError(f"{path} is missing, so the encoding isn't finished: {_AGAIN}")
         try:
-            found = len(grain.sources.ArrayRecordDataSource([str(path)]))
+            found = len(ArrayRecordDataSource([str(path)]))
         except RuntimeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it and {_AGAIN}") from error
         if found != stop - start:
@@ -174,7 +179,7 @@ def _open(
                 f"{_AGAIN}"
             )
         paths.append(str(path))
-    records = grain.sources.ArrayRecordDataSource(paths)
+    records = ArrayRecordDataSource(paths)
     if count and len(records[0]) != width:
         raise UserError(
             f"{folder.parent / ABOUT} isn't what it should be (a record of {paths[0]} has "

@@ -36,7 +36,7 @@ from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
 from guided_distill.latent_space import load_latent_space
 from guided_distill.layouts.companions import COMPANIONS
-from guided_distill.pipeline import read_config
+from guided_distill.runs import read_config
 from guided_distill.sampling import sample_batches
 from guided_distill.storage import write_bytes
 from guided_distill.text.encoder import SentenceEncoder

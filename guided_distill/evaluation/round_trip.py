@@ -17,7 +17,7 @@ from guided_distill.data.source import Examples
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.evaluation.results import read_rows, write_rows
-from guided_distill.pipeline import read_config
+from guided_distill.runs import read_config
 from guided_distill.sampling import encode, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import checkpoint_id

@@ -20,7 +20,6 @@ from guided_distill.evaluation.results import (
     shared_weights,
 )
 from guided_distill.evaluation.round_trip import RoundTrip
-from guided_distill.pipeline import read_config
 from guided_distill.report.figures import (
     loss_figure,
     mean_over_w,
@@ -33,6 +32,7 @@ from guided_distill.report.figures import (
 from guided_distill.report.grids import FEW_STEPS, frames, middle_weight, paths, rounds
 from guided_distill.report.html import cell, data_url, render
 from guided_distill.report.shortfalls import expected_stages, shortfalls
+from guided_distill.runs import read_config
 from guided_distill.stages import all_stages
 from guided_distill.storage import write_text
 from guided_distill.training.metrics import read_metrics

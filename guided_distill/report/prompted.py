@@ -22,7 +22,8 @@ from guided_distill.data.images import read_images, read_mask, size_at
 from guided_distill.errors import UserError
 from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
-from guided_distill.report.samples import last_finished, name_for
+from guided_distill.report.samples import name_for
+from guided_distill.runs import last_finished
 from guided_distill.sampling import given_or_trained, usual_w
 from guided_distill.storage import write_bytes
 

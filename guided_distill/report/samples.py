@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
-from guided_distill.pipeline import finished_stages, read_config
+from guided_distill.runs import last_finished
 from guided_distill.sampling import class_index, given_or_trained, of_labels, sample, usual_w
-from guided_distill.stages import all_stages
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
 from guided_distill.training.trained import load_finished
@@ -106,20 +104,3 @@ def _drawn(samples: np.ndarray, colours: np.ndarray, *, columns: int) -> bytes:
         return png(point_plot(samples, colours), dpi=100)
     scale = -(-SMALLEST_SIDE // samples.shape[1])
     return png(image_grid(samples, columns=columns, scale=scale))
-
-
-def last_finished(workdir: epath.Path) -> str:
-    """The folder of the last finished stage that samples. Raises UserError if there is none."""
-    return finished_samplers(workdir)[-1]
-
-
-def finished_samplers(workdir: epath.Path) -> list[str]:
-    """Folders of the finished stages that sample, in the order of training.
-
-    Raises UserError if there is none.
-    """
-    encoders = {stage.name for stage in all_stages(read_config(workdir)) if stage.sampler == ENCODE}
-    names = [name for name in finished_stages(workdir) if name not in encoders]
-    if not names:
-        raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
-    return names

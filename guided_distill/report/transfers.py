@@ -11,9 +11,9 @@ from guided_distill.applications.style_transfer import (
 )
 from guided_distill.data import sources
 from guided_distill.errors import UserError
-from guided_distill.pipeline import read_config
 from guided_distill.places import path_named
 from guided_distill.report.samples import name_for, write_files
+from guided_distill.runs import read_config
 from guided_distill.sampling import class_index, usual_w
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill import api
-from guided_distill.report.samples import finished_samplers
+from guided_distill.runs import finished_samplers
 from guided_distill.sampling import given_or_trained
 from guided_distill.training.trained import Description, read_description
 

@@ -148,10 +148,10 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from rich.console import Console
 
     from guided_distill import config
-    from guided_distill.latent_space import outline_for
     from guided_distill.plan.plan import make_plans
     from guided_distill.plan.topologies import find_topology
     from guided_distill.report.plans import lines_under, plan_json, plan_table
+    from guided_distill.run_data import outline_for
     from guided_distill.training.preemption import stopping_at_once
 
     experiment = config.parse(read_config(options.config, overrides))

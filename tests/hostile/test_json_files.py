@@ -18,7 +18,7 @@ from harness import Case, Refusal, attempt, begin, command
 from PIL import Image
 from test_configs import TINY
 
-from guided_distill import pipeline
+from guided_distill import pipeline, runs
 from guided_distill.data import encoded, sources
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.results import COLUMNS, read_results
@@ -229,7 +229,7 @@ def config_of_run(case, whole):
     """config.json, through the verbs that read it."""
     run = copied(case, whole / "run")
     mutate(case.rng, run / "config.json")
-    found = attempt(lambda: pipeline.read_config(run))
+    found = attempt(lambda: runs.read_config(run))
     use(case, run)
     if not isinstance(found, Refusal):
         agree(json.loads((run / "config.json").read_bytes()), found)

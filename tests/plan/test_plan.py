@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from guided_distill import cli, config
 from guided_distill.data.outline import expected_outline
 from guided_distill.errors import UserError
-from guided_distill.latent_space import open_data, outline_for
 from guided_distill.plan import compiler
 from guided_distill.plan.measured import (
     Collective,
@@ -40,6 +39,7 @@ from guided_distill.plan.programs import (
 )
 from guided_distill.plan.topologies import CHIPS, Topology, chips_of, find_topology
 from guided_distill.report.plans import lines_under
+from guided_distill.run_data import open_data, outline_for
 from guided_distill.stages import all_stages
 from guided_distill.training.mesh import DATA_AXIS, data_mesh
 

@@ -12,12 +12,12 @@ from run_folder import ROW, WEIGHTS, make_run, rows_of
 from guided_distill.config import Data
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import read_results
-from guided_distill.pipeline import read_config
 from guided_distill.report import grids
 from guided_distill.report import page as page_module
 from guided_distill.report.grids import pair
 from guided_distill.report.page import headline, tiles, timed, write_report
 from guided_distill.report.shortfalls import shortfalls
+from guided_distill.runs import read_config
 from guided_distill.stages import all_stages
 from guided_distill.training.metrics import read_metrics
 
