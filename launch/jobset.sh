@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills in launch/jobset.yaml and gives it to GKE.
+# Fills in launch/jobset.yaml and applies it on GKE.
 set -euo pipefail
 
 usage() {
@@ -9,16 +9,16 @@ usage: launch/jobset.sh --name NAME --image IMAGE [options] -- VERB ARGUMENTS...
   launch/jobset.sh --name cifar --image us-docker.pkg.dev/my-project/images/guided-distill:1 --topology 4x4 -- \
     train --config configs/cifar10.py --workdir gs://my-bucket/cifar10
 
-  --accelerator A      GKE's name of the chips (default: tpu-v5-lite-podslice)
-  --topology T         of each slice (default: 4x4)
+  --accelerator A      GKE's name for the chips (default: tpu-v5-lite-podslice)
+  --topology T         topology of each slice (default: 4x4)
   --chips-per-host N   (default: 4)
   --slices N           (default: 1)
   --queue Q            Kueue's local queue (default: multislice-queue, XPK's)
-  --max-restarts N     after failures other than pre-emptions (default: 3)
-  --env NAME=VALUE     a variable of the program's environment; as often as needed
-  --dry-run            print the manifest, and give it to nobody
+  --max-restarts N     restarts after failures other than preemption (default: 3)
+  --env NAME=VALUE     an environment variable for the program; repeatable
+  --dry-run            print the manifest without applying it
 
-IMAGE holds this package with its extra "tpu": launch/README.md tells how it is made.
+IMAGE contains this package with its extra "tpu": launch/README.md explains how to build it.
 END
 }
 

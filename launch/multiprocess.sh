@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs guided-distill as N processes on this machine, which train as one over loopback.
+# Runs guided-distill as N processes on this machine, which train together over loopback.
 set -uo pipefail
 
 usage() {
@@ -8,14 +8,14 @@ usage: launch/multiprocess.sh [options] -- VERB ARGUMENTS...
 
   launch/multiprocess.sh --processes 2 -- train --config configs/digits.py --workdir runs/digits
 
-  --processes N  how many (default: 2)
+  --processes N  number of processes (default: 2)
   --port P       port of the coordinator (default: a free one)
-  --grace S      seconds that the others have to end by themselves when one has failed (default: 20)
-  --dry-run      print what would be run, and run nothing
+  --grace S      seconds for the others to end by themselves after one has failed (default: 20)
+  --dry-run      print the commands without running them
 
 SIGTERM and Ctrl-C are passed on: all processes save at the same step and end with status 75. The same
-command goes on. The exit status is that of the process that failed first. GUIDED_DISTILL names another
-command than guided-distill. Needs bash 4.3.
+command resumes. The exit status is that of the first process to fail. Set GUIDED_DISTILL to run a command
+other than guided-distill. Needs bash 4.3.
 END
 }
 
@@ -58,7 +58,7 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 command -v "${program[0]-}" >/dev/null ||
-  fail "there is no program '${program[0]-}' here: install it, or name another by GUIDED_DISTILL"
+  fail "there is no program '${program[0]-}' here: install it, or name another with GUIDED_DISTILL"
 
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
@@ -75,7 +75,7 @@ running() {
 
 status=0 deadline="" left=("${pids[@]}")
 while ((${#left[@]})); do
-  # Bash hears of a signal, and of an end, within the second.
+  # Bash notices a signal, and the end of a process, within a second.
   sleep 0.2 &
   wait $! 2>/dev/null
   still=()

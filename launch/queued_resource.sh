@@ -11,20 +11,20 @@ usage: launch/queued_resource.sh ACTION --name NAME --project P --zone Z [option
     train --config configs/cifar10.py --workdir gs://my-bucket/cifar10
 
 actions:
-  start   ask for the slice, wait for it, install this checkout's HEAD on every host, run the verb there.
-          A slice that is there is used; one that was pre-empted is asked for again: so this resumes, too.
-          A run that is alive there is left alone
+  start   request the slice, wait for it, install this checkout's HEAD on every host, run the verb there.
+          It uses a slice that exists and requests a preempted one again, so it also resumes.
+          It leaves a running program alone
   watch   follow the log of host 0
-  stop    SIGTERM to all hosts: they save at the same step and end
-  delete  give the slice back
+  stop    send SIGTERM to all hosts: they save at the same step and end
+  delete  release the slice
 
 options:
   --accelerator-type T  such as v5litepod-16, v4-32, v5p-32, v6e-16 (start needs it)
   --runtime-version V   the hosts' image (default: the one for T)
-  --spot                a slice that can be taken away, for less
-  --env NAME=VALUE      a variable of the program's environment; as often as needed
-  --wait S              seconds between looks at the queue (default: 30)
-  --dry-run             print the commands, and run none
+  --spot                a cheaper slice that can be preempted
+  --env NAME=VALUE      an environment variable for the program; repeatable
+  --wait S              seconds between checks of the queue (default: 30)
+  --dry-run             print the commands without running them
 END
 }
 
@@ -85,9 +85,9 @@ on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
 }
 
-# Empty when there is no such slice; what else keeps gcloud from telling ends the script.
+# Empty if there is no such slice; any other error from gcloud ends the script.
 state() {
-  # A dry run goes by what a first run finds: nothing.
+  # A dry run assumes what a first run finds: nothing.
   [[ -z $dry_run ]] || return 0
   local errors
   { errors=$("${describe[@]}" 2>&1 >&3); } 3>&1 && return
@@ -123,8 +123,8 @@ wait_for_slice() {
   local now
   while now=$(state) || exit; [[ $now != ACTIVE ]]; do
     case $now in
-      FAILED | SUSPENDED | SUSPENDING) fail "$name is $now: run the same command to ask for it again" ;;
-      # It was there, and is gone.
+      FAILED | SUSPENDED | SUSPENDING) fail "$name is $now: run the same command to request it again" ;;
+      # It existed and is gone.
       "") [[ -z $seen ]] || ask_for_slice ;;
     esac
     seen=$now
@@ -136,7 +136,7 @@ wait_for_slice() {
 refuse_second_run() {
   local told look='if { kill -0 $(cat guided-distill.pid); } 2>/dev/null; then echo a run is alive; fi'
   if [[ -n $dry_run ]]; then
-    echo "# end here if a host tells of a run:"
+    echo "# end here if a host reports a run:"
     on_hosts all "$look"
     return
   fi
@@ -144,13 +144,13 @@ refuse_second_run() {
   [[ $told != *"a run is alive"* ]] || fail "$name is still running: watch or stop"
 }
 
-# What an installation is made of.
+# What gets installed.
 parts=(guided_distill configs pyproject.toml README.md LICENSE)
 
 install() {
   local checkout archive=guided-distill.tar.gz
   checkout=$(cd "$(dirname "$0")/.." && pwd)
-  # Others could replace a file of a fixed name in the shared temporary folder.
+  # Other users could replace a file with a fixed name in the shared temporary folder.
   if [[ -n $dry_run ]]; then
     folder=FOLDER
     echo "# with a new temporary FOLDER:"
@@ -161,7 +161,7 @@ install() {
   run git -C "$checkout" archive --format tar.gz --prefix guided-distill/ --output "$folder/$archive" \
     HEAD "${parts[@]}"
   run gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:$archive" "${where[@]}" --worker all
-  # What an earlier HEAD had must not be installed again. The images' own Python is older than ours.
+  # Files of an earlier HEAD must not be installed again. The images' own Python is older than ours.
   on_hosts all "(cd guided-distill 2>/dev/null && rm -rf ${parts[*]}); \
 tar xzf $archive && python3 -m pip install --user --quiet uv && \
 python3 -m uv venv --quiet --clear --python 3.12 environment && \
