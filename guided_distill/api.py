@@ -23,18 +23,18 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.latent_space import LatentSpace, load_latent_space
 from guided_distill.places import path_named
-from guided_distill.runs import last_finished
+from guided_distill.runs import stage_to_sample
 from guided_distill.training.trained import Description, Trained, load_finished
 
 
 def load(path: str | epath.Path) -> "Model":
-    """The stage in a folder, or of a run's folder the last finished one that samples.
+    """The stage in a folder, or of a run's folder the last finished one that samples; or a model's file.
 
     Raises UserError if there is none, or if a run of latents lacks its companions.
     """
     directory = path_named(str(path))
     if not (directory / "checkpoints").exists():
-        directory /= last_finished(directory)
+        directory = stage_to_sample(directory, None)
     trained = load_finished(directory)
     if "text" in trained.description.condition_shapes:
         prompted = load_text_to_image(directory)

@@ -118,8 +118,8 @@ class Teacher(Optimization):
     """The guided diffusion model: conditional and unconditional in one network.
 
     label_dropout: the share of examples that lose their condition, be it a label or a text.
-    initial: the folder of another run's teacher to start from, whatever it predicts: so one of eps
-    becomes one of v.
+    initial: the folder of another run's teacher to start from, or its .safetensors file, whatever it
+    predicts: so one of eps becomes one of v.
     """
 
     weighting: Weighting = "snr_plus_one"
@@ -198,8 +198,9 @@ class Experiment:
     halves the steps of the guided teacher directly; "two_student" halves those of its conditional and
     unconditional branches apart, and guides the student when it is sampled.
     stage: "all", or the one stage that `train` should run. start_from: the folder of a finished stage
-    of another run, to distill a teacher that was trained elsewhere. fsdp: over how many devices weights
-    and optimizer are split, 0 for all; of several slices, those of one (guided_distill/training/mesh.py).
+    of another run, or a model's .safetensors file, to distill a teacher that was trained elsewhere.
+    fsdp: over how many devices weights and optimizer are split, 0 for all; of several slices, those of
+    one (guided_distill/training/mesh.py).
     """
 
     seed: kinds.Seed = 0
@@ -273,6 +274,11 @@ def _config_dict_of(section: Any) -> ml_collections.ConfigDict:
         else:
             config[entry.name] = value
     return config
+
+
+def stage_name(kind: str, sampler: str | None, num_steps: int | None) -> str:
+    """The folder of a stage in its run's."""
+    return "_".join(str(part) for part in (kind, sampler, num_steps) if part)
 
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Experiment:

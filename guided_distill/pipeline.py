@@ -307,7 +307,7 @@ class Pipeline:
         about = read_finished(path_named(path))
         if about.stage != "teacher":
             raise UserError(
-                f"config.teacher.initial={path} is a {about.stage} stage: give a teacher's folder"
+                f"config.teacher.initial={path} is a {about.stage} stage: give a teacher"
             )
         self._check_same("teacher.initial", path, self._differences(about))
 

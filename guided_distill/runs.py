@@ -10,6 +10,7 @@ from guided_distill.errors import UserError
 from guided_distill.stages import Stage, all_stages
 from guided_distill.storage import first_line, is_there
 from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.model_file import is_model_file
 
 
 def is_finished(workdir: epath.Path, stage: Stage) -> bool:
@@ -19,6 +20,11 @@ def is_finished(workdir: epath.Path, stage: Stage) -> bool:
 
 def read_config(workdir: epath.Path) -> Experiment:
     """The config of a run. Raises UserError if the folder holds none."""
+    if is_model_file(workdir):
+        raise UserError(
+            f"{workdir} is one model's file, and this takes a run's folder: make one of it by "
+            f"`guided-distill export --workdir {workdir} --out FOLDER`"
+        )
     path = workdir / "config.json"
     if not is_there(path):
         raise UserError(
@@ -42,9 +48,22 @@ def finished_stages(workdir: epath.Path) -> list[str]:
     return [stage.name for stage in all_stages(read_config(workdir)) if is_finished(workdir, stage)]
 
 
-def last_finished(workdir: epath.Path) -> str:
-    """The folder of the last finished stage that samples. Raises UserError if there is none."""
-    return finished_samplers(workdir)[-1]
+def folder_of(workdir: epath.Path) -> epath.Path:
+    """Where companions and results lie: the run's folder, or the folder of a model's file."""
+    return workdir.parent if is_model_file(workdir) else workdir
+
+
+def stage_to_sample(workdir: epath.Path, stage: str | None) -> epath.Path:
+    """Where the model to sample from lies.
+
+    workdir: a run's folder, in which `stage` names a stage's folder, None for the last finished one that
+    samples; or a model's file. Raises UserError if there is none, or for a stage of a file.
+    """
+    if not is_model_file(workdir):
+        return workdir / (stage or finished_samplers(workdir)[-1])
+    if stage is not None:
+        raise UserError(f"--stage is {stage}, but {workdir} is one model's file: leave it out")
+    return workdir
 
 
 def finished_samplers(workdir: epath.Path) -> list[str]:

@@ -10,7 +10,15 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from guided_distill.config import Evaluation, Experiment, Guidance, Halving, Optimization, Teacher
+from guided_distill.config import (
+    Evaluation,
+    Experiment,
+    Guidance,
+    Halving,
+    Optimization,
+    Teacher,
+    stage_name,
+)
 from guided_distill.diffusion.guidance import Condition, with_guidance
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
@@ -41,7 +49,7 @@ class Stage:
     @property
     def name(self) -> str:
         """The stage's folder in the workdir."""
-        return "_".join(str(part) for part in (self.kind, self.sampler, self.num_steps) if part)
+        return stage_name(self.kind, self.sampler, self.num_steps)
 
 
 def chains(experiment: Experiment) -> list[list[Stage]]:

@@ -40,6 +40,7 @@ from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.safetensors_file import is_floating, read_dtypes
 from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.places import local_path_named
+from guided_distill.runs import folder_of
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description, Trained
 
@@ -56,10 +57,10 @@ def export_diffusers(
     pipeline of diffusers could load.
     """
     local_path_named(str(out), "diffusers folders")
-    companions = _companions(workdir)
+    companions = _companions(folder_of(workdir))
     trained = load_one_stage(workdir, out, stages)
     about = trained.description
-    check_exportable(about, epath.Path(trained.path).name)
+    check_exportable(about, trained.name)
     with new_folder(out) as folder:
         _write(trained, companions, folder)
     return [out]

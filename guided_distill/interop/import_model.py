@@ -35,12 +35,14 @@ from guided_distill.layouts.diffusers_folder import (
     weights_files,
 )
 from guided_distill.layouts.json_files import read_json, write_json
+from guided_distill.layouts.safetensors_file import read_metadata
 from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
 from guided_distill.pipeline import claim
 from guided_distill.places import path_named
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.model_file import SUFFIX, is_own
 from guided_distill.training.trained import Description, package_version
 
 log = logging.getLogger(__name__)
@@ -156,8 +158,14 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
         raise UserError(
             f"--prediction_type is {single.prediction_type!r}; choose epsilon or v_prediction"
         )
+    path = path_named(source)
+    if path.suffix == SUFFIX and is_own(read_metadata(path)):
+        raise UserError(
+            f"--from {source} is a model of this program's own: sample it or start from it as it is, or "
+            f"make a run of it by `guided-distill export --workdir {source} --out FOLDER`"
+        )
     checkpoint = read_single_file(
-        path_named(source), prediction_type=single.prediction_type, averaged=single.averaged
+        path, prediction_type=single.prediction_type, averaged=single.averaged
     )
     if checkpoint.text_encoder:
         if single.tokenizer is None or not single.tokenizer.is_dir():

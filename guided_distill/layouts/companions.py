@@ -29,6 +29,7 @@ from guided_distill.layouts.diffusers_folder import (
     WEIGHTS,
     copy_folder,
     read_weights,
+    weights_files,
 )
 from guided_distill.layouts.json_files import read_json
 from guided_distill.layouts.torch_layout import canonical, to_tree
@@ -68,6 +69,20 @@ def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
     if (source / COMPANIONS / MODEL_INDEX).exists() and not (workdir / COMPANIONS).exists():
         with whole(workdir / COMPANIONS) as part:
             copy_folder(source / COMPANIONS, part)
+
+
+def check_companions(source: epath.Path, folder: epath.Path) -> None:
+    """Raises UserError unless `folder` has no companions, or those of the run in `source`."""
+    theirs, ours = folder / COMPANIONS, source / COMPANIONS
+    if theirs.exists() and not _same_autoencoder(theirs, ours):
+        raise UserError(f"{theirs} belongs to another model: choose another folder for --out")
+
+
+def _same_autoencoder(*companions: epath.Path) -> bool:
+    one, other = (weights_files(folder / "vae") for folder in companions)
+    return one.keys() == other.keys() and all(
+        one[name].read_bytes() == other[name].read_bytes() for name in one
+    )
 
 
 def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Params]:

@@ -80,7 +80,7 @@ def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) ->
     Lower precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
     unless every tensor has a place of its shape, every place has its tensor, and all are floating-point.
     """
-    _check(tensors, torch_shapes(template), source)
+    check_tensors(tensors, torch_shapes(template), source=source, told_by="this config.json")
     return unflatten_dict(
         {
             path: np.ascontiguousarray(
@@ -89,6 +89,36 @@ def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) ->
             for path in flatten_dict(template)
         }
     )
+
+
+def check_tensors(
+    tensors: Tensors, needed: Mapping[str, tuple[int, ...]], *, source: object, told_by: str
+) -> None:
+    """Raises UserError, naming `source` and up to ten tensors, unless these are those that are needed.
+
+    needed: the shape of each, by name. told_by: what says so. All must be floating-point.
+    """
+    faults = {
+        "lacks": [name for name in needed if name not in tensors],
+        "has no place for": [name for name in tensors if name not in needed],
+        "has the wrong shape in": [
+            f"{name} ({_size(tensors[name].shape)}, not {_size(shape)})"
+            for name, shape in needed.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    said = [f"{what} {_listed(names)}" for what, names in faults.items() if names]
+    if said:
+        raise UserError(
+            f"{source} {'; '.join(said)}: the weights don't belong to {told_by}, or the file is "
+            f"not whole".replace("has no place for", "holds what the network has no place for:")
+        )
+    for name in needed:
+        if not is_floating(tensors[name].dtype):
+            raise UserError(
+                f"{source} holds {name} as {tensors[name].dtype}, and weights are read from "
+                f"floating-point numbers alone: get the model as it was before it was quantized"
+            )
 
 
 def canonical(tensors: Tensors) -> dict[str, np.ndarray]:
@@ -119,30 +149,6 @@ def _turned(
 
 def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in _TO_TORCH[len(shape)]) if path[-1] == "kernel" else shape
-
-
-def _check(tensors: Tensors, needed: Mapping[str, tuple[int, ...]], source: object) -> None:
-    faults = {
-        "lacks": [name for name in needed if name not in tensors],
-        "has no place for": [name for name in tensors if name not in needed],
-        "has the wrong shape in": [
-            f"{name} ({_size(tensors[name].shape)}, not {_size(shape)})"
-            for name, shape in needed.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    said = [f"{what} {_listed(names)}" for what, names in faults.items() if names]
-    if said:
-        raise UserError(
-            f"{source} {'; '.join(said)}: the weights don't belong to this config.json, or the file is "
-            f"not whole".replace("has no place for", "holds what the network has no place for:")
-        )
-    for name in needed:
-        if not is_floating(tensors[name].dtype):
-            raise UserError(
-                f"{source} holds {name} as {tensors[name].dtype}, and weights are read from "
-                f"floating-point numbers alone: get the model as it was before it was quantized"
-            )
 
 
 def _size(shape: tuple[int, ...]) -> str:

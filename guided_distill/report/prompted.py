@@ -23,7 +23,7 @@ from guided_distill.errors import UserError
 from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import name_for
-from guided_distill.runs import last_finished
+from guided_distill.runs import stage_to_sample
 from guided_distill.sampling import given_or_trained, usual_w
 from guided_distill.storage import write_bytes
 
@@ -131,7 +131,7 @@ def inpaint_to_files(
 
 def _open(workdir: epath.Path, stage: str | None, request: Request) -> tuple[TextToImage, Request]:
     """The model, and the request with its usual w where none is given."""
-    model = load_text_to_image(workdir / (stage or last_finished(workdir)))
+    model = load_text_to_image(stage_to_sample(workdir, stage))
     w = usual_w(model.trained.description) if request.w is None else request.w
     return model, dataclasses.replace(request, w=w)
 
@@ -153,7 +153,7 @@ def _write(
     more: Mapping[str, Any],
 ) -> list[epath.Path]:
     about = model.trained.description
-    stage = epath.Path(model.trained.path).name
+    stage = model.trained.name
     num_steps, sampler = given_or_trained(
         about, num_steps=request.num_steps, sampler=request.sampler
     )

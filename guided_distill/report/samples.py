@@ -10,7 +10,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
-from guided_distill.runs import last_finished
+from guided_distill.runs import folder_of, stage_to_sample
 from guided_distill.sampling import class_index, given_or_trained, of_labels, sample, usual_w
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
@@ -35,13 +35,12 @@ def sample_to_files(
 ) -> tuple[epath.Path, epath.Path]:
     """Write a picture and an npz (image, label) of `count` samples; answer their paths.
 
-    stage: a stage's folder in the workdir; None for the last finished one that samples. labels, names or
-    numbers, are gone through in turn; None for all classes. Raises UserError for a stage that isn't
-    there, and as `sample` does.
+    workdir, stage: as of `stage_to_sample`. labels, names or numbers, are gone through in turn; None for
+    all classes. Raises UserError for a stage that isn't there, and as `sample` does.
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 sample")
-    trained = load_finished(workdir / (stage or last_finished(workdir)))
+    trained = load_finished(stage_to_sample(workdir, stage))
     about = trained.description
     if "label" not in about.condition_shapes:
         raise UserError(
@@ -62,10 +61,9 @@ def sample_to_files(
         allow_untrained=allow_untrained,
     )
     if about.latent:
-        images = load_latent_space(workdir).to_images(images)
-    name = epath.Path(trained.path).name
+        images = load_latent_space(folder_of(workdir)).to_images(images)
     steps, by = given_or_trained(about, num_steps=num_steps, sampler=sampler)
-    stem = name_for(f"{name}_{by}_{steps}_w{w:g}_seed{seed}", float(w), all_labels.tolist())
+    stem = name_for(f"{trained.name}_{by}_{steps}_w{w:g}_seed{seed}", float(w), all_labels.tolist())
     arrays = {"image": images, "label": all_labels}
     return write_files(
         out, stem, drawn=images, colours=all_labels, columns=num_classes, arrays=arrays

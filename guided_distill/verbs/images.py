@@ -8,6 +8,7 @@ from etils import epath
 
 from guided_distill import kinds
 from guided_distill.verbs.shared import (
+    RUN_OR_FILE,
     add_process_arguments,
     add_sampling_arguments,
     check_same_options,
@@ -28,6 +29,7 @@ def add_verbs(verbs: Any) -> None:
         _sample,
         "draw samples: a PNG grid and an npz file",
         "guided-distill sample --workdir runs/digits --stage halving_ddim_4 --w 1 --num 40",
+        what=RUN_OR_FILE,
     )
     sample.add_argument(
         "--num", type=number(kinds.Count), default=64, help="how many (default: %(default)s)"
@@ -104,6 +106,7 @@ def add_verbs(verbs: Any) -> None:
         _generate,
         "generate images from prompts: a PNG file for each, and a sheet of all",
         "guided-distill generate --workdir runs/emoji --prompt 'red apple, 3D Fluent style' --num 4",
+        what=RUN_OR_FILE,
     )
     edit = command_of_run(
         verbs,
@@ -112,6 +115,7 @@ def add_verbs(verbs: Any) -> None:
         "change images to fit a prompt: add noise to them, and sample from there",
         "guided-distill edit --workdir runs/emoji --image apple.png --prompt 'green apple' "
         "--strength 0.5",
+        what=RUN_OR_FILE,
     )
     edit.add_argument("--image", required=True, type=path, help="an image file")
     edit.add_argument(
@@ -128,6 +132,7 @@ def add_verbs(verbs: Any) -> None:
         "paint part of an image to fit a prompt, and keep the rest exactly as it is",
         "guided-distill inpaint --workdir runs/emoji --image apple.png --mask mask.png "
         "--prompt 'green apple'",
+        what=RUN_OR_FILE,
     )
     inpaint.add_argument("--image", required=True, type=path, help="an image file")
     inpaint.add_argument(
@@ -150,6 +155,7 @@ def add_verbs(verbs: Any) -> None:
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.samples import sample_to_files
+    from guided_distill.runs import folder_of
     from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, is_first
 
@@ -164,7 +170,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
             num_steps=options.num_steps,
             sampler=options.sampler,
             seed=options.seed,
-            out=options.out or options.workdir / "samples",
+            out=options.out or folder_of(options.workdir) / "samples",
             allow_untrained=options.allow_untrained,
         )
         if is_first():
@@ -218,6 +224,7 @@ def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
 def _prompted(options: argparse.Namespace) -> dict[str, Any]:
     """What generate, edit and inpaint share."""
     from guided_distill.report.prompted import Request, read_prompts
+    from guided_distill.runs import folder_of
 
     request = Request(
         prompts=read_prompts(options.prompt, options.prompts, num=options.num),
@@ -227,7 +234,7 @@ def _prompted(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         allow_untrained=options.allow_untrained,
     )
-    out = options.out or options.workdir / "samples"
+    out = options.out or folder_of(options.workdir) / "samples"
     return {"workdir": options.workdir, "stage": options.stage, "request": request, "out": out}
 
 

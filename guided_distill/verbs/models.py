@@ -1,10 +1,13 @@
 """The verbs that import and export models."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
+from etils import epath
+
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import command_of_run, path, several, stage_name
+from guided_distill.verbs.shared import RUN_OR_FILE, command_of_run, path, several, stage_name
 
 
 def add_verbs(verbs: Any) -> None:
@@ -45,12 +48,14 @@ def add_verbs(verbs: Any) -> None:
         _export,
         "export stages of a run to a new folder",
         "guided-distill export --workdir runs/digits --stages teacher,halving_ddim_4 --out digits",
+        what=RUN_OR_FILE,
     )
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint, to sample from or train on here; diffusers, one stage as a folder that its "
-        "pipelines load; or stablehlo, one student as a standalone program (default: %(default)s)",
+        help="checkpoint, a run to sample from or train on here; safetensors, one stage as one file for "
+        "the same; diffusers, one stage as a folder that its pipelines load; or stablehlo, one student as "
+        "a standalone program (default: %(default)s)",
     )
     export.add_argument(
         "--stages",
@@ -58,7 +63,12 @@ def add_verbs(verbs: Any) -> None:
         help="folders of stages, separated by commas (default: all finished ones; for the other "
         "formats, the last one)",
     )
-    export.add_argument("--out", required=True, type=path, help="new folder to write to")
+    export.add_argument(
+        "--dtype", help="for safetensors: float32 or float16 (default: float32, which is exact)"
+    )
+    export.add_argument(
+        "--out", required=True, type=path, help="new folder to write to; for safetensors, new file"
+    )
 
 
 # As in verbs/runs.py, each verb imports what it needs when it runs.
@@ -75,14 +85,20 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.interop.diffusers_export import export_diffusers
     from guided_distill.interop.stablehlo_export import export_stablehlo
-    from guided_distill.interop.weights import export_weights
+    from guided_distill.interop.weights import export_safetensors, export_weights
 
-    formats = {
+    formats: dict[str, Callable[..., list[epath.Path]]] = {
         "checkpoint": export_weights,
+        "safetensors": export_safetensors,
         "diffusers": export_diffusers,
         "stablehlo": export_stablehlo,
     }
     if options.format not in formats:
         raise UserError(f"--format is {options.format!r}; choose one of {', '.join(formats)}")
-    for each in formats[options.format](options.workdir, options.out, stages=options.stages):
+    more = {"stages": options.stages}
+    if options.dtype is not None:
+        if options.format != "safetensors":
+            raise UserError("--dtype is for --format safetensors: leave it out")
+        more["dtype"] = options.dtype
+    for each in formats[options.format](options.workdir, options.out, **more):
         print(each)

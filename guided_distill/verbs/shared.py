@@ -14,6 +14,9 @@ from guided_distill.places import path_named
 
 Value = TypeVar("Value")
 
+RUN_OR_FILE = "the run's folder, or a model's .safetensors file"
+"""What --workdir is to the verbs that need no more than one model."""
+
 
 def command(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
@@ -25,11 +28,17 @@ def command(
 
 
 def command_of_run(
-    verbs: Any, name: str, run: Callable[..., None], words: str, example: str
+    verbs: Any,
+    name: str,
+    run: Callable[..., None],
+    words: str,
+    example: str,
+    *,
+    what: str = "the run's folder",
 ) -> argparse.ArgumentParser:
-    """Like `command`, for a verb that works on a run's folder."""
+    """Like `command`, for a verb that works on a run's folder, or on `what`."""
     verb = command(verbs, name, run, words, example)
-    verb.add_argument("--workdir", required=True, type=path, help="the run's folder")
+    verb.add_argument("--workdir", required=True, type=path, help=what)
     return verb
 
 
