@@ -1,9 +1,9 @@
 """What earlier versions left on disk: it loads, samples, is started from and resumed as it was then.
 
-`old_runs/9ec6d88.tar.xz` is a run of configs/mixture2d.py:runlocal with a tiny network, made by the code of
+`old_runs/9ec6d88.tar.xz` is a run of configs/mixture2d.py:runlocal with a tiny network, by the code of
 that commit; its last round stopped at update 6 of 8. Its `expected.json` has what that code returned:
-samples of four classes at w = 1, seed 5, and the last line of the whole log. `about_before_conditions.json`
-is of a checkpoint from before networks were conditioned on anything but labels.
+samples of four classes at w = 1, seed 5, and the last line of the whole log.
+`about_before_conditions.json` is of a checkpoint from before networks took conditions other than labels.
 """
 
 import json

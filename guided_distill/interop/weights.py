@@ -36,9 +36,11 @@ def export_weights(
     if not paths:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     models = {path: load_finished(path) for path in paths}
-    first, *_ = models.values()
-    experiment = first.description.experiment if is_model_file(workdir) else read_config(workdir)
-    names = [each.description.stage_name for each in models.values()]
+    if is_model_file(workdir):
+        about = models[workdir].description
+        experiment, names = about.experiment, [about.stage_name]
+    else:
+        experiment, names = read_config(workdir), [path.name for path in paths]
     with new_folder(out) as folder:
         claim(folder, experiment)
         bring_companions(folder_of(workdir), folder)

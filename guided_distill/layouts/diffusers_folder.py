@@ -137,9 +137,11 @@ def write_component(
     path = folder / f"{stem}.safetensors"
     try:
         with whole(path) as part:
+            part.touch()
+            mode = os.stat(part).st_mode
             safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
-            # It would be the writer's alone, and a model is there to be given away.
-            os.chmod(part, 0o644)
+            # The library makes it the writer's alone, whatever the umask says.
+            os.chmod(part, mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise storage_error(path, error) from error
 

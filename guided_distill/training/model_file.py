@@ -1,7 +1,7 @@
 """A trained model in one safetensors file: its weights, and what it is as metadata.
 
 A tensor's name is its path in the tree of weights, joined by dots. Of the metadata, `about` is the
-item of that name in a checkpoint, in JSON, and `sha256` the digest of that text and of the tensors' bytes.
+item of that name in a checkpoint, in JSON, and `sha256` the digest of this text and of the tensors.
 """
 
 import hashlib

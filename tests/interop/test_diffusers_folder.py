@@ -62,7 +62,17 @@ def test_one_file(folder):
     assert {path.name for path in folder.iterdir()} == {"config.json", f"{WEIGHTS}.safetensors"}
     with safetensors.safe_open(folder / f"{WEIGHTS}.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
-    assert Path(folder / f"{WEIGHTS}.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077], ids=oct)
+def test_files_are_as_open_as_the_umask_says(folder, umask):
+    before = os.umask(umask)
+    try:
+        write_component(folder, {"x": 1}, TENSORS, WEIGHTS)
+    finally:
+        os.umask(before)
+    modes = {path.name: Path(path).stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == dict.fromkeys(("config.json", f"{WEIGHTS}.safetensors"), 0o666 & ~umask)
 
 
 @pytest.mark.parametrize("end", [".safetensors.index.json", ".safetensors.index.fp16.json"])
