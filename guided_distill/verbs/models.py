@@ -53,9 +53,9 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint, a run to sample from or train on here; safetensors, one stage as one file for "
-        "the same; diffusers, one stage as a folder that its pipelines load; or stablehlo, one student as "
-        "a standalone program (default: %(default)s)",
+        help="checkpoint, a run to sample from or train on here; safetensors, one stage as one file "
+        "for the same; diffusers, one stage as a folder that its pipelines load; or stablehlo, one "
+        "student as a standalone program (default: %(default)s)",
     )
     export.add_argument(
         "--stages",
