@@ -51,42 +51,59 @@ def kernel_distance(
     if num_subsets < 1:
         raise UserError(f"num_subsets must be at least 1, got {num_subsets}.")
     if max(len(a), len(b)) <= subset_size:
-        whole = (feature_matrix(each, min_rows=2) for each in (a, b))
-        return KernelDistance(_squared_mmd(*whole), None)
+        (whole,) = _squared_mmds(a, b, _all_rows(a), _all_rows(b))
+        return KernelDistance(float(whole), None)
     rng = np.random.default_rng(seed)
-    estimates = [
-        _squared_mmd(_subset(a, subset_size, rng), _subset(b, subset_size, rng))
+    draws = [
+        (_subset(len(a), subset_size, rng), _subset(len(b), subset_size, rng))
         for _ in range(num_subsets)
     ]
+    estimates = _squared_mmds(a, b, *map(np.stack, zip(*draws, strict=True)))
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def _subset(features: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    # In float64, all features would take much memory.
-    if len(features) > size:
-        features = features[rng.choice(len(features), size=size, replace=False)]
-    return feature_matrix(features, min_rows=2)
+def _subset(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.choice(count, size=size, replace=False) if count > size else np.arange(count)
 
 
-def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    return (
-        _mean_kernel_of_pairs(a)
-        + _mean_kernel_of_pairs(b)
-        - 2 * _kernel_sum(a, b) / len(a) / len(b)
-    )
+def _all_rows(x: np.ndarray) -> np.ndarray:
+    return np.arange(len(x))[None]
 
 
-def _mean_kernel_of_pairs(x: np.ndarray) -> float:
-    """Mean kernel over ordered pairs of different rows."""
-    of_itself = np.sum((np.mean(x * x, axis=1) + 1) ** 3)
-    return float(_kernel_sum(x, x) - of_itself) / len(x) / (len(x) - 1)
+def _squared_mmds(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
+    """The estimates [K] from the rows of_a [K, n] of a and of_b [K, m] of b."""
+    between = _kernel_sums(a, b, of_a, of_b) / of_a.shape[1] / of_b.shape[1]
+    return _mean_kernels_of_pairs(a, of_a) + _mean_kernels_of_pairs(b, of_b) - 2 * between
 
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    total = 0.0
+def _mean_kernels_of_pairs(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Mean kernel over ordered pairs of different rows, for each set of rows [K, n]."""
+    count = rows.shape[1]
+    with_themselves = (np.mean(np.square(x, dtype=np.float64), axis=1) + 1) ** 3
+    sums = _kernel_sums(x, x, rows, rows) - np.sum(with_themselves[rows], axis=1)
+    return sums / count / (count - 1)
+
+
+def _kernel_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarray) -> np.ndarray:
+    """Sums [K] of the kernel over all pairs of the rows of_x [K, n] of x and of_y [K, m] of y."""
+    if len(x) * len(y) > of_x.size * of_y.shape[1]:
+        # Large sets have more pairs than all subsets together, and in float64 would take much memory.
+        parts = ((x[i], y[j]) for i, j in zip(of_x, of_y, strict=True))
+        return np.concatenate([_kernel_sums(i, j, _all_rows(i), _all_rows(j)) for i, j in parts])
+    x, y = (feature_matrix(each, min_rows=2) for each in (x, y))
+    in_x, in_y = (_membership(rows, len(each)) for rows, each in ((of_x, x), (of_y, y)))
+    totals = np.zeros(len(of_x))
     scaled = x / x.shape[1]
     for start in range(0, len(x), _BLOCK_ROWS):
-        base = scaled[start : start + _BLOCK_ROWS] @ y.T
+        block = slice(start, start + _BLOCK_ROWS)
+        base = scaled[block] @ y.T
         base += 1
-        total += float(np.vdot(base * base, base))
-    return total
+        totals += np.sum(in_x[:, block] @ (base * base * base) * in_y, axis=1)
+    return totals
+
+
+def _membership(rows: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` rows each set [K, n] has: 1 or 0, [K, count]."""
+    found = np.zeros((len(rows), count))
+    np.put_along_axis(found, rows, 1.0, axis=1)
+    return found

@@ -112,6 +112,20 @@ def test_subsets_are_those_of_the_literature():
     assert kernel_distance(a[:1000, None], b[:, None]).std is None
 
 
+@pytest.mark.parametrize("size", [5, 600])
+def test_few_subsets_of_large_sets_are_measured_one_by_one_and_many_together(size):
+    rng = np.random.default_rng(9)
+    a, b = rng.normal(size=(900, 4)), rng.normal(size=(700, 4)) + 0.3
+    draws = np.random.default_rng(1)
+    estimates = [
+        distance_of(*(x[draws.choice(len(x), size=size, replace=False)] for x in (a, b)))
+        for _ in range(7)
+    ]
+    found = kernel_distance(a, b, subset_size=size, num_subsets=7, seed=1)
+    assert found.mean == pytest.approx(np.mean(estimates), rel=1e-9)
+    assert found.std == pytest.approx(np.std(estimates), rel=1e-9)
+
+
 def test_subsets_hold_no_row_twice():
     # One far row: a subset drawn with replacement would pair it with itself.
     a = np.zeros((20, 1))
