@@ -1,8 +1,8 @@
 """How many times faster a student samples than its teacher, beside the ratio of their network calls.
 
-    python benchmarks/speedup.py docs/results/cifar10_small halving_ddim_4 64
+    python benchmarks/speedup.py runs/digits/teacher runs/digits/halving_ddim_4 64
 
-The folder of a run with classes, a student's stage in it, and the teacher's steps.
+Two models of classes, each the folder of a stage or a .safetensors file, and the teacher's steps.
 """
 
 import sys
@@ -25,8 +25,8 @@ def seconds(trained: Trained, num_steps: int) -> float:
 
 
 def main() -> None:
-    workdir, stage, teacher_steps = epath.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    teacher, student = load_finished(workdir / "teacher"), load_finished(workdir / stage)
+    teacher, student = (load_finished(epath.Path(path)) for path in sys.argv[1:3])
+    teacher_steps = int(sys.argv[3])
     steps = student.description.num_steps or 1
     # Both are compiled first.
     seconds(teacher, 1)

@@ -28,14 +28,14 @@ updates, pictures = {"": ((120, 60), 64), "runlocal": ((2, 2), 8)}[variant]
 # ## The folder
 #
 # In place of Stable Diffusion, this notebook uses the teacher from `docs/results/emoji` in a clone
-# of this repository: a U-Net in latent space, conditioned on text. Its text encoder,
-# all-MiniLM-L6-v2, is downloaded once. The result is a folder like any that diffusers writes.
+# of this repository: a U-Net in latent space, conditioned on text, in one file with its autoencoder
+# beside it. `export` makes a run of that file. Its text encoder, all-MiniLM-L6-v2, is downloaded
+# once. The result is a folder like any that diffusers writes.
 #
 # With Stable Diffusion 1.5, the folder would be the one written by `save_pretrained`, or `--from
 # hub:ID` in the import cell below would download it; its config is `configs/sd15_laion512.py`.
 
 # %%
-import shutil
 import warnings
 from pathlib import Path
 
@@ -48,10 +48,12 @@ from guided_distill.text.registry import copy_text_encoder
 warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
 
 clone = Path(guided_distill.__file__).parents[1]  # Elsewhere? Then say where.
-trained = clone / "docs" / "results" / "emoji"
-if not trained.is_dir():
+trained = clone / "docs" / "results" / "emoji" / "teacher.safetensors"
+if not trained.is_file():
     raise SystemExit("Clone the repository, and let `clone` be the path of its folder.")
-shutil.copytree(trained, "runs/emoji", dirs_exist_ok=True)
+
+# %%
+# !test -d runs/emoji || guided-distill export --workdir {trained} --out runs/emoji
 
 # %%
 # !test -d data/minilm || guided-distill prepare minilm --out data/minilm

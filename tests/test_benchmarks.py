@@ -12,6 +12,7 @@ from run_folder import ROW
 
 from guided_distill.config import Model, parse
 from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.model_file import write_model_file
 from guided_distill.training.trained import Description, load_finished, network_of
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,9 @@ def test_speedup(benchmark, tmp_path):
         with StageCheckpoints(workdir / stage) as checkpoints:
             checkpoints.save_result(1, params, about=about.to_json())
             checkpoints.wait()
-    (line,) = benchmark("speedup", str(workdir), "student", "16", COUNT=4)
+    student_file = workdir / "student.safetensors"
+    write_model_file(student_file, params, about=about.to_json(), dtype="float16")
+    (line,) = benchmark("speedup", str(workdir / "teacher"), str(student_file), "16", COUNT=4)
     assert re.fullmatch(r"teacher .* s, student .* times faster, by 16 times fewer calls", line)
 
 

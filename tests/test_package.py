@@ -32,6 +32,16 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
     assert not [name for name in names if name.startswith(("tests", "docs", "configs"))]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+@pytest.mark.parametrize(("folder", "megabytes"), [("docs", 15), (".", 20)])
+def test_a_checkout_is_small(folder, megabytes):
+    """Weights are published as one file each, in float16; the rest is what commands make again."""
+    tracked = ["git", "ls-files", "-z", folder]
+    names = subprocess.run(tracked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in names.split("\0") if (ROOT / name).is_file()]
+    assert sum(file.stat().st_size for file in files) < megabytes * 10**6
+
+
 def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.resources.files", lambda _: ROOT)
     monkeypatch.chdir(tmp_path)

@@ -194,7 +194,7 @@ def shapes_of(init: Callable[[], Any], where: epath.Path) -> Any:
     """Shapes of a network's weights. Raises UserError, naming `where`, if it can't be built."""
     try:
         return jax.eval_shape(init)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError, FlaxError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, FlaxError) as error:
         raise UserError(
             f"{where} is of a network that can't be built ({first_line(error)}): is it the model's own?"
         ) from error

@@ -35,12 +35,12 @@ class Description:
     """
 
     stage: str
-    total_steps: int
-    num_steps: int | None
+    total_steps: kinds.Whole
+    num_steps: kinds.NumSteps | None
     sampler: str | None
-    w_min: float | None
-    w_max: float | None
-    data_shape: tuple[int, ...]
+    w_min: kinds.Weight | None
+    w_max: kinds.Weight | None
+    data_shape: tuple[kinds.Width, ...]
     class_names: tuple[str, ...]
     teacher: Mapping[str, Any] | None
     package_version: str
@@ -84,7 +84,7 @@ class Description:
     def from_json(cls, values: Mapping[str, Any]) -> "Description":
         """The description that `to_json` wrote.
 
-        Raises UserError, naming the key, for a value of another type, and KeyError for a lack of one.
+        Raises UserError, naming the key, for a value of another kind, and KeyError for a lack of one.
         """
         fields = {each.name: each.type for each in dataclasses.fields(cls)}
         for name in values.keys() - fields:
@@ -100,6 +100,8 @@ class Description:
                 for name, shape in kinds.parse("condition_shapes", shapes, dict[str, Any]).items()
             },
         }
+        for name, value in given.items():
+            kinds.check(name, value, fields[name])
         return cls(**given)
 
 

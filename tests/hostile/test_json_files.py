@@ -30,6 +30,7 @@ from guided_distill.prepare.encode import write
 from guided_distill.report import grids, page
 from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.metrics import read_metrics
+from guided_distill.training.model_file import write_model_file
 from guided_distill.training.trained import load_finished
 
 VALUES = (
@@ -242,7 +243,9 @@ def agree(values, found):
         if isinstance(each, dict):
             agree(each, field)
         else:
-            assert (list(field) if isinstance(field, tuple) else field) == each, key
+            same = (list(field) if isinstance(field, tuple) else field) == each
+            # NaN is no number, not even itself.
+            assert same or (each != each and field != field), key
 
 
 def table_of_run(case, whole):
@@ -286,6 +289,18 @@ def checkpoint(case, whole):
     if not isinstance(found, Refusal):
         for leaf in jax.tree.leaves(found.params):
             np.testing.assert_array_equal(np.asarray(leaf), np.float32(0.1))
+
+
+def description(case, whole):
+    """What a model's file says of itself, under its digest: the model is what it says, or refused."""
+    trained, path = load_finished(whole / "run" / "halving_ddim_4"), case.folder / "x.safetensors"
+    about = changed_tree(case.rng, json.loads(json.dumps(trained.description.to_json())))
+    print(f"about: {about}"[:4000])
+    write_model_file(epath.Path(path), trained.params, about=about, dtype="float32")
+    found = attempt(lambda: load_finished(epath.Path(path)))
+    if not isinstance(found, Refusal):
+        agree(about, found.description.to_json())
+    command(["sample", "--workdir", str(path), "--num", "1", "--num_steps", "x"])
 
 
 def model(case, whole):
@@ -398,6 +413,7 @@ KINDS = {
             table_of_run,
             log_of_stage,
             checkpoint,
+            description,
             model,
             tokenizer,
             captions,
