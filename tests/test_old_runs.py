@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from guided_distill import cli
-from guided_distill.pipeline import finished_stages
+from guided_distill.runs import finished_stages
 from guided_distill.sampling import of_labels, sample
 from guided_distill.training.digests import FILE
 from guided_distill.training.metrics import read_metrics
