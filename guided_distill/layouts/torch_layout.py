@@ -80,7 +80,7 @@ def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) ->
     Lower precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
     unless every tensor has a place of its shape, every place has its tensor, and all are floating-point.
     """
-    check_tensors(tensors, torch_shapes(template), source=source, told_by="this config.json")
+    check_tensors(tensors, torch_shapes(template), source=source, described_by="this config.json")
     return unflatten_dict(
         {
             path: np.ascontiguousarray(
@@ -92,11 +92,11 @@ def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) ->
 
 
 def check_tensors(
-    tensors: Tensors, needed: Mapping[str, tuple[int, ...]], *, source: object, told_by: str
+    tensors: Tensors, needed: Mapping[str, tuple[int, ...]], *, source: object, described_by: str
 ) -> None:
     """Raises UserError, naming `source` and up to ten tensors, unless these are those that are needed.
 
-    needed: the shape of each, by name. told_by: what says so. All must be floating-point.
+    needed: the shape of each, by name. described_by: what says so. All must be floating-point.
     """
     faults = {
         "lacks": [name for name in needed if name not in tensors],
@@ -110,7 +110,7 @@ def check_tensors(
     said = [f"{what} {_listed(names)}" for what, names in faults.items() if names]
     if said:
         raise UserError(
-            f"{source} {'; '.join(said)}: the weights don't belong to {told_by}, or the file is "
+            f"{source} {'; '.join(said)}: the weights don't belong to {described_by}, or the file is "
             f"not whole".replace("has no place for", "holds what the network has no place for:")
         )
     for name in needed:

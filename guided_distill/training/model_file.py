@@ -67,7 +67,7 @@ class ModelFile:
             tensors,
             {name: leaf.shape for name, leaf in places.items()},
             source=self.path,
-            told_by="this description",
+            described_by="this description",
         )
         if _digest(text, tensors) != digest:
             raise UserError(
