@@ -79,7 +79,8 @@ def _squared_mmds(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarr
 def _mean_kernels_of_pairs(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Mean kernel over ordered pairs of different rows, for each set of rows [K, n]."""
     count = rows.shape[1]
-    with_themselves = (np.mean(np.square(x, dtype=np.float64), axis=1) + 1) ** 3
+    squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)  # Without a float64 copy of x.
+    with_themselves = (squares / x.shape[1] + 1) ** 3
     sums = _kernel_sums(x, x, rows, rows) - np.sum(with_themselves[rows], axis=1)
     return sums / count / (count - 1)
 
@@ -90,13 +91,15 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarra
         # Large sets have more pairs than all subsets together, and in float64 would take much memory.
         parts = ((x[i], y[j]) for i, j in zip(of_x, of_y, strict=True))
         return np.concatenate([_kernel_sums(i, j, _all_rows(i), _all_rows(j)) for i, j in parts])
-    x, y = (feature_matrix(each, min_rows=2) for each in (x, y))
-    in_x, in_y = (_membership(rows, len(each)) for rows, each in ((of_x, x), (of_y, y)))
+    if len(x) < len(y):
+        x, y, of_x, of_y = y, x, of_y, of_x
+    in_x, in_y = _membership(of_x, len(x)), _membership(of_y, len(y))
     totals = np.zeros(len(of_x))
-    scaled = x / x.shape[1]
+    y = feature_matrix(y, min_rows=2) / y.shape[1]
     for start in range(0, len(x), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        base = scaled[block] @ y.T
+        # The larger set is float64 a block at a time, for memory.
+        base = feature_matrix(x[block], min_rows=1) @ y.T
         base += 1
         totals += np.sum(in_x[:, block] @ (base * base * base) * in_y, axis=1)
     return totals
