@@ -42,6 +42,9 @@ matplotlib.use("Agg")
 DEVICES = jax.devices()
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # Of the processes that tests start.
 
+QUICK = ("data", "diffusion", "evaluation", "objectives", "text")
+"""Folders whose tests need no trained run and compile little. Their mark is `quick`."""
+
 LONGEST = (
     "test_notebooks.py",
     "test_configs_run.py",
@@ -57,7 +60,10 @@ LONGEST = (
     "test_serve.py",
     "test_docs.py",
 )
-"""Files of tests that take longest: begun first, so that none runs on alone when all others are done."""
+"""Files of tests that take longest: begun first, so that none runs on alone when all others are done.
+Their mark is `slow`."""
+
+FOLDERS = {**dict.fromkeys(QUICK, "quick"), "parity": "parity", "plan": "tpu"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,9 +83,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files; their own tests keep their order."""
+    """Sort the files, whose own tests keep their order, and mark the tests by where they are."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if item.path.name in rank:
+            item.add_marker("slow")
+        if mark := FOLDERS.get(item.path.parent.name):
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

@@ -109,6 +109,7 @@ def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, monkeypatch):
     assert "pip install gradio (the extra `serve`)" in capsys.readouterr().err
 
 
+@pytest.mark.browser
 def test_a_browser_shows_images_that_arrive(workdir, served):
     url = served(workdir)
     for scheme in ("light", "dark"):

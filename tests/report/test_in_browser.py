@@ -8,6 +8,8 @@ from run_folder import WEIGHTS, make_run, rows_of
 from guided_distill.report.compare import write_comparison
 from guided_distill.report.page import write_report
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory):
