@@ -21,7 +21,8 @@ from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.diffusion.process import add_noise, velocity
 from guided_distill.models.registry import Network, Params, build_network
 from guided_distill.objectives.halving import JUMPS, halving_target
-from guided_distill.objectives.teacher import teacher_loss
+from guided_distill.objectives.stage import Examples
+from guided_distill.objectives.teacher import Teacher, teacher_loss
 
 OPTIONS = {
     "width": 16,
@@ -40,17 +41,16 @@ def trained(network: Network, data: dict[str, Any], updates: int) -> Params:
 
     @jax.jit
     def update(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
-        chosen = draws.integers(key, (BATCH,), 0, len(data["image"]))
+        keys = jax.random.split(key, BATCH)
+        chosen = draws.integers(keys, 0, len(data["image"]))
+        condition = {"label": data["label"][chosen]}
 
         def loss(params: Params) -> jax.Array:
             return teacher_loss(
                 network.denoiser(params),
-                data["image"][chosen],
-                {"label": data["label"][chosen]},
-                key,
+                Examples(data["image"][chosen], condition, keys),
                 schedule=network.schedule,
-                weighting="truncated_snr",
-                condition_dropout=0.1,
+                settings=Teacher(weighting="truncated_snr"),
             ).per_example.mean()
 
         changes, state = optimizer.update(jax.grad(loss)(params), state)
@@ -85,6 +85,7 @@ def main() -> None:
     )
     schedule = networks["float32"].schedule
     x, condition = data["image"][:256], {"label": data["label"][:256]}
+    keys = jax.random.split(draws.key_of(2), len(x))
     eps = draws.normal(draws.key_of(1), x.shape)
 
     def size(values: jax.Array) -> float:
@@ -96,7 +97,7 @@ def main() -> None:
 
     def differences(dtype: str, num_steps: int) -> tuple[jax.Array, jax.Array]:
         """v of the target, and of the teacher itself."""
-        i = draws.integers(draws.key_of(2), (len(x),), 1, num_steps + 1)
+        i = draws.integers(keys, 1, num_steps + 1)
         jump = JUMPS["ddim"](i.astype(jnp.float32), num_steps)
         log_snr = schedule(jump.t)
         z = add_noise(x, eps, log_snr=log_snr)

@@ -20,9 +20,10 @@ import numpy as np
 from guided_distill.config import Experiment, parse
 from guided_distill.data.outline import outline_of
 from guided_distill.data.pipeline import batches
+from guided_distill.objectives.stage import Stage
 from guided_distill.plan.programs import networks_of
 from guided_distill.run_data import open_data
-from guided_distill.stages import Stage, all_stages, compiled_step
+from guided_distill.stages import all_stages, compiled_step
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.state import split_initial_state
 
@@ -43,16 +44,7 @@ def measure(experiment: Experiment, stage: Stage) -> Times:
     source = open_data(experiment)
     student, teacher = networks_of(experiment, outline_of(source), stage)
     mesh = data_mesh()
-    step, optimizer = compiled_step(
-        stage.kind,
-        stage.settings,
-        student=student,
-        teacher=teacher,
-        mesh=mesh,
-        total_steps=stage.total_steps,
-        sampler=stage.sampler,
-        w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
-    )
+    step, optimizer = compiled_step(stage, student=student, teacher=teacher, mesh=mesh)
     key = jax.random.key(0)
     state = split_initial_state(
         jax.jit(student.init)(key),

@@ -24,21 +24,16 @@ from guided_distill.diffusion.schedules import (
     last_log_snr,
 )
 from guided_distill.errors import UserError
-from guided_distill.objectives.halving import JUMPS
-from guided_distill.objectives.weighting import WEIGHTINGS
+from guided_distill.objectives.autoencoder import Autoencoder
+from guided_distill.objectives.guidance import Guidance
+from guided_distill.objectives.halving import JUMPS, Halving
+from guided_distill.objectives.teacher import Teacher
 
 STAGES = ("teacher", "guidance", "halving")
 AUTOENCODER = "autoencoder"
 METHODS = ("guided", "naive", "two_student")
-LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
-W_EMBEDDINGS = ("fourier", "scalar")
 EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH", "clip:PATH")
-
-
-Weighting = Annotated[str, kinds.OneOf(WEIGHTINGS)]
-# Twice as many steps are its teacher's.
-_Rounds = Annotated[int, kinds.Range(1, 2**13)]
 
 
 @dataclass(frozen=True)
@@ -81,86 +76,6 @@ class Model:
     schedule_options: dict[str, float] = field(default_factory=dict)
     dtype: Annotated[str, kinds.OneOf(DTYPES)] = "float32"
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How a stage is trained. An ema_decay of 0 keeps no average: the raw weights are the result.
-
-    accumulation: in how many parts, one after the other, the gradient of a batch is computed.
-    """
-
-    steps: kinds.Count = 1000
-    batch_size: kinds.BatchSize = 128
-    accumulation: kinds.Count = 1
-    learning_rate: kinds.Positive = 1e-3
-    learning_rate_schedule: Annotated[str, kinds.OneOf(LEARNING_RATE_SCHEDULES)] = "constant"
-    warmup_steps: kinds.Whole = 0
-    weight_decay: kinds.NotNegative = 0.0
-    gradient_clip: kinds.Positive = 1.0
-    ema_decay: kinds.Fraction = 0.0
-
-
-@dataclass(frozen=True)
-class Autoencoder(Optimization):
-    """The run's own autoencoder, whose latents are then diffused; steps = 0 diffuses the data itself.
-
-    options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
-    """
-
-    steps: kinds.Whole = 0
-    kl_weight: kinds.NotNegative = 1e-3
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Teacher(Optimization):
-    """The guided diffusion model: conditional and unconditional in one network.
-
-    label_dropout: the share of examples that lose their condition, be it a label or a text.
-    initial: the folder of another run's teacher to start from, or its .safetensors file, whatever it
-    predicts: so one of eps becomes one of v.
-    """
-
-    weighting: Weighting = "snr_plus_one"
-    label_dropout: kinds.Fraction = 0.1
-    dropout: kinds.Fraction = 0.0
-    initial: str | None = None
-
-
-@dataclass(frozen=True)
-class Guidance(Optimization):
-    """Stage one. The w range is the student's for good: the later rounds and samplers keep to it.
-
-    w_embedding, the student's for good too: how the network is told w, "fourier" as it is told time (the
-    paper's way, and the one that diffusers knows), or "scalar" as the number itself.
-    clipped, here and in Halving: distill the teacher as samplers of images use it, with its x held to
-    [-1, 1]; not in the papers.
-    """
-
-    weighting: Weighting = "snr"
-    clipped: bool = False
-    w_min: kinds.Weight = 0.0
-    w_max: kinds.Weight = 4.0
-    w_embedding: Annotated[str, kinds.OneOf(W_EMBEDDINGS)] = "fourier"
-
-
-@dataclass(frozen=True)
-class Halving(Optimization):
-    """Stage two: rounds of N = first_num_steps, half of it, ... last_num_steps.
-
-    few_step_factor multiplies the updates of the rounds N = 2 and N = 1; round_steps, where it isn't
-    empty, is the updates of every round in turn. Each of `samplers` gets its own chain of students, for
-    they are trained on different jumps.
-    """
-
-    weighting: Weighting = "truncated_snr"
-    clipped: bool = False
-    first_num_steps: _Rounds = 32
-    last_num_steps: _Rounds = 1
-    few_step_factor: kinds.Count = 2
-    round_steps: tuple[kinds.Count, ...] = ()
-    samplers: tuple[Annotated[str, kinds.OneOf(JUMPS)], ...] = ("ddim",)
 
 
 @dataclass(frozen=True)
@@ -226,19 +141,6 @@ class Experiment:
         """The keys of `Cadence`, which are this section's own."""
         return Cadence(**{key.name: getattr(self, key.name) for key in dataclasses.fields(Cadence)})
 
-    def rounds(self) -> tuple[int, ...]:
-        """The N of every halving round, falling."""
-        rounds = [self.halving.first_num_steps]
-        while rounds[-1] > self.halving.last_num_steps:
-            rounds.append(rounds[-1] // 2)
-        return tuple(rounds)
-
-    def round_steps(self, num_steps: int) -> int:
-        """Updates of the round that ends at `num_steps`."""
-        if self.halving.round_steps:
-            return self.halving.round_steps[self.rounds().index(num_steps)]
-        return self.halving.steps * (self.halving.few_step_factor if num_steps <= 2 else 1)
-
 
 RESUMABLE_CHANGES = (
     "stage",
@@ -274,11 +176,6 @@ def _config_dict_of(section: Any) -> ml_collections.ConfigDict:
         else:
             config[entry.name] = value
     return config
-
-
-def stage_name(kind: str, sampler: str | None, num_steps: int | None) -> str:
-    """The folder of a stage in its run's."""
-    return "_".join(str(part) for part in (kind, sampler, num_steps) if part)
 
 
 def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -367,7 +264,7 @@ def _check_rounds(experiment: Experiment) -> None:
         raise UserError(
             f"config.halving.samplers is empty; name at least one of {', '.join(JUMPS)}"
         )
-    rounds = experiment.rounds()
+    rounds = halving.rounds()
     if rounds[-1] != last or any(a != 2 * b for a, b in itertools.pairwise(rounds)):
         raise UserError(
             f"config.halving.first_num_steps is {first}, which can't be halved down to "
@@ -386,7 +283,7 @@ def _check_rounds(experiment: Experiment) -> None:
     for num_steps in rounds:
         kinds.check(
             "config.halving.steps times few_step_factor",
-            experiment.round_steps(num_steps),
+            halving.updates(num_steps),
             kinds.Count,
         )
 
@@ -446,7 +343,7 @@ def _check_stages(experiment: Experiment) -> None:
             )
         steps = stage.steps
         if name == "halving":
-            steps = min(map(experiment.round_steps, experiment.rounds()))
+            steps = min(map(stage.updates, stage.rounds()))
         if stage.warmup_steps >= steps:
             raise UserError(
                 f"config.{name}.warmup_steps is {stage.warmup_steps}, but the stage has only {steps} "

@@ -1,4 +1,8 @@
-"""Random numbers: keys from seeds, and draws that are float32 whatever JAX_ENABLE_X64 says."""
+"""Random numbers: keys from seeds, and draws that are float32 whatever JAX_ENABLE_X64 says.
+
+What belongs to an example is drawn from a key of its own, by the functions that take keys [B]: the draws
+are then the same however a batch is split over devices, over parts or over calls.
+"""
 
 import functools
 
@@ -8,8 +12,6 @@ import jax.numpy as jnp
 from guided_distill import kinds
 
 normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)
-integers = functools.partial(jax.random.randint, dtype=jnp.int32)
 
 
 def key_of(seed: int) -> jax.Array:
@@ -22,6 +24,31 @@ def key_of(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def bernoulli(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """bool [*shape], each True at probability `rate`."""
-    return jax.random.bernoulli(key, jnp.float32(rate), shape)
+def split(keys: jax.Array, count: int) -> jax.Array:
+    """`count` keys [count, B] of each key [B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def fold_in(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    """Keys [B] of each key [B] and the same number."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def normals(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit noise [B, *shape] of keys [B]."""
+    return jax.vmap(lambda key: normal(key, shape))(keys)
+
+
+def uniforms(keys: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    """Numbers [B] ~ U[low, high) of keys [B]."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, low, high))(keys)
+
+
+def integers(keys: jax.Array, low: int | jax.Array, high: int | jax.Array) -> jax.Array:
+    """int32 [B] in [low, high) of keys [B]."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), low, high, jnp.int32))(keys)
+
+
+def bernoullis(keys: jax.Array, rate: float) -> jax.Array:
+    """bool [B] of keys [B], each True at probability `rate`."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, jnp.float32(rate)))(keys)

@@ -24,10 +24,11 @@ from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import bring_companions
 from guided_distill.models.registry import Params, check_network, student_params
+from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
 from guided_distill.run_data import latents_of, open_data, outline_of_latents
 from guided_distill.runs import is_finished, read_config
-from guided_distill.stages import Stage, all_stages, chains, check_batch, compiled_step
+from guided_distill.stages import all_stages, chains, check_batch, compiled_step
 from guided_distill.storage import (
     check_writable,
     held,
@@ -254,16 +255,7 @@ class Pipeline:
             params = jax.jit(network.init, out_shardings=places)(init_key)
             return student_params(params, given) if given else params
 
-        step, optimizer = compiled_step(
-            stage.kind,
-            stage.settings,
-            student=network,
-            teacher=tutor,
-            mesh=self._mesh,
-            total_steps=stage.total_steps,
-            sampler=stage.sampler,
-            w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
-        )
+        step, optimizer = compiled_step(stage, student=network, teacher=tutor, mesh=self._mesh)
         state = train_in(
             directory,
             source=self._source,
@@ -337,14 +329,14 @@ class Pipeline:
                 )
 
     def _describe(self, stage: Stage, teacher: Trained | None) -> Description:
-        guidance = self._experiment.guidance
+        w_min, w_max = stage.w_range or (None, None)
         return Description(
             stage=stage.kind,
             total_steps=stage.total_steps,
             num_steps=stage.num_steps,
             sampler=stage.sampler,
-            w_min=guidance.w_min if stage.takes_w else None,
-            w_max=guidance.w_max if stage.takes_w else None,
+            w_min=w_min,
+            w_max=w_max,
             data_shape=self._source.shape,
             class_names=self._source.class_names,
             teacher={"path": teacher.path, "step": teacher.step} if teacher else None,

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill import draws
-from guided_distill.config import AUTOENCODER, Autoencoder, Experiment
+from guided_distill.config import AUTOENCODER, Experiment
 from guided_distill.data import sources
 from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
 from guided_distill.data.source import Source
@@ -29,7 +29,7 @@ from guided_distill.layouts.json_files import write_json
 from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_module, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
-from guided_distill.objectives.autoencoder import autoencoder_loss
+from guided_distill.objectives.autoencoder import Autoencoder, autoencoder_loss
 from guided_distill.prepare.encode import check_image_shape, encode
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.mesh import data_mesh
@@ -165,8 +165,8 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
     optimizer = make_optimizer(settings, steps=settings.steps)
     mesh = data_mesh()
     step = make_train_step(
-        lambda params, frozen, batch, key: autoencoder_loss(
-            module, params, batch["image"], key, kl_weight=settings.kl_weight
+        lambda params, frozen, batch, keys: autoencoder_loss(
+            module, params, batch["image"], keys, kl_weight=settings.kl_weight
         ),
         optimizer,
         ema_decay=settings.ema_decay,

@@ -17,10 +17,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from guided_distill.config import STAGES, W_EMBEDDINGS, loses_x
+from guided_distill.config import STAGES, loses_x
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.objectives.weighting import WEIGHTINGS
 
 Point = Mapping[str, Any]
@@ -80,7 +81,7 @@ def guidance_range(config: ConfigDict) -> list[Point]:
 
 def w_embedding(config: ConfigDict) -> list[Point]:
     """How the student is told w; the paper's way is a Fourier embedding, like time's."""
-    return values("guidance.w_embedding", W_EMBEDDINGS)
+    return values("guidance.w_embedding", tuple(W_FEATURES))
 
 
 def loss_weighting(config: ConfigDict) -> list[Point]:

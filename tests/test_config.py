@@ -26,7 +26,7 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 def test_every_config_parses_and_returns(file, variant):
     experiment = config.parse(runpy.run_path(str(file))["get_config"](variant))
     assert config.parse(config.to_config_dict(experiment)) == experiment
-    assert experiment.rounds()[-1] == experiment.halving.last_num_steps
+    assert experiment.halving.rounds()[-1] == experiment.halving.last_num_steps
 
 
 def values(section, **changes):
@@ -293,8 +293,8 @@ def test_a_network_that_breaks_in_another_way_is_a_sentence(monkeypatch):
 
 def test_rounds_and_their_updates():
     experiment = config.parse({"halving": {"first_num_steps": 8, "steps": 10}})
-    assert experiment.rounds() == (8, 4, 2, 1)
-    assert [experiment.round_steps(n) for n in experiment.rounds()] == [10, 10, 20, 20]
+    assert experiment.halving.rounds() == (8, 4, 2, 1)
+    assert [experiment.halving.updates(n) for n in experiment.halving.rounds()] == [10, 10, 20, 20]
 
 
 def test_changes_that_leave_the_weights_alone_are_allowed():

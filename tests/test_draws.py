@@ -11,9 +11,10 @@ from guided_distill.diffusion import samplers, schedules
 from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.diffusion.process import prediction_from
 from guided_distill.errors import UserError
-from guided_distill.objectives.guidance import guidance_loss
-from guided_distill.objectives.halving import halving_loss
-from guided_distill.objectives.teacher import teacher_loss
+from guided_distill.objectives.guidance import Guidance, guidance_loss
+from guided_distill.objectives.halving import Halving, Round, halving_loss
+from guided_distill.objectives.stage import Examples
+from guided_distill.objectives.teacher import Teacher, teacher_loss
 
 WIDE = [7 + 2**32, 2**63, 2**64 - 1]
 
@@ -55,24 +56,22 @@ def denoiser(*, guided):
 def loss_of(stage):
     x = jnp.linspace(-1.0, 1.0, 24, dtype=jnp.float32).reshape(8, 3)
     condition = {"label": jnp.zeros(8, jnp.int32)}
-    how = {"schedule": schedules.cosine(), "weighting": "truncated_snr"}
-    range_of_w = {"w_min": 0.0, "w_max": 4.0}
+    examples = Examples(x, condition, jax.random.split(draws.key_of(3), 8))
+    schedule = schedules.cosine()
     plain, guided = denoiser(guided=False), denoiser(guided=True)
     if stage == "teacher":
-        loss = teacher_loss(plain, x, condition, draws.key_of(3), condition_dropout=0.3, **how)
+        loss = teacher_loss(plain, examples, schedule=schedule, settings=Teacher(label_dropout=0.3))
     elif stage == "guidance":
-        loss = guidance_loss(guided, plain, x, condition, draws.key_of(3), **range_of_w, **how)
+        loss = guidance_loss(guided, plain, examples, schedule=schedule, settings=Guidance())
     else:
         loss = halving_loss(
             guided,
             denoiser(guided=True),
-            x,
-            condition,
-            draws.key_of(3),
-            num_steps=jnp.int32(6),
-            sampler="stochastic",
-            **range_of_w,
-            **how,
+            examples,
+            schedule=schedule,
+            settings=Halving(),
+            w_range=(0.0, 4.0),
+            aim=Round(jnp.int32(6), "stochastic"),
         )
     return loss.per_example
 

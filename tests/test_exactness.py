@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from guided_distill.config import Guidance, Halving
 from guided_distill.data.mixture import DEFAULT_MIXTURE as MIXTURE
 from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.diffusion.process import add_noise, prediction_from
 from guided_distill.diffusion.schedules import alpha_sigma
 from guided_distill.evaluation.energy import energy_distance
 from guided_distill.models.registry import Network, build_network
+from guided_distill.objectives.guidance import Guidance, GuidanceStage
+from guided_distill.objectives.halving import Halving, HalvingStage
 from guided_distill.sampling import compiled_noise, compiled_sampler, cycling_labels, of_labels
 from guided_distill.stages import compiled_step
 from guided_distill.training.state import initial_state
@@ -56,16 +57,13 @@ def draw(key, count, batch_size):
     return jax.tree.map(lambda a: a.reshape(count, batch_size, *a.shape[1:]), batch)
 
 
-def train(kind, settings, *, start, frozen, network, mesh):
+def train(stage, *, start, frozen, network, mesh):
+    settings = stage.settings
     step, optimizer = compiled_step(
-        kind,
-        settings,
+        stage,
         student=network.told_w(),
-        teacher=network.told_w() if kind == "halving" else network,
+        teacher=network.told_w() if stage.kind == "halving" else network,
         mesh=mesh,
-        total_steps=settings.steps,
-        sampler="ddim",
-        w_range=(0.0, 4.0),
     )
     state, key = initial_state(start, optimizer, ema_decay=0.0), jax.random.key(1)
     first = draw(jax.random.key(0), DISPATCH, settings.batch_size)
@@ -96,8 +94,7 @@ def teacher():
 def guided_student(teacher, mesh_of):
     start = teacher.told_w().init(jax.random.key(0))
     return train(
-        "guidance",
-        GUIDANCE,
+        GuidanceStage(GUIDANCE, GUIDANCE.steps, GUIDANCE.w_range),
         start=start,
         frozen={"params": {}, "null": None},
         network=teacher,
@@ -111,7 +108,11 @@ def four_step_student(teacher, guided_student, mesh_of):
     for num_steps in ROUNDS:
         frozen = {"params": params, "num_steps": jnp.asarray(num_steps, jnp.int32), "null": None}
         params = train(
-            "halving", HALVING, start=params, frozen=frozen, network=teacher, mesh=mesh_of(1)
+            HalvingStage(HALVING, HALVING.steps, GUIDANCE.w_range, sampler="ddim"),
+            start=params,
+            frozen=frozen,
+            network=teacher,
+            mesh=mesh_of(1),
         )
     return params
 

@@ -77,7 +77,7 @@ def test_teachers_of_latents_have_the_published_size(name):
 
 def test_rounds_in_latent_space_add_up_to_what_they_were_priced_at():
     experiment = read("sd15_laion512")
-    rounds = experiment.rounds()
+    rounds = experiment.halving.rounds()
     assert (rounds[0], rounds[-1]) == (256, 1)
     assert sum(map(experiment.round_steps, rounds)) == 85_000
     assert (experiment.guidance.w_min, experiment.guidance.w_max) == (2.0, 14.0)
@@ -92,16 +92,7 @@ def test_every_stage_fits_together(name, kind, mesh_of):
     stage = next(each for each in all_stages(experiment) if each.kind == kind)
     student = teacher if kind == "teacher" else teacher.told_w()
     tutor = student if kind == "halving" else teacher
-    step, optimizer = compiled_step(
-        kind,
-        stage.settings,
-        student=student,
-        teacher=tutor,
-        mesh=mesh_of(1),
-        total_steps=stage.total_steps,
-        sampler=stage.sampler,
-        w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
-    )
+    step, optimizer = compiled_step(stage, student=student, teacher=tutor, mesh=mesh_of(1))
 
     def update(image, label):
         key = jax.random.key(0)
@@ -122,8 +113,8 @@ def test_every_stage_fits_together(name, kind, mesh_of):
 def test_rounds_go_from_the_papers_teacher_to_one_step():
     for name in SIZES:
         experiment = read(name)
-        assert experiment.rounds() == tuple(2**k for k in range(9, -1, -1))
-        steps = {n: experiment.round_steps(n) for n in experiment.rounds()}
+        assert experiment.halving.rounds() == tuple(2**k for k in range(9, -1, -1))
+        steps = {n: experiment.halving.updates(n) for n in experiment.halving.rounds()}
         assert (steps[512], steps[4], steps[2], steps[1]) == (50_000, 50_000, 100_000, 100_000)
 
 

@@ -39,7 +39,7 @@ _fold_in_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 def initial_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Unit noise [B, *shape] to start from, one for each global sample index [B]."""
-    return _normal(_fold_in_each(key, indices), shape)
+    return draws.normals(_fold_in_each(key, indices), shape)
 
 
 def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
@@ -51,17 +51,13 @@ def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     return _fold_in_each(jax.random.fold_in(key, _STEPS), indices)
 
 
-def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda key: draws.normal(key, shape))(keys)
-
-
 def _time(i: jax.Array, num_steps: jax.Array, z: jax.Array) -> jax.Array:
     """Time i/N for each example, held at 0 from below."""
     return jnp.full(z.shape[:1], jnp.maximum(i, 0) / num_steps, jnp.float32)
 
 
 def _step_noise(keys: jax.Array, i: jax.Array, z: jax.Array) -> jax.Array:
-    return _normal(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i), z.shape[1:])
+    return draws.normals(draws.fold_in(keys, i), z.shape[1:])
 
 
 def ddim(

@@ -12,9 +12,10 @@ import optax
 from etils import epath
 
 from guided_distill import draws
-from guided_distill.config import Cadence, Optimization
+from guided_distill.config import Cadence
 from guided_distill.data.source import Source, within_memory
 from guided_distill.evaluation.extractor import Extractor
+from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
@@ -84,12 +85,12 @@ def classifier_extractor(
     )
 
 
-def classifier_loss(classifier: Classifier, params: Any, batch: Any, key: jax.Array) -> Loss:
+def classifier_loss(classifier: Classifier, params: Any, batch: Any, keys: jax.Array) -> Loss:
     """Cross-entropy of the labels given slightly noisy examples; aux: "accuracy"."""
-    noise_key, dropout_key = jax.random.split(key)
-    x = batch["image"] + NOISE * draws.normal(noise_key, batch["image"].shape)
+    noise_keys, dropout_keys = draws.split(keys, 2)
+    x = batch["image"] + NOISE * draws.normals(noise_keys, batch["image"].shape[1:])
     logits: Any = classifier.apply(
-        {"params": params}, x, train=True, rngs={"dropout": dropout_key}
+        {"params": params}, x, train=True, rngs={"dropout": dropout_keys[0]}
     )[1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = logits.argmax(axis=-1) == batch["label"]
@@ -113,7 +114,7 @@ def train_extractor(
 
     optimizer = make_optimizer(SETTINGS, steps=steps)
     step = make_train_step(
-        lambda params, frozen, batch, key: classifier_loss(classifier, params, batch, key),
+        lambda params, frozen, batch, keys: classifier_loss(classifier, params, batch, keys),
         optimizer,
         ema_decay=0.0,
         mesh=mesh,

@@ -10,7 +10,8 @@ from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.errors import UserError
 from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES
 from guided_distill.evaluation.results import file_stem
-from guided_distill.stages import Stage, all_stages, samplings
+from guided_distill.objectives.stage import Stage
+from guided_distill.stages import all_stages
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def tasks_of(
     stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
     if not stages:
         raise UserError(f"{workdir} has no trained stage: run `guided-distill train` on it first")
+    experiment = dataclasses.replace(experiment, evaluation=settings)
     names = [stage.name for stage in stages]
     for name in request.stages or ():
         if name not in names:
@@ -119,6 +121,6 @@ def tasks_of(
         Task(stage, sampler, num_steps, w)
         for stage in stages
         if request.stages is None or stage.name in request.stages
-        for sampler, num_steps in samplings(stage, experiment, settings)
+        for sampler, num_steps in stage.samplings(experiment)
         for w in settings.weights
     ]

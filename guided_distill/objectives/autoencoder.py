@@ -1,27 +1,42 @@
 """The autoencoder: images through latents that stay close to unit noise, and back."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from guided_distill import draws
+from guided_distill import draws, kinds
+from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
+
+
+@dataclass(frozen=True)
+class Autoencoder(Optimization):
+    """The run's own autoencoder, whose latents are then diffused; steps = 0 diffuses the data itself.
+
+    options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
+    """
+
+    steps: kinds.Whole = 0
+    kl_weight: kinds.NotNegative = 1e-3
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def autoencoder_loss(
     autoencoder: nn.Module,
     params: Mapping[str, Any],
     x: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     *,
     kl_weight: float,
 ) -> Loss:
     """The mean absolute error of x [B, H, W, C] decoded from a draw of its latents, and their KL.
 
-    autoencoder: a module with the methods encode(x), which answers mean and log variance, and
+    keys [B] draw the latents.
+    autoencoder: a module with the methods encode(x), which returns mean and log variance, and
     decode(latents). The divergence of the latents from N(0, I) is the mean over their dimensions, so
     that kl_weight means the same at every size. Rombach et al. 2022, section 3.1, without its adversary
     and its perceptual distance. Aux: "error" and "kl".
@@ -29,7 +44,7 @@ def autoencoder_loss(
     model: Any = autoencoder.bind({"params": params})
     mean, log_variance = model.encode(x)
     deviation = jnp.exp(0.5 * log_variance)
-    decoded = model.decode(mean + deviation * draws.normal(key, mean.shape))
+    decoded = model.decode(mean + deviation * draws.normals(keys, mean.shape[1:]))
     dimensions = tuple(range(1, x.ndim))
     error = jnp.mean(jnp.abs(decoded - x), axis=dimensions)
     divergence = 0.5 * (jnp.square(mean) + jnp.square(deviation) - 1.0 - log_variance)

@@ -11,11 +11,12 @@ x_hat - x = -sigma (v_hat - v), so the same loss is sigma^2 omega ||v_hat - v||^
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from guided_distill import kinds
 from guided_distill.diffusion.process import Prediction, alike_when_clipped, velocity
 
 WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,9 +25,11 @@ WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "snr_plus_one": lambda log_snr: jnp.ones_like(log_snr),
 }
 
+Weighting = Annotated[str, kinds.OneOf(WEIGHTINGS)]
+
 
 class Loss(NamedTuple):
-    """What an objective answers: the loss of each example [B], and named figures [B] to log."""
+    """What an objective returns: the loss of each example [B], and named figures [B] to log."""
 
     per_example: jax.Array
     aux: dict[str, jax.Array]

@@ -14,6 +14,7 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
+from guided_distill.objectives.stage import Stage
 from guided_distill.plan.measured import (
     Collective,
     Measured,
@@ -29,7 +30,6 @@ from guided_distill.plan.programs import (
     student_of,
 )
 from guided_distill.plan.topologies import Topology, find_topology
-from guided_distill.stages import Stage
 from guided_distill.storage import check_writable, first_line, write_text
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.trained import package_version

@@ -11,11 +11,12 @@ from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
 from guided_distill.models.registry import check_network
+from guided_distill.objectives.stage import Stage
 from guided_distill.plan.compiler import Question, Shortage, ask
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
-from guided_distill.stages import Stage, all_stages, check_batch, teacher_of
+from guided_distill.stages import all_stages, check_batch, teacher_of
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress
 
@@ -194,7 +195,7 @@ def make_plans(
                     kept=kept_bytes(network),
                     calls={}
                     if first
-                    else {each: each * calls_a_step for each in experiment.rounds()},
+                    else {each: each * calls_a_step for each in experiment.halving.rounds()},
                     **ask(question, cache=cache)._asdict(),
                 )
             )

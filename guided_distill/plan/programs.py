@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from guided_distill.config import Experiment
 from guided_distill.data.outline import Outline
 from guided_distill.models.registry import Network
+from guided_distill.objectives.stage import Batch, Stage
 from guided_distill.objectives.weighting import Loss
-from guided_distill.stages import Stage, compiled_step, teacher_of
+from guided_distill.stages import compiled_step, teacher_of
 from guided_distill.training.checkpoints import abstract
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.state import initial_state, make_optimizer
-from guided_distill.training.step import Batch, TrainStep, make_train_step
+from guided_distill.training.step import TrainStep, make_train_step
 from guided_distill.training.trained import network_of
 
 
@@ -82,16 +83,7 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """The very step that `train` runs for a stage: one update, traced without an array."""
     student, teacher = networks_of(experiment, outline, stage)
-    step, optimizer = compiled_step(
-        stage.kind,
-        stage.settings,
-        student=student,
-        teacher=teacher,
-        mesh=mesh,
-        total_steps=stage.total_steps,
-        sampler=stage.sampler,
-        w_range=(experiment.guidance.w_min, experiment.guidance.w_max),
-    )
+    step, optimizer = compiled_step(stage, student=student, teacher=teacher, mesh=mesh)
     held = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
     return _lowered(step, held, outline, stage)
 
@@ -103,7 +95,7 @@ def lower_rest_of_step(
     student, teacher = networks_of(experiment, outline, stage)
     optimizer = make_optimizer(stage.settings, steps=stage.total_steps)
 
-    def no_work(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+    def no_work(params: Any, frozen: Any, batch: Batch, keys: jax.Array) -> Loss:
         total = sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(params))
         return Loss(jnp.broadcast_to(total, batch["image"].shape[:1]), {})
 

@@ -8,8 +8,9 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.evaluation.results import Result
 from guided_distill.evaluation.tasks import Request, tasks_of
+from guided_distill.objectives.stage import Stage
 from guided_distill.report.figures import WORDS
-from guided_distill.stages import Stage, all_stages
+from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step
 
 

@@ -17,6 +17,9 @@ from guided_distill.errors import UserError
 
 DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 
+EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))
+"""Of arrays whose first axis is the batch: over all devices."""
+
 
 def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
     """All devices, or those given; weights are split over `fsdp` of a slice's, 0 for all of these.
@@ -57,7 +60,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_batch(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Examples, on `axis` of the array, split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, (DATA_AXIS, FSDP_AXIS)))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, *EXAMPLES))
 
 
 def split_weights(mesh: Mesh, tree: Any) -> Any:
@@ -71,3 +74,21 @@ def _split_longest(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     if count == 1 or not any(lengths):
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * int(np.argmax(lengths)), FSDP_AXIS))
+
+
+def mean_over_devices(tree: Any, specs: Any) -> Any:
+    """The mean over all devices of each one's arrays, for use in `jax.shard_map`.
+
+    specs: for each array, where the mean is to live: along "fsdp" in parts, or on each device whole.
+    """
+
+    def mean(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        count = jax.lax.axis_size(DATA_AXIS) * jax.lax.axis_size(FSDP_AXIS)
+        if FSDP_AXIS in spec:
+            leaf = jax.lax.psum_scatter(
+                leaf, FSDP_AXIS, scatter_dimension=spec.index(FSDP_AXIS), tiled=True
+            )
+            return jax.lax.psum(leaf, DATA_AXIS) / count
+        return jax.lax.psum(leaf, (DATA_AXIS, FSDP_AXIS)) / count
+
+    return jax.tree.map(mean, tree, specs)

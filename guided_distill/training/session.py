@@ -10,9 +10,10 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from guided_distill.config import Cadence, Optimization
+from guided_distill.config import Cadence
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import Source
+from guided_distill.objectives.stage import Optimization
 from guided_distill.storage import write_text
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.loop import train

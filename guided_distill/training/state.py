@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from guided_distill.config import Optimization
+from guided_distill.objectives.stage import Optimization
 from guided_distill.training.mesh import split_weights
 
 

@@ -1,22 +1,25 @@
 """The train step: one function for every stage and every machine."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import clu.metrics
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from guided_distill.objectives.stage import Batch, LossFunction
 from guided_distill.objectives.weighting import Loss
-from guided_distill.training.mesh import replicated, split_batch, split_weights
+from guided_distill.training.mesh import (
+    EXAMPLES,
+    mean_over_devices,
+    replicated,
+    split_batch,
+    split_weights,
+)
 from guided_distill.training.state import TrainState
-
-Batch = Mapping[str, jax.Array]
-LossFunction = Callable[[Any, Any, Batch, jax.Array], Loss]
-"""(params, frozen params of the teacher, batch, key) -> Loss."""
 
 
 @functools.cache
@@ -37,6 +40,9 @@ class StepReport(NamedTuple):
 TrainStep = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, StepReport]]
 
 
+Figures = dict[str, jax.Array]
+
+
 def make_train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
@@ -50,95 +56,56 @@ def make_train_step(
 
     It takes (state, frozen, batches, key): the state is donated; `frozen` is the teacher's weights,
     an argument so that they aren't built into the program; batches are arrays [K, B, ...]; `key` is the
-    stage's own, and update number n draws from fold_in(key, n). An update whose loss or gradient isn't
-    finite is left out and counted. accumulation: in how many parts, one after the other, a batch's
-    gradient is computed; it divides B, and the parts draw from keys of their own.
+    stage's own. Example number b of update number n draws from key b of split(fold_in(key, n), B). An
+    update whose loss or gradient isn't finite is left out and counted. accumulation: in how many parts,
+    one after the other, a batch's gradient is computed; it divides the examples of a device.
 
     Weights live as `split_weights` says, in float32. A network sees them whole and `rounded` to what it
-    computes in, gathered once an update, so that what it computes stays split by example and the
-    partitioner has nothing else to move.
+    computes in, gathered once an update. Each device computes the gradient of its own examples, and they
+    are averaged in float32.
     """
-
     # In loops, XLA's CPU backend takes a hundred times longer for the gradient of a convolution.
     slow_loops = mesh.devices.flat[0].platform == "cpu"
+    gradient = functools.partial(
+        accumulated_gradient, loss, accumulation=accumulation, unroll=slow_loops
+    )
 
     def whole(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
-    def split(tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, split_weights(mesh, tree))
+    def mean_gradient(
+        params: Any, frozen: Any, batch: Batch, keys: jax.Array
+    ) -> tuple[Any, Figures]:
+        """The gradient of the mean loss over all devices, split like the weights, and figures."""
+        split = jax.tree.map(lambda place: place.spec, split_weights(mesh, params))
 
-    def gradient_of(
-        params: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        """The gradient of the mean loss, split like the weights, and figures to log."""
+        def of_device(*arguments: Any) -> tuple[Any, Figures]:
+            own, figures = gradient(*arguments)
+            everywhere = jax.tree.map(lambda _: PartitionSpec(), figures)
+            return mean_over_devices(own, split), mean_over_devices(figures, everywhere)
 
-        def mean_loss(params: Any) -> tuple[jax.Array, Loss]:
-            losses = loss(params, frozen, batch, key)
-            return losses.per_example.mean(), losses
-
-        (value, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
-        # Whole first: asked for parts alone, the partitioner would split the backward pass by channel.
-        return split(whole(gradient)), {"loss": value} | jax.tree.map(jnp.mean, dict(losses.aux))
-
-    def accumulated_gradient(
-        params: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        # Every part takes some examples of each device, so that none has to move.
-        parts = jax.tree.map(
-            lambda each: jnp.moveaxis(each.reshape(-1, accumulation, *each.shape[1:]), 1, 0),
-            dict(batch),
-        )
-
-        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
-            examples, index = part
-            gradient, figures = gradient_of(
-                params, frozen, examples, jax.random.fold_in(key, index)
-            )
-            return jax.tree.map(jnp.add, total, gradient), figures
-
-        zero = split(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))
-        total, figures = jax.lax.scan(
-            add, zero, (parts, jnp.arange(accumulation)), unroll=slow_loops
-        )
-        mean = jax.tree.map(lambda leaf: leaf / accumulation, total)
-        return mean, jax.tree.map(jnp.mean, figures)
+        return jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(), EXAMPLES, EXAMPLES),
+            out_specs=(split, PartitionSpec()),
+            # Else the gradient of copied weights is summed where it is made, in their precision.
+            check_vma=False,
+        )(params, frozen, dict(batch), keys)
 
     def update(
         state: TrainState, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, clu.metrics.Collection]:
-        key = jax.random.fold_in(key, state.step)
-        compute = gradient_of if accumulation == 1 else accumulated_gradient
-        gradient, figures = compute(whole(rounded(state.params)), whole(frozen), batch, key)
-        gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(norm)
-        change, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
-        params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.params, change), new_optimizer),
-            (state.params, state.optimizer),
-        )
-        # The average warms up with the count of updates, so that short runs forget their start.
-        warm_decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        decay = jnp.where(finite, warm_decay, 1.0)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=jax.tree.map(
-                lambda average, new: decay * average + (1.0 - decay) * new,
-                state.ema,
-                params if state.ema else {},
-            ),
-            optimizer=optimizer_state,
-            skipped=state.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        )
-        figures["gradient_norm"] = norm
+        keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["image"]))
+        gradient, figures = mean_gradient(whole(rounded(state.params)), whole(frozen), batch, keys)
+        figures["gradient_norm"] = optax.tree.norm(gradient)
+        finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["gradient_norm"])
+        new_state = updated(state, gradient, optimizer, finite=finite, ema_decay=ema_decay)
         metrics = metrics_of(tuple(sorted(figures))).single_from_model_output(
             **jax.tree.map(lambda figure: figure[None], figures), mask=finite[None]
         )
-        return split(new_state), metrics
+        places = split_weights(mesh, new_state)
+        return jax.lax.with_sharding_constraint(new_state, places), metrics
 
     def many_updates(
         state: TrainState, frozen: Any, batches: Batch, key: jax.Array
@@ -161,4 +128,77 @@ def make_train_step(
         # The weights' shardings are those they come with.
         in_shardings=(None, None, split_batch(mesh, axis=1), replicated(mesh)),
         out_shardings=(None, replicated(mesh)),
+    )
+
+
+def gradient_of(
+    loss: LossFunction, params: Any, frozen: Any, batch: Batch, keys: jax.Array
+) -> tuple[Any, Figures]:
+    """The gradient of the mean loss of a batch [B, ...] with keys [B], in float32, and figures to log."""
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Loss]:
+        losses = loss(params, frozen, batch, keys)
+        return losses.per_example.mean(), losses
+
+    (value, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+    return gradient, {"loss": value} | jax.tree.map(jnp.mean, dict(losses.aux))
+
+
+def accumulated_gradient(
+    loss: LossFunction,
+    params: Any,
+    frozen: Any,
+    batch: Batch,
+    keys: jax.Array,
+    *,
+    accumulation: int,
+    unroll: bool,
+) -> tuple[Any, Figures]:
+    """As `gradient_of`, computed in parts one after the other, which need less memory."""
+    if accumulation == 1:
+        return gradient_of(loss, params, frozen, batch, keys)
+    parts = jax.tree.map(
+        lambda each: each.reshape(accumulation, -1, *each.shape[1:]), (dict(batch), keys)
+    )
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Figures]:
+        gradient, figures = gradient_of(loss, params, frozen, *part)
+        return jax.tree.map(jnp.add, total, gradient), figures
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    total, figures = jax.lax.scan(add, zero, parts, unroll=unroll)
+    mean = jax.tree.map(lambda leaf: leaf / accumulation, total)
+    return mean, jax.tree.map(jnp.mean, figures)
+
+
+def updated(
+    state: TrainState,
+    gradient: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    finite: jax.Array,
+    ema_decay: float,
+) -> TrainState:
+    """The state after an update by this gradient; unless `finite`, after one that is left out."""
+    change, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
+    params, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(state.params, change), new_optimizer),
+        (state.params, state.optimizer),
+    )
+    # The average warms up with the count of updates, so that short runs forget their start.
+    warm_decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    decay = jnp.where(finite, warm_decay, 1.0)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=jax.tree.map(
+            lambda average, new: decay * average + (1.0 - decay) * new,
+            state.ema,
+            params if state.ema else {},
+        ),
+        optimizer=optimizer_state,
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )

@@ -13,10 +13,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from guided_distill import kinds
-from guided_distill.config import AUTOENCODER, Experiment, Model, parse_recorded, stage_name
+from guided_distill.config import AUTOENCODER, Experiment, Model, parse_recorded
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import shapes_of
 from guided_distill.models.registry import LABEL, Network, Params, build_network
+from guided_distill.objectives.stage import stage_name
 from guided_distill.storage import first_line
 from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
 from guided_distill.training.mesh import data_mesh

@@ -1,31 +1,34 @@
 """Which rows `evaluate` measures of a stage."""
 
-import dataclasses
-
 import pytest
 
 from guided_distill.config import Evaluation, Experiment, Halving
-from guided_distill.stages import Stage, samplings
+from guided_distill.objectives.stage import Stage
 
-EXPERIMENT = Experiment(halving=Halving(first_num_steps=8))
-EVALUATION = Evaluation(teacher_samplers=("ddim", "ancestral"), teacher_num_steps=(2, 16))
+EXPERIMENT = Experiment(
+    halving=Halving(first_num_steps=8),
+    evaluation=Evaluation(teacher_samplers=("ddim", "ancestral"), teacher_num_steps=(2, 16)),
+)
 OF_TEACHERS = [("ddim", 2), ("ddim", 16), ("ancestral", 2), ("ancestral", 16)]
 
 
 @pytest.mark.parametrize(
-    ("stage", "expected"),
+    ("fields", "expected"),
     [
-        ({"kind": "teacher", "takes_w": False}, OF_TEACHERS),
-        ({"kind": "guidance", "takes_w": True}, [("ddim", 16)]),
-        ({"kind": "halving", "num_steps": 4, "sampler": "ddim"}, [("ddim", 4)]),
-        ({"kind": "halving", "num_steps": 4, "sampler": "stochastic"}, [("stochastic", 4)]),
-        ({"kind": "halving", "num_steps": 4, "sampler": "encode"}, []),
-        ({"kind": "rectified", "takes_w": True}, [("ddim", 16)]),
-        ({"kind": "rectified", "takes_w": False}, OF_TEACHERS),
-        ({"kind": "rectified", "num_steps": 2, "sampler": "ddim"}, [("ddim", 2)]),
+        ({}, OF_TEACHERS),
+        ({"w_range": (0.0, 4.0)}, [("ddim", 16)]),
+        ({"w_range": (0.0, 4.0), "num_steps": 4, "sampler": "ddim"}, [("ddim", 4)]),
+        ({"w_range": (0.0, 4.0), "num_steps": 4, "sampler": "stochastic"}, [("stochastic", 4)]),
+        ({"w_range": (0.0, 4.0), "num_steps": 4, "sampler": "encode"}, []),
+        ({"num_steps": 2, "sampler": "ddim"}, [("ddim", 2)]),
     ],
 )
-def test_a_stage_of_any_kind_says_how_it_is_sampled(stage, expected):
-    stage = Stage(settings=EXPERIMENT.teacher, total_steps=1, **{"takes_w": True, **stage})
-    assert samplings(stage, EXPERIMENT, EVALUATION) == expected
-    assert samplings(dataclasses.replace(stage, kind="other"), EXPERIMENT, EVALUATION) == expected
+def test_a_stage_of_any_kind_says_how_it_is_sampled(fields, expected):
+    class Rectified(Stage):
+        kind = "rectified"
+
+        def loss(self, student, teacher):
+            raise NotImplementedError
+
+    stage = Rectified(settings=EXPERIMENT.teacher, total_steps=1, **fields)
+    assert stage.samplings(EXPERIMENT) == expected

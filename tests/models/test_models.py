@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from guided_distill.config import W_EMBEDDINGS
 from guided_distill.errors import UserError
-from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.registry import build_network, student_params
 
@@ -149,10 +147,6 @@ def test_a_scalar_w_enters_as_the_number_itself(name):
         predict(student, unflatten_dict(params), *inputs(), 2 * w).x, base, atol=1e-5
     )
     assert np.abs(doubled - base).reshape(4, -1).max(axis=1).min() > 1e-3
-
-
-def test_every_embedding_of_w_that_a_config_names_exists():
-    assert tuple(W_FEATURES) == W_EMBEDDINGS
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -29,7 +29,8 @@ class Identity:
 def test_loss_is_the_error_of_a_draw_and_the_divergence(deviation):
     x = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
     log_variance = 2.0 * np.log(deviation)
-    found = autoencoder_loss(Identity(), log_variance, x, jax.random.key(1), kl_weight=KL_WEIGHT)
+    keys = jax.random.split(jax.random.key(1), 2)
+    found = autoencoder_loss(Identity(), log_variance, x, keys, kl_weight=KL_WEIGHT)
     # E|n| of unit noise is sqrt(2 / pi).
     np.testing.assert_allclose(found.aux["error"], deviation * np.sqrt(2 / np.pi), rtol=0.02)
     kl = 0.5 * (np.square(x).mean(axis=(1, 2, 3)) + deviation**2 - 1.0 - log_variance)
@@ -48,7 +49,7 @@ def test_gradients_reach_every_weight():
 
     def loss(params):
         return autoencoder_loss(
-            module, params, x, jax.random.key(2), kl_weight=1e-3
+            module, params, x, jax.random.split(jax.random.key(2), 2), kl_weight=1e-3
         ).per_example.sum()
 
     gradient = jax.jit(jax.grad(loss))(params)

@@ -14,6 +14,7 @@ import pytest
 from guided_distill.diffusion import process, samplers, schedules
 from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.objectives import halving
+from guided_distill.objectives.stage import Examples
 
 SCHEDULE = schedules.cosine()
 MEAN, DEVIATION = 0.3, 0.5
@@ -101,16 +102,11 @@ def test_encoders_learn_the_noise_of_pixels_at_the_ends_of_the_range():
         return halving.halving_loss(
             learner,
             tutor,
-            x,
-            condition,
-            jax.random.key(0),
+            Examples(x, condition, jax.random.split(jax.random.key(0), len(x))),
             schedule=SCHEDULE,
-            weighting="truncated_snr",
-            w_min=0.0,
-            w_max=4.0,
-            num_steps=1,
-            sampler="encode",
-            clipped=clipped,
+            settings=halving.Halving(clipped=clipped),
+            w_range=(0.0, 4.0),
+            aim=halving.Round(1, "encode"),
         ).per_example
 
     np.testing.assert_array_equal(losses(True), losses(False))

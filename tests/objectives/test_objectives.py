@@ -8,6 +8,10 @@ import pytest
 from guided_distill.diffusion import process, samplers, schedules
 from guided_distill.diffusion.guidance import Denoiser, with_clipping, with_guidance
 from guided_distill.objectives import guidance, halving, teacher, weighting
+from guided_distill.objectives.guidance import Guidance
+from guided_distill.objectives.halving import Halving
+from guided_distill.objectives.stage import Examples
+from guided_distill.objectives.teacher import Teacher
 
 SCHEDULES = {
     "cosine": schedules.cosine(),
@@ -36,20 +40,19 @@ def batch(size=16):
     )
 
 
+def examples(x, condition, seed=0):
+    return Examples(x, condition, jax.random.split(jax.random.key(seed), len(x)))
+
+
 def losses_of(student, model, *, x, condition, schedule, num_steps, sampler="ddim", clipped=False):
     return halving.halving_loss(
         student,
         model,
-        x,
-        condition,
-        jax.random.key(0),
+        examples(x, condition),
         schedule=schedule,
-        weighting="truncated_snr",
-        w_min=0.0,
-        w_max=4.0,
-        num_steps=num_steps,
-        sampler=sampler,
-        clipped=clipped,
+        settings=Halving(weighting="truncated_snr", clipped=clipped),
+        w_range=(0.0, 4.0),
+        aim=halving.Round(num_steps, sampler),
     ).per_example
 
 
@@ -134,23 +137,24 @@ def test_jump_times(sampler, i, expected):
 def test_halving_needs_a_guided_teacher_and_guidance_a_plain_one():
     schedule = SCHEDULES["cosine"]
     x, condition, _ = batch()
-    settings = {"schedule": schedule, "weighting": "snr", "w_min": 0.0, "w_max": 4.0}
     plain, guided = (denoiser(schedule, guided=each) for each in (False, True))
     with pytest.raises(ValueError, match="guidance stage first"):
-        halving.halving_loss(
-            guided, plain, x, condition, jax.random.key(0), num_steps=4, sampler="ddim", **settings
-        )
+        losses_of(guided, plain, x=x, condition=condition, schedule=schedule, num_steps=4)
     with pytest.raises(ValueError, match="already inside"):
-        guidance.guidance_loss(guided, guided, x, condition, jax.random.key(0), **settings)
+        guidance.guidance_loss(
+            guided, guided, examples(x, condition), schedule=schedule, settings=Guidance()
+        )
 
 
 def test_guidance_loss_is_zero_for_the_guided_teacher_itself_alone():
     schedule = SCHEDULES["cosine"]
     x, condition, _ = batch()
     plain = denoiser(schedule, guided=False)
-    settings = {"schedule": schedule, "weighting": "truncated_snr", "w_min": 0.0, "w_max": 4.0}
+    settings = Guidance(weighting="truncated_snr", w_min=0.0, w_max=4.0)
     losses = [
-        guidance.guidance_loss(student, plain, x, condition, jax.random.key(0), **settings)
+        guidance.guidance_loss(
+            student, plain, examples(x, condition), schedule=schedule, settings=settings
+        )
         for student in (with_guidance(plain), denoiser(schedule, guided=True))
     ]
     np.testing.assert_allclose(losses[0].per_example, 0.0, atol=1e-10)
@@ -164,7 +168,8 @@ def test_dropping_conditions_puts_null_in_whole_examples_at_its_rate():
         "inpaint": jnp.ones((20_000, 2)),
     }
     null = {"label": 4, "text": jnp.arange(1.0, 7.0).reshape(2, 3)}
-    found = teacher.drop_conditions(condition, jax.random.key(0), null=null, rate=0.1)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    found = teacher.drop_conditions(condition, keys, null=null, rate=0.1)
     dropped = found["label"]
     expected = np.where((dropped == 4)[:, None, None], null["text"], 0.0)
     np.testing.assert_array_equal(found["text"], expected)
@@ -186,12 +191,9 @@ def test_teacher_loss_is_least_for_the_posterior_mean():
 
         return teacher.teacher_loss(
             Denoiser(predict, guided=False, null={"label": 1}),
-            x,
-            {"label": jnp.zeros(4000, jnp.int32)},
-            jax.random.key(1),
+            examples(x, {"label": jnp.zeros(4000, jnp.int32)}, seed=1),
             schedule=schedule,
-            weighting="truncated_snr",
-            condition_dropout=0.1,
+            settings=Teacher(weighting="truncated_snr", label_dropout=0.1),
         ).per_example.mean()
 
     assert loss(1.0) < min(loss(0.98), loss(1.02))
@@ -231,10 +233,13 @@ def test_clipped_guidance_loss_is_zero_for_the_teacher_as_sampled():
     x, condition, _ = batch()
     plain = denoiser(schedule, guided=False)
     student = with_clipping(with_guidance(plain), schedule)
-    settings = {"schedule": schedule, "weighting": "snr_plus_one", "w_min": 0.0, "w_max": 4.0}
     met, missed = (
         guidance.guidance_loss(
-            student, plain, x, condition, jax.random.key(0), clipped=clipped, **settings
+            student,
+            plain,
+            examples(x, condition),
+            schedule=schedule,
+            settings=Guidance(weighting="snr_plus_one", clipped=clipped),
         ).per_example
         for clipped in (True, False)
     )

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill.config import Cadence, Optimization
+from guided_distill.config import Cadence
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import from_arrays
+from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.loop import train
@@ -26,8 +27,8 @@ FROZEN = {"shift": np.float32(1.0)}
 KEY = 7
 
 
-def loss(params, frozen, batch, key):
-    noise = 0.1 * jax.random.normal(key, batch["image"].shape[:1])
+def loss(params, frozen, batch, keys):
+    noise = 0.1 * jax.vmap(jax.random.normal)(keys)
     return Loss(jnp.square(batch["image"] @ params["a"] + frozen["shift"] + noise), {})
 
 
