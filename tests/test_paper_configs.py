@@ -79,7 +79,7 @@ def test_rounds_in_latent_space_add_up_to_what_they_were_priced_at():
     experiment = read("sd15_laion512")
     rounds = experiment.halving.rounds()
     assert (rounds[0], rounds[-1]) == (256, 1)
-    assert sum(map(experiment.round_steps, rounds)) == 85_000
+    assert sum(map(experiment.halving.updates, rounds)) == 85_000
     assert (experiment.guidance.w_min, experiment.guidance.w_max) == (2.0, 14.0)
 
 
