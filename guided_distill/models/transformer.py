@@ -33,7 +33,7 @@ class TransformerBlock(nn.Module):
         )(condition)[:, None, :]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         dense = functools.partial(nn.Dense, dtype=self.dtype)
-        norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=jnp.float32)
 
         branch = norm(name="attention_norm")(tokens)
         branch = branch * (1.0 + scale_a) + shift_a
@@ -53,7 +53,10 @@ class TransformerBlock(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Patches -> `depth` transformer blocks -> patches."""
+    """Patches -> `depth` transformer blocks -> patches.
+
+    dtype: what products are computed in; the residual stream and its normalizations are float32.
+    """
 
     head: ClassVar[str] = "output"
     takes_timesteps: ClassVar[bool] = False
@@ -104,12 +107,12 @@ class PatchTransformer(nn.Module):
         )
         patches = to_patches(z, self.patch_size)
         grid = patches.shape[1:3]
-        tokens = nn.Dense(self.width, dtype=self.dtype, name="input")(patches)
+        tokens = nn.Dense(self.width, dtype=jnp.float32, name="input")(patches)
         tokens = tokens.reshape(z.shape[0], -1, self.width)
         position = self.param(
             "position", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width)
         )
-        tokens += position.astype(self.dtype)
+        tokens += position
         for index in range(self.depth):
             tokens = TransformerBlock(
                 self.width,
@@ -119,7 +122,7 @@ class PatchTransformer(nn.Module):
                 self.dtype,
                 name=f"block_{index}",
             )(tokens, embedding, train=train)
-        tokens = nn.LayerNorm(dtype=self.dtype, name="output_norm")(tokens)
+        tokens = nn.LayerNorm(dtype=jnp.float32, name="output_norm")(tokens)
         output = nn.Dense(
             self.num_outputs * patches.shape[-1],
             kernel_init=nn.initializers.zeros,

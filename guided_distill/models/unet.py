@@ -16,10 +16,10 @@ from guided_distill.models.remat import Remat, rematerialized
 from guided_distill.models.sizes import sides, undivided
 
 
-def group_norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Group normalization with 32 groups, or as many as divide the channels."""
+def group_norm(channels: int, name: str) -> nn.GroupNorm:
+    """Group normalization with 32 groups, or as many as divide the channels; in float32."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
-    return nn.GroupNorm(groups, dtype=dtype, name=name)
+    return nn.GroupNorm(groups, dtype=jnp.float32, name=name)
 
 
 def resample(image: jax.Array, mode: str | None) -> jax.Array:
@@ -42,12 +42,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, condition: jax.Array, train: bool) -> jax.Array:
         """image [B, H, W, C], condition [B, D] -> [B, H', W', channels]."""
-        branch = nn.swish(group_norm(image.shape[-1], self.dtype, "norm_1")(image))
+        branch = nn.swish(group_norm(image.shape[-1], "norm_1")(image))
         branch = resample(branch, self.resampling)
         branch = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_1")(branch)
         modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="modulation")(condition)
         scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-        branch = group_norm(self.channels, self.dtype, "norm_2")(branch) * (1.0 + scale) + shift
+        branch = group_norm(self.channels, "norm_2")(branch) * (1.0 + scale) + shift
         branch = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(branch))
         branch = nn.Conv(
             self.channels,
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
         )(branch)
         skip = resample(image, self.resampling)
         if skip.shape[-1] != self.channels:
-            skip = nn.Dense(self.channels, dtype=self.dtype, name="skip")(skip)
+            skip = nn.Dense(self.channels, dtype=jnp.float32, name="skip")(skip)
         return skip + branch
 
 
@@ -72,7 +72,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, image: jax.Array) -> jax.Array:
         """[B, H, W, C] -> the same; C is a multiple of head_width."""
         batch, channels = image.shape[0], image.shape[-1]
-        normed = group_norm(channels, self.dtype, "norm")(image).reshape(batch, -1, channels)
+        normed = group_norm(channels, "norm")(image).reshape(batch, -1, channels)
         heads = (channels // self.head_width, self.head_width)
         qkv = nn.DenseGeneral((3, *heads), dtype=self.dtype, name="qkv")(normed)
         attended = jax.nn.dot_product_attention(*(qkv[:, :, k] for k in range(3)))
@@ -92,7 +92,9 @@ class UNet(nn.Module):
     width: channels at full resolution; level k has width * channel_multipliers[k] at 1/2^k.
     attention_resolutions: the heights at which attention follows each residual block; the middle has
     it always. patch_size: side of the squares of pixels that the first level takes as one; "full
-    resolution" then is 1/patch_size of the image's. remat: one of models/remat.py's KINDS.
+    resolution" then is 1/patch_size of the image's. remat: one of models/remat.py's KINDS. dtype: what
+    products are computed in; the residual stream and its normalizations are float32, for their rounding
+    would hide what the first halving rounds have to learn (benchmarks/rounding.py).
     """
 
     head: ClassVar[str] = "output"
@@ -182,7 +184,7 @@ class UNet(nn.Module):
 
         last_level = len(self.channel_multipliers) - 1
         image = to_patches(z, self.patch_size)
-        image = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="input")(image)
+        image = nn.Conv(self.width, (3, 3), dtype=jnp.float32, name="input")(image)
         skips = [image]
         for level in range(last_level + 1):
             for index in range(self.blocks_per_level):
@@ -202,7 +204,7 @@ class UNet(nn.Module):
             if level > 0:
                 image = residual(image, level, f"up_{level}", "up")
 
-        image = nn.swish(group_norm(image.shape[-1], self.dtype, "output_norm")(image))
+        image = nn.swish(group_norm(image.shape[-1], "output_norm")(image))
         image = nn.Conv(
             self.num_outputs * self.patch_size**2 * z.shape[-1],
             (3, 3),

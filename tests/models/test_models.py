@@ -43,6 +43,7 @@ W_PROJECTION = {
 }
 """The weights that w enters by, where they aren't those of `Conditioning`."""
 SHAPE = (4, 4, 1)
+KEY = jax.eval_shape(jax.random.key, 0)
 
 
 def make(name, dtype="float32", options=None):
@@ -159,6 +160,25 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights_and_output(name):
     high = predict(make(name).told_w(), params, *inputs(), w).x
     assert low.dtype == jnp.float32
     assert 0 < np.abs(low - high).max() < 0.2 * np.abs(high).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "product"),
+    [("unet", "down_0_0", "conv_1"), ("transformer", "block_0", "expand")],
+)
+def test_in_bfloat16_the_residual_stream_stays_float32(name, blocks, product):
+    module = make(name, dtype="bfloat16").module
+
+    def layers(key):
+        z, t, condition = inputs()
+        _, state = module.init_with_output(
+            key, z, t, condition, capture_intermediates=True, mutable=True
+        )
+        return flatten_dict(state["intermediates"])
+
+    found = {path[:-1]: values[0].dtype for path, values in jax.eval_shape(layers, KEY).items()}
+    assert found[blocks,] == jnp.float32
+    assert found[blocks, product] == jnp.bfloat16
 
 
 def test_patches_return_and_are_local():
