@@ -28,6 +28,7 @@ from guided_distill.objectives.autoencoder import Autoencoder
 from guided_distill.objectives.guidance import Guidance
 from guided_distill.objectives.halving import JUMPS, Halving
 from guided_distill.objectives.teacher import Teacher
+from guided_distill.training.job import Cadence
 
 STAGES = ("teacher", "guidance", "halving")
 AUTOENCODER = "autoencoder"
@@ -92,17 +93,6 @@ class Evaluation:
     teacher_samplers: tuple[Annotated[str, kinds.OneOf(SAMPLERS)], ...] = ("ddim",)
     teacher_num_steps: tuple[kinds.NumSteps, ...] = (1, 2, 4, 8, 16, 64)
     seed: kinds.Seed = 0
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How a training runs, whatever it trains."""
-
-    steps_per_dispatch: kinds.Count
-    log_every: kinds.Count
-    checkpoint_every: kinds.Count
-    checkpoints_to_keep: kinds.Count
-    max_nonfinite_steps: kinds.Count
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.objectives.autoencoder import Autoencoder, autoencoder_loss
 from guided_distill.prepare.encode import check_image_shape, encode
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
+from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.processes import first_alone
 from guided_distill.training.session import train_in
@@ -157,13 +158,24 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
     settings = experiment.autoencoder
     module = check_autoencoder(settings, source)
     seed = zlib.crc32(f"{experiment.seed}/{AUTOENCODER}".encode())
-    init_key, loop_key = jax.random.split(draws.key_of(seed))
+    mesh = data_mesh()
+    init_key, loss_key = jax.random.split(draws.key_of(seed))
+    job = Job(
+        workdir / AUTOENCODER,
+        title=AUTOENCODER,
+        about={"stage": AUTOENCODER},
+        settings=settings,
+        total_steps=settings.steps,
+        seed=seed,
+        key=loss_key,
+        cadence=experiment.cadence,
+        mesh=mesh,
+    )
 
     def initial() -> Params:
         return jax.jit(module.init)(init_key, jnp.zeros((1, *source.shape)))["params"]
 
     optimizer = make_optimizer(settings, steps=settings.steps)
-    mesh = data_mesh()
     step = make_train_step(
         lambda params, frozen, batch, keys: autoencoder_loss(
             module, params, batch["image"], keys, kl_weight=settings.kl_weight
@@ -174,22 +186,13 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
         accumulation=settings.accumulation,
     )
     state = train_in(
-        workdir / AUTOENCODER,
-        source=source,
-        flip=experiment.data.flip,
-        seed=seed,
+        job,
+        source,
+        (step, optimizer),
         shapes=jax.eval_shape(initial),
         initial=initial,
-        step=step,
-        optimizer=optimizer,
-        settings=settings,
-        total_steps=settings.steps,
         frozen={},
-        key=loop_key,
-        cadence=experiment.cadence,
-        about={"stage": AUTOENCODER},
-        mesh=mesh,
-        title=AUTOENCODER,
+        flip=experiment.data.flip,
     )
     factor = _scaling_factor(module, state.result, source)
     _write_companions(

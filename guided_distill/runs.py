@@ -1,14 +1,25 @@
-"""A run's folder: its config, and which of its stages are finished. Nothing here trains or draws."""
+"""A run's folder: its config, whose it is, and which of its stages are finished. Nothing here trains."""
 
+import dataclasses
 import json
+from functools import partial
 
+import jax
 from etils import epath
 
-from guided_distill.config import Experiment, parse_recorded
+from guided_distill.config import Experiment, changed_keys, parse_recorded
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.stages import Stage, all_stages
-from guided_distill.storage import first_line, is_there
+from guided_distill.objectives.stage import Stage
+from guided_distill.places import path_named
+from guided_distill.stages import all_stages, chains
+from guided_distill.storage import (
+    check_writable,
+    first_line,
+    is_there,
+    persistently,
+    write_text,
+)
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.model_file import is_model_file
 
@@ -76,3 +87,56 @@ def finished_samplers(workdir: epath.Path) -> list[str]:
     if not names:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     return names
+
+
+def claim(workdir: epath.Path, experiment: Experiment) -> None:
+    """Write the config to the workdir. Raises UserError if one that differs is there already."""
+    check_unclaimed(workdir, experiment)
+    write_text(workdir / "config.json", json.dumps(dataclasses.asdict(experiment), indent=2))
+
+
+def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
+    """Raises UserError if the workdir holds a config that differs in more than where it started from.
+
+    That may be spelled in another way, or have moved, and is of no account to a run that has a result.
+    """
+    if is_there(workdir / "config.json"):
+        changes = changed_keys(read_config(workdir), experiment)
+        needed = bool(unbegun(workdir, experiment))
+        for key in ("start_from", "teacher.initial"):
+            old, new = changes.get(key, (None, None))
+            if old and new and not (needed and _differ(path_named(old), path_named(new))):
+                del changes[key]
+        if changes:
+            listed = "; ".join(
+                f"config.{key} is {old!r} there and {new!r} here"
+                for key, (old, new) in changes.items()
+            )
+            raise UserError(
+                f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
+                f"the same values to go on"
+            )
+
+
+def _differ(old: epath.Path, new: epath.Path) -> bool:
+    """Whether two paths name two stages; one that is gone may have become the other."""
+    return is_there(old) and old.resolve() != new.resolve()
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises UserError unless this process sees the run's folder and can write to it."""
+    if not is_there(workdir / "config.json"):
+        raise UserError(
+            f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
+            f"--workdir that all of them share"
+        )
+    persistently(partial(check_writable, workdir), workdir)
+
+
+def unbegun(workdir: epath.Path, experiment: Experiment) -> list[list[Stage]]:
+    """The chains without a finished stage: they alone need the run that another one starts from."""
+    return [
+        chain
+        for chain in chains(experiment)
+        if not any(is_finished(workdir, stage) for stage in chain)
+    ]

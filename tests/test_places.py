@@ -12,7 +12,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.inception import inception_extractor
 from guided_distill.evaluation.lite0 import lite0_extractor
 from guided_distill.interop.diffusers_export import export_diffusers
-from guided_distill.pipeline import path_named
+from guided_distill.places import path_named
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.verbs import shared
 from guided_distill.verbs.runs import find_config

@@ -12,11 +12,11 @@ import optax
 from etils import epath
 
 from guided_distill import draws
-from guided_distill.config import Cadence
 from guided_distill.data.source import Source, within_memory
 from guided_distill.evaluation.extractor import Extractor
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
+from guided_distill.training.job import Cadence, Job
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
@@ -107,7 +107,18 @@ def train_extractor(
     """
     classifier = Classifier(source.num_classes)
     mesh = data_mesh()
-    init_key, loop_key = jax.random.split(draws.key_of(SEED))
+    init_key, loss_key = jax.random.split(draws.key_of(SEED))
+    job = Job(
+        directory,
+        title="classifier",
+        about={"stage": "classifier", "seed": SEED},
+        settings=SETTINGS,
+        total_steps=steps,
+        seed=SEED,
+        key=loss_key,
+        cadence=CADENCE,
+        mesh=mesh,
+    )
 
     def initial() -> Any:
         return classifier.init(init_key, jnp.zeros((1, *source.shape)))["params"]
@@ -120,22 +131,12 @@ def train_extractor(
         mesh=mesh,
     )
     state = train_in(
-        directory,
-        source=source,
-        flip=False,
-        seed=SEED,
+        job,
+        source,
+        (step, optimizer),
         shapes=jax.eval_shape(initial),
         initial=initial,
-        step=step,
-        optimizer=optimizer,
-        settings=SETTINGS,
-        total_steps=steps,
         frozen={},
-        key=loop_key,
-        cadence=CADENCE,
-        about={"stage": "classifier", "seed": SEED},
-        mesh=mesh,
-        title="classifier",
     )
     make = functools.partial(classifier_extractor, classifier, state.params, source.shape)
     extractor = make(scale=1.0)

@@ -37,8 +37,8 @@ from guided_distill.layouts.diffusers_folder import (
 from guided_distill.layouts.json_files import read_json, write_json
 from guided_distill.layouts.safetensors_file import read_metadata
 from guided_distill.layouts.torch_layout import Tensors, canonical, to_tree
-from guided_distill.pipeline import claim
 from guided_distill.places import path_named
+from guided_distill.runs import claim
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.checkpoints import StageCheckpoints

@@ -8,8 +8,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import COMPANIONS, bring_companions, check_companions
-from guided_distill.pipeline import claim
-from guided_distill.runs import finished_stages, folder_of, read_config
+from guided_distill.runs import claim, finished_stages, folder_of, read_config
 from guided_distill.storage import is_there, storage_error, whole, write_text
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.metrics import read_metrics

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import clu.metrics
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from guided_distill.config import Cadence
 from guided_distill.errors import UserError
 from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.job import Job
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
 from guided_distill.training.preemption import ending, notices
@@ -30,39 +30,34 @@ class Batches(Protocol):
 
 
 def train(
+    job: Job,
     state: TrainState,
     step: TrainStep,
     *,
     frozen: Any,
     batches: Batches,
-    key: jax.Array,
-    total_steps: int,
-    cadence: Cadence,
     checkpoints: StageCheckpoints,
-    about: Mapping[str, Any],
-    metrics_log: MetricsLog,
-    mesh: Mesh,
-    title: str,
-    unlogged: Sequence[float] = (),
+    log: MetricsLog,
 ) -> TrainState:
-    """Run `step` from the state's own step to `total_steps`, saving and logging on the way.
+    """Run `step` from the state's own step to the job's last, saving and logging on the way.
 
     Each dispatch makes cadence.steps_per_dispatch updates; their boundaries are multiples of it, so a
     resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
-    while the next one runs. unlogged: the sums of figures that a pre-emption kept from being logged, as
-    the checkpoint holds them. Batches are this process's own parts of them. Raises UserError when
+    while the next one runs. Batches are this process's own parts of them. Raises UserError when
     cadence.max_nonfinite_steps updates in a row were skipped, and as `ending` after SIGTERM or Ctrl-C,
     when the state is saved.
     """
+    cadence, title, total_steps = job.cadence, job.title, job.total_steps
     now, size = int(state.step), cadence.steps_per_dispatch
-    sharding = split_batch(mesh, axis=1)
+    sharding = split_batch(job.mesh, axis=1)
     # By a program, for keys can't be put on the devices of other processes.
-    key = jax.jit(lambda key: key, out_shardings=replicated(mesh))(key)
+    key = jax.jit(lambda key: key, out_shardings=replicated(job.mesh))(job.key)
     sums: clu.metrics.Collection | None = None
+    unlogged = log.unlogged
     unread: tuple[int, StepReport] | None = None
     with (
         progress(title, total=total_steps, unit="steps", done=now) as advance,
-        notices() as told_to_end,
+        notices() as preempted,
     ):
 
         def read(done: int, report: StepReport) -> None:
@@ -80,7 +75,7 @@ def train(
             if done % cadence.log_every == 0 or done == total_steps:
                 with np.errstate(invalid="ignore"):  # Without a finite update there is no average.
                     figures = {name: float(value) for name, value in sums.compute().items()}
-                metrics_log.write(done, {**figures, "skipped": int(report.skipped)})
+                log.write(done, {**figures, "skipped": int(report.skipped)})
                 sums = None
                 advance(done, f"loss {figures['loss']:.4g}")
 
@@ -95,14 +90,14 @@ def train(
                 read(*unread)
             now += count
             unread = (now, report)
-            ends = told_to_end()
+            ends = preempted()
             if ends or now % cadence.checkpoint_every == 0 or now == total_steps:
                 read(*unread)
                 unread = None
                 checkpoints.save(
                     state,
                     data_state=batches.get_state(),
-                    about=about,
+                    about=job.about,
                     unlogged=[float(each) for each in jax.tree.leaves(sums)],
                 )
             if ends:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clu import parameter_overview
@@ -57,10 +57,12 @@ class MetricsLog:
 
     Opened at the step that a stage resumes from, it forgets what was logged beyond, so that a resumed
     run's log is that of an uninterrupted one. The file is written whole and renamed into place, for
-    object stores can't append. Of many processes, the first writes.
+    object stores can't append. Of many processes, the first writes. unlogged: the sums of figures that a
+    preemption kept from being logged, as the checkpoint holds them.
     """
 
-    def __init__(self, directory: epath.Path, *, step: int) -> None:
+    def __init__(self, directory: epath.Path, *, step: int, unlogged: Sequence[float] = ()) -> None:
+        self.unlogged = unlogged
         self._path = directory / "metrics.jsonl"
         self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
         self._events = EventFile(directory / "tensorboard", str(step)) if is_first() else None

@@ -10,6 +10,7 @@ from harness import Case, Refusal, command
 
 from guided_distill import pipeline
 from guided_distill.config import default_config
+from guided_distill.training.trained import network_of
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
 TINY = f"{DIGITS}:runlocal"
@@ -275,10 +276,18 @@ KINDS = {
 def up_to_training(monkeypatch):
     """What follows on the checks of a config is a look at the network's shapes."""
 
-    def shapes(self, _):
-        jax.eval_shape(self._network.init, jax.random.key(0))
+    def shapes(self):
+        source = self._source
+        network = network_of(
+            self._experiment.model,
+            source.shape,
+            num_classes=source.num_classes,
+            condition_shapes=source.condition_shapes,
+            latent=source.latent,
+        )
+        jax.eval_shape(network.init, jax.random.key(0))
 
-    monkeypatch.setattr(pipeline.Pipeline, "train_chain", shapes)
+    monkeypatch.setattr(pipeline.Pipeline, "train", shapes)
     monkeypatch.setattr(pipeline, "latents_of", lambda source, *_: source)
 
 

@@ -426,7 +426,7 @@ KINDS = {
 
 def test_json_files(case: Case, whole, monkeypatch) -> None:
     monkeypatch.setattr(evaluate, "load_extractor", begin)
-    monkeypatch.setattr(pipeline.Pipeline, "train_chain", begin)
+    monkeypatch.setattr(pipeline.Pipeline, "train", begin)
     monkeypatch.setattr(import_model, "StageCheckpoints", begin)
     for module in (page, grids):
         monkeypatch.setattr(module, "data_url", lambda *_: "data:,")

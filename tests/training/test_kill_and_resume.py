@@ -131,7 +131,8 @@ def live_through(runs, workdir, verb, kills, seconds, generator):
 def time_of(runs, workdir, verb):
     began = time.monotonic()
     runs.start(workdir, verb)
-    assert runs.end()[0] == 0
+    status, said = runs.end()
+    assert status == 0, said
     return time.monotonic() - began
 
 

@@ -11,11 +11,11 @@ import pytest
 from etils import epath
 from toy import SETTINGS
 
-from guided_distill.config import Cadence
 from guided_distill.data.source import from_arrays
 from guided_distill.errors import UserError
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.job import Cadence, Job
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
@@ -50,20 +50,13 @@ def train_large(
         return compiled(*arguments)
 
     images = np.full((24, 2), value, np.float32)
-    return train_in(
+    job = Job(
         directory,
-        source=from_arrays(
-            "large", split="train", images=images, labels=np.zeros(24), class_names=["only"]
-        ),
-        flip=False,
-        seed=0,
-        shapes=jax.eval_shape(initial),
-        initial=start,
-        step=step,
-        optimizer=optimizer,
+        title="large",
+        about={"stage": "large"},
         settings=settings,
         total_steps=steps,
-        frozen={},
+        seed=0,
         key=jax.random.key(0),
         cadence=Cadence(
             steps_per_dispatch=1,
@@ -72,9 +65,18 @@ def train_large(
             checkpoints_to_keep=2,
             max_nonfinite_steps=100,
         ),
-        about={"stage": "large"},
         mesh=mesh,
-        title="large",
+    )
+    source = from_arrays(
+        "large", split="train", images=images, labels=np.zeros(24), class_names=["only"]
+    )
+    return train_in(
+        job,
+        source,
+        (step, optimizer),
+        shapes=jax.eval_shape(initial),
+        initial=start,
+        frozen={},
     )
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill.config import Cadence
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import from_arrays
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
+from guided_distill.training.job import Cadence, Job
 from guided_distill.training.loop import train
 from guided_distill.training.mesh import data_mesh, replicated
 from guided_distill.training.metrics import MetricsLog
@@ -62,7 +62,24 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
     """Train, resuming what is there; answers the state and the input pipeline's."""
     mesh = data_mesh()
     state = fresh_state(mesh)
-    frozen, key = jax.device_put((FROZEN, jax.random.key(KEY)), replicated(mesh))
+    frozen = jax.device_put(FROZEN, replicated(mesh))
+    job = Job(
+        directory,
+        title="toy",
+        about={"stage": "toy"},
+        settings=SETTINGS,
+        total_steps=total_steps,
+        seed=KEY,
+        key=jax.random.key(KEY),
+        cadence=Cadence(
+            steps_per_dispatch=2,
+            log_every=log_every,
+            checkpoint_every=4,
+            checkpoints_to_keep=2,
+            max_nonfinite_steps=max_nonfinite_steps,
+        ),
+        mesh=mesh,
+    )
     with contextlib.ExitStack() as stack:
         iterator = data
         if not hasattr(data, "__next__"):
@@ -75,29 +92,19 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
         if restored is not None:
             state = restored.state
             iterator.set_state(restored.data_state)
-        log = MetricsLog(directory, step=int(state.step))
+        log = MetricsLog(
+            directory, step=int(state.step), unlogged=restored.unlogged if restored else ()
+        )
         stack.enter_context(contextlib.closing(log))
         # The loop moves nothing between host and device but what it says it does.
         stack.enter_context(jax.transfer_guard("disallow"))
         state = train(
+            job,
             state,
             step_on(mesh),
             frozen=frozen,
             batches=iterator,
-            key=key,
-            total_steps=total_steps,
-            cadence=Cadence(
-                steps_per_dispatch=2,
-                log_every=log_every,
-                checkpoint_every=4,
-                checkpoints_to_keep=2,
-                max_nonfinite_steps=max_nonfinite_steps,
-            ),
             checkpoints=checkpoints,
-            about={"stage": "toy"},
-            metrics_log=log,
-            mesh=mesh,
-            title="toy",
-            unlogged=restored.unlogged if restored else (),
+            log=log,
         )
         return state, iterator.get_state()
