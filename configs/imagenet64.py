@@ -42,6 +42,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps_per_dispatch = 1
     for stage in (config.teacher, config.guidance, config.halving):
         stage.batch_size = 2048
+        # In one part, an update of the network takes more than the memory of 16 v5e chips.
+        stage.accumulation = 2
     config.teacher.learning_rate = 3e-4
     config.teacher.dropout = 0.1
     # Not confirmed by any source we could read.

@@ -158,7 +158,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if option in _TINY_OPTIONS:
             config.model.options[option] = _TINY_OPTIONS[option]
     for stage in STAGES:
-        config[stage].update({"steps": 4, "batch_size": 8, "warmup_steps": 0})
+        config[stage].update({"steps": 4, "batch_size": 8, "accumulation": 1, "warmup_steps": 0})
     first, last = config.halving.first_num_steps, config.halving.last_num_steps
     while first > 2 * last:
         first //= 2
