@@ -84,10 +84,12 @@ class Model:
         w = self.usual_w if w is None else w
         if self.prompted is not None:
             if prompts is None or labels is not None or noise is not None:
-                raise UserError("this model is told of texts: give prompts, and no labels or noise")
+                raise UserError(
+                    "this model is conditioned on texts: give prompts, and no labels or noise"
+                )
             return text_to_image.generate(self.prompted, prompts, w=w, **request)
         if prompts is not None:
-            raise UserError("this model is told of classes, not of texts: give labels")
+            raise UserError("this model is conditioned on classes, not on texts: give labels")
         samples = sampling.sample(
             self.trained, condition=self._of_classes(labels), w=w, noise=noise, **request
         )
@@ -106,7 +108,7 @@ class Model:
 
         Raises UserError as `applications.text_to_image.edit` does, which also tells how many steps run.
         """
-        model = self._told_of_texts(images, prompts)
+        model = self._of_texts(images, prompts)
         w = self.usual_w if w is None else w
         edited = text_to_image.edit(model, images, prompts, strength=strength, w=w, **request)
         return edited.images
@@ -121,7 +123,7 @@ class Model:
         **request: Any,
     ) -> np.ndarray:
         """Images [n, H, W, C] painted after their texts where masks [n, H, W] are True."""
-        model = self._told_of_texts(images, prompts)
+        model = self._of_texts(images, prompts)
         w = self.usual_w if w is None else w
         if masks.dtype != bool or masks.shape != images.shape[:-1]:
             raise UserError(
@@ -144,7 +146,7 @@ class Model:
         batch_size.
         """
         if self.prompted is not None:
-            raise UserError("a model that is told of texts doesn't encode: choose one of classes")
+            raise UserError("a model of texts doesn't encode: choose a model of classes")
         values = self.space.to_latents(images) if self.space else images
         if values.shape[1:] != self.about.data_shape or len(values) != len(labels):
             raise UserError(
@@ -167,9 +169,11 @@ class Model:
             [sampling.class_index(label, self.about, flag="labels") for label in labels]
         )
 
-    def _told_of_texts(self, images: np.ndarray, prompts: Sequence[str]) -> TextToImage:
+    def _of_texts(self, images: np.ndarray, prompts: Sequence[str]) -> TextToImage:
         if self.prompted is None:
-            raise UserError("this model is told of classes: editing and in-painting need texts")
+            raise UserError(
+                "this model is conditioned on classes: editing and in-painting need texts"
+            )
         expected = (len(prompts), *self.prompted.image_shape)
         if images.shape != expected:
             raise UserError(

@@ -36,7 +36,7 @@ def paper_config() -> ml_collections.ConfigDict:
     """The training of Meng et al. 2023 in pixel space, as far as it is the same for all data sets.
 
     What the paper leaves to its parents is theirs: Salimans & Ho 2022, Ho & Salimans 2022. Of the
-    paper's own, w in [0, 4] and 1024 steps at the start are told by reviews of it. Not confirmed by a
+    paper's own, w in [0, 4] and 1024 steps at the start are known from reviews of it. Not confirmed by a
     source we could read: that it predicts v, stage one's weighting, and that it keeps stage one's average
     and trains the rounds N = 2 and N = 1 twice as long. The updates of stage one are our choice.
     """
@@ -70,7 +70,7 @@ def paper_config() -> ml_collections.ConfigDict:
 def latent_paper_config() -> ml_collections.ConfigDict:
     """The training of Meng et al. 2023 in latent space, as far as it is the same for all models.
 
-    Told by reviews of the paper: w in [2, 14] for Stable Diffusion. Not confirmed by a source we could
+    Known from reviews of the paper: w in [2, 14] for Stable Diffusion. Not confirmed by a source we could
     read: 512 steps at the start, 3000 updates of stage one, the updates of the rounds (their sum, 85,000,
     is what InstaFlow's price of it comes to), the learning rates' linear fall, and that the teacher first
     learns to predict v. How long it learns that, and the learning rates, are our choice.

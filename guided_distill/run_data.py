@@ -105,7 +105,7 @@ def outline_of_latents(source: Source, experiment: Experiment) -> Source:
 
 
 def outline_for(experiment: Experiment) -> Outline:
-    """What the denoisers of a run are trained on, told by the config, or else by the data."""
+    """What the denoisers of a run are trained on, by the config, or else by the data."""
     if expected := expected_outline(experiment.data):
         return expected
     source = open_data(experiment)

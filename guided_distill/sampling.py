@@ -26,12 +26,12 @@ from guided_distill.training.trained import Description, Trained
 CompiledSampler = Callable[..., jax.Array]
 CompiledNoise = Callable[..., tuple[jax.Array, jax.Array]]
 
-_told: list[tuple[np.ndarray, np.ndarray]] = []
-"""(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_telling`.
+_recorded: list[tuple[np.ndarray, np.ndarray]] = []
+"""(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_recording`.
 
 Not a list of each call's own: the compiled program, which all calls share, has its address.
 """
-_telling = threading.Lock()
+_recording = threading.Lock()
 
 
 def run_sampler(
@@ -48,12 +48,12 @@ def run_sampler(
     num_steps: jax.Array,
     first: jax.Array,
     clipped: bool,
-    tell: Callable[[jax.Array, jax.Array], None] | None = None,
+    record: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> jax.Array:
     """From z [B, ...] at t = first/num_steps to x, keeping what is `known`; with samplers.ENCODE, back.
 
     A network that doesn't take w [B] is guided by two calls in one batch. clipped: hold x to [-1, 1] at
-    every step. tell: is told t [B] and the predicted x of every step.
+    every step. record: a callback that gets t [B] and the predicted x of every step.
     """
     denoiser = network.denoiser(params, null=null)
     if not denoiser.guided:
@@ -67,8 +67,8 @@ def run_sampler(
     if sampler == samplers.ENCODE:
         return samplers.encode(predict, network.schedule, z, num_steps)
     kept = samplers.keeping(predict, known) if known else predict
-    told = samplers.watched(kept, tell) if tell else kept
-    return samplers.SAMPLERS[sampler](told, network.schedule, z, keys, num_steps, first)
+    watched = samplers.watched(kept, record) if record else kept
+    return samplers.SAMPLERS[sampler](watched, network.schedule, z, keys, num_steps, first)
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def compiled_sampler(
     mesh: Mesh,
     *,
     clipped: bool,
-    tell: Callable[[jax.Array, jax.Array], None] | None = None,
+    record: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> CompiledSampler:
     """f(params, z, keys, condition, null, known, w, num_steps, first) -> [B, ...], as `run_sampler`.
 
@@ -95,7 +95,7 @@ def compiled_sampler(
             num_steps=num_steps,
             first=first,
             clipped=clipped,
-            tell=tell,
+            record=record,
         )
 
     whole, split = replicated(mesh), split_batch(mesh)
@@ -153,7 +153,7 @@ def sample_batches(
 
     null: the condition that stands for none, where a teacher needs another than that of labels.
     num_steps and sampler come from the checkpoint unless given. noise: where to start, z at t = 1
-    [n, *data_shape], such as `encode` answers; drawn unless given. first: start at t = first/num_steps
+    [n, *data_shape], such as `encode` returns; drawn unless given. first: start at t = first/num_steps
     instead, where `noise` is the noisy z. known: what to keep, arrays [n, ...]. Images are held to
     [-1, 1] at every step from drawn noise, but only at the end from given noise, for clipping on the way
     doesn't undo an encoding. Sample i depends on (seed, i), its condition, its noise and w; n and
@@ -202,7 +202,7 @@ def predictions(
     """The x that every step predicts on the way of `sample`, [num_steps, n, *data_shape].
 
     The first is predicted at t = 1, and the last is the sample. For a few examples: they are one batch,
-    on one device. The program is another than that of `sample`, which tells the host nothing.
+    on one device. The program is another than that of `sample`, which has no callback.
     Raises UserError as `sample_batches`.
     """
     num_steps, sampler = check_request(
@@ -215,8 +215,8 @@ def predictions(
     )
     mesh = data_mesh(jax.local_devices()[:1])
     here = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
-    with _telling:
-        _told.clear()
+    with _recording:
+        _recorded.clear()
         for _ in _run(
             dataclasses.replace(trained, params=here),
             sampler,
@@ -232,15 +232,15 @@ def predictions(
             start=0,
             clipped=trained.description.network().of_images,
             mesh=mesh,
-            tell=_tell,
+            record=_record,
         ):
             jax.effects_barrier()
-        steps = sorted(_told, key=lambda step: -step[0][0])
+        steps = sorted(_recorded, key=lambda step: -step[0][0])
     return np.stack([x for _, x in steps])
 
 
-def _tell(t: jax.Array, x: jax.Array) -> None:
-    _told.append((np.asarray(t), np.asarray(x)))
+def _record(t: jax.Array, x: jax.Array) -> None:
+    _recorded.append((np.asarray(t), np.asarray(x)))
 
 
 def encode(
@@ -297,14 +297,14 @@ def _run(
     start: int,
     clipped: bool,
     mesh: Mesh | None = None,
-    tell: Callable[[jax.Array, jax.Array], None] | None = None,
+    record: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The compiled sampler from z [n, ...], or from drawn noise, in batches of the same size."""
     kinds.check("--seed", seed, kinds.Seed)
     network, mesh = trained.description.network(), mesh or data_mesh()
     count = _count(condition)
     batch_size = -(-min(batch_size, count) // mesh.size) * mesh.size
-    run = compiled_sampler(network, sampler, mesh, clipped=clipped, tell=tell)
+    run = compiled_sampler(network, sampler, mesh, clipped=clipped, record=record)
     draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
     for begin in range(start, count, batch_size):
         indices = np.arange(begin, begin + batch_size)

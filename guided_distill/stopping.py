@@ -20,7 +20,7 @@ PATIENCE = 5.0
 
 STATUSES = {signal.SIGTERM: Interrupted.STATUS, signal.SIGINT: 130}
 
-STOPPED = "stopped; the same command goes on from what is kept"
+STOPPED = "stopped; the same command resumes from what is kept"
 
 unsaved = threading.Event()
 """Set while a training has updates that no checkpoint holds."""
@@ -75,7 +75,7 @@ def _see(reading: int) -> None:
             if number == signal.SIGINT and number in seen:
                 _exit(
                     STATUSES[signal.SIGINT],
-                    "stopped at once; the same command goes on from the last checkpoint",
+                    "stopped at once; the same command resumes from the last checkpoint",
                 )
             if number in STATUSES and not seen:
                 status = STATUSES[signal.Signals(number)]
@@ -87,7 +87,7 @@ def _insist(status: int) -> None:
     """Let the main thread end, or save and then end; after that, end without it."""
     time.sleep(PATIENCE)
     if unsaved.is_set():
-        say("told to end, and waits for an update or a compile that can't be interrupted, to save")
+        say("preempted: saves after an update or a compile that can't be interrupted")
         while unsaved.is_set():
             time.sleep(0.1)
         time.sleep(PATIENCE)

@@ -257,7 +257,7 @@ def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
             raise
         if jax.process_count() > 1 and passing:
             raise Interrupted(
-                f"{path} can't be {verb} ({first_line(error)}); the same command goes on from the last "
+                f"{path} can't be {verb} ({first_line(error)}); the same command resumes from the last "
                 f"checkpoint"
             ) from error
         raise storage_error(path, error, verb=verb) from error

@@ -47,15 +47,15 @@ def run_study(runs: Sequence[Run], folder: epath.Path) -> dict[str, str]:
         workdir = folder / run.name
         place = f"{index + 1}/{len(runs)} {run.name}"
         experiment = _with_teacher(run, runs[:index], folder)
-        done, told = workdir / DONE, json.dumps(asdict(experiment))
-        if done.exists() and done.read_text() == told:
+        done, wanted = workdir / DONE, json.dumps(asdict(experiment))
+        if done.exists() and done.read_text() == wanted:
             console.print(f"{place} is done", highlight=False, markup=False)
             continue
         console.print(place, highlight=False, markup=False)
         try:
             pipeline.run(experiment, workdir)
             evaluate(workdir)
-            write_text(done, told)
+            write_text(done, wanted)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # Whatever it is, the other points can still be run.
@@ -68,7 +68,7 @@ def run_study(runs: Sequence[Run], folder: epath.Path) -> dict[str, str]:
 
 
 def _with_teacher(run: Run, earlier: Sequence[Run], folder: epath.Path) -> Experiment:
-    """The run's config, told to start from a like teacher where an earlier run has one."""
+    """The run's config, made to start from a like teacher where an earlier run has one."""
     experiment = run.experiment
     if (folder / run.name / "config.json").exists():
         begun = runs.read_config(folder / run.name)

@@ -80,7 +80,7 @@ def guidance_range(config: ConfigDict) -> list[Point]:
 
 
 def w_embedding(config: ConfigDict) -> list[Point]:
-    """How the student is told w; the paper's way is a Fourier embedding, like time's."""
+    """How the student is conditioned on w; the paper's way is a Fourier embedding, like time's."""
     return values("guidance.w_embedding", tuple(W_FEATURES))
 
 

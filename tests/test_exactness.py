@@ -61,8 +61,8 @@ def train(stage, *, start, frozen, network, mesh):
     settings = stage.settings
     step, optimizer = compiled_step(
         stage,
-        student=network.told_w(),
-        teacher=network.told_w() if stage.kind == "halving" else network,
+        student=network.conditioned_on_w(),
+        teacher=network.conditioned_on_w() if stage.kind == "halving" else network,
         mesh=mesh,
     )
     state, key = initial_state(start, optimizer, ema_decay=0.0), jax.random.key(1)
@@ -92,7 +92,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def guided_student(teacher, mesh_of):
-    start = teacher.told_w().init(jax.random.key(0))
+    start = teacher.conditioned_on_w().init(jax.random.key(0))
     return train(
         GuidanceStage(GUIDANCE, GUIDANCE.steps, GUIDANCE.w_range),
         start=start,
@@ -126,7 +126,9 @@ def test_guided_student_predicts_the_exact_guided_x(teacher, guided_student):
     log_snr = teacher.schedule(t)
     z = add_noise(batch["image"], jax.random.normal(keys[2], (count, 2)), log_snr=log_snr)
     found = jax.jit(
-        lambda params: teacher.told_w().denoiser(params).predict(z, t, {"label": label}, w).x
+        lambda params: (
+            teacher.conditioned_on_w().denoiser(params).predict(z, t, {"label": label}, w).x
+        )
     )(guided_student)
     conditional, unconditional = (
         MIXTURE.denoise(z, *alpha_sigma(log_snr), each)
@@ -173,7 +175,7 @@ def test_four_steps_are_as_good_as_1024_of_the_exact_teacher(teacher, four_step_
         ]
 
     exact = distances(teacher, {}, 1024)
-    found = distances(teacher.told_w(), four_step_student, 4)
+    found = distances(teacher.conditioned_on_w(), four_step_student, 4)
     np.testing.assert_allclose(found[1:], exact[1:], rtol=0.1)
     assert np.mean(found) < 1.1 * np.mean(exact)
     # Unguided, the teacher draws from the data: its distance is noise around zero.

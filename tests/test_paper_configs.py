@@ -46,7 +46,7 @@ def test_teachers_have_the_papers_size(name, expected):
     assert count(teacher) == expected
     width, embedding = (read(name).model.options[key] for key in ("width", "embedding_width"))
     w_embedding = (width + 1) * embedding + (embedding + 1) * embedding
-    assert count(teacher.told_w()) == expected + w_embedding
+    assert count(teacher.conditioned_on_w()) == expected + w_embedding
 
 
 LATENT = {
@@ -71,7 +71,7 @@ def test_teachers_of_latents_have_the_published_size(name):
         read(name).model, shape, num_classes=num_classes, condition_shapes=condition, latent=True
     )
     assert count(teacher) == expected
-    assert count(teacher.told_w()) > expected
+    assert count(teacher.conditioned_on_w()) > expected
     assert not teacher.of_images
 
 
@@ -90,7 +90,7 @@ def test_rounds_in_latent_space_add_up_to_what_they_were_priced_at():
 def test_every_stage_fits_together(name, kind, mesh_of):
     experiment, teacher = read(name), network(name)
     stage = next(each for each in all_stages(experiment) if each.kind == kind)
-    student = teacher if kind == "teacher" else teacher.told_w()
+    student = teacher if kind == "teacher" else teacher.conditioned_on_w()
     tutor = student if kind == "halving" else teacher
     step, optimizer = compiled_step(stage, student=student, teacher=tutor, mesh=mesh_of(1))
 

@@ -210,15 +210,15 @@ def keeping(predict: Predict, known: Known) -> Predict:
     return kept
 
 
-def watched(predict: Predict, tell: Callable[[jax.Array, jax.Array], None]) -> Predict:
-    """`predict`, whose every call also tells the host its t [B] and its x, in any order."""
+def watched(predict: Predict, callback: Callable[[jax.Array, jax.Array], None]) -> Predict:
+    """`predict`, whose every call also calls back on the host with its t [B] and its x, in any order."""
 
-    def told(z: jax.Array, t: jax.Array) -> Prediction:
+    def watching(z: jax.Array, t: jax.Array) -> Prediction:
         prediction = predict(z, t)
-        io_callback(tell, None, t, prediction.x)
+        io_callback(callback, None, t, prediction.x)
         return prediction
 
-    return told
+    return watching
 
 
 Sampler = Callable[..., jax.Array]

@@ -1,6 +1,6 @@
 """Noise schedules, each a function log_snr(t) that falls with t in [0, 1].
 
-A variance-preserving process is told wholly by its log signal-to-noise ratio, lambda in the papers:
+A variance-preserving process is defined wholly by its log signal-to-noise ratio, lambda in the papers:
 
     alpha_t^2 = sigmoid(log_snr(t)),    sigma_t^2 = sigmoid(-log_snr(t)),    alpha^2 + sigma^2 = 1.
 
@@ -69,7 +69,7 @@ def from_betas(betas: np.ndarray) -> Schedule:
 
 
 def _chain(betas: np.ndarray) -> np.ndarray:
-    """[T + 1]: the log-SNR of clean data, as far as it is told, and of every index of a chain."""
+    """[T + 1]: the log-SNR of clean data, as far as it is defined, and of every index of a chain."""
     log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
     return np.concatenate([[LOG_SNR_LIMIT], log_alpha_bar - np.log(-np.expm1(log_alpha_bar))])
 

@@ -46,23 +46,23 @@ def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
 
 
 def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
-    """What a run is measured against: pixels to train and to test on, and whether it is told of texts.
+    """What a run is measured against: pixels to train and to test on, and whether it takes texts.
 
     Of encoded data they are those that were encoded. Raises UserError for an in-painting run.
     """
-    data, told_of_texts = experiment.data, experiment.data.text_encoder is not None
+    data, of_texts = experiment.data, experiment.data.text_encoder is not None
     name, image_size = data.name, data.image_size
     if name.startswith("encoded:"):
         encoding = read_about(local_path_named(name.removeprefix("encoded:"), "encoded data"))
         name, image_size = encoding.data, encoding.image_size
-        told_of_texts = encoding.text_shape is not None
+        of_texts = encoding.text_shape is not None
         if encoding.inpaint:
             raise UserError("evaluate measures no in-painting: look at images of `inpaint`")
     train, test = (
         sources.load(name, split=split, image_size=image_size, seed=experiment.seed)
         for split in sources.SPLITS
     )
-    return train, test, told_of_texts
+    return train, test, of_texts
 
 
 def captions_of(source: Source) -> np.ndarray:

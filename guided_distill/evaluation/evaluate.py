@@ -60,7 +60,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
     experiment = read_config(workdir)
     settings = effective_settings(experiment, request)
     tasks = tasks_of(experiment, settings, request, workdir)
-    train, test, told_of_texts = open_pixels(experiment)
+    train, test, of_texts = open_pixels(experiment)
     for line in shortages(train=train.size, test=test.size):
         console.print(line, highlight=False, markup=False)
     extractor = load_extractor(settings.extractor, train, workdir)
@@ -72,7 +72,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
         console.print(line, highlight=False, markup=False)
 
     encoder = align = None
-    if told_of_texts:
+    if of_texts:
         encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
         if isinstance(extractor, ClipExtractor):
             align = clip_scores(captions_of(test).tolist(), extractor)

@@ -21,7 +21,7 @@ PUBLISHED_COUNT = 50_000
 
 @dataclass(frozen=True)
 class Measures:
-    """What `results.csv` says of n samples; None where it can't be told (see `measure`)."""
+    """What `results.csv` says of n samples; None where it can't be measured (see `measure`)."""
 
     fd: float
     kid: float | None

@@ -52,7 +52,7 @@ def export_stablehlo(
     with new_folder(out) as folder:
         write_bytes(folder / "sampler.stablehlo", bytes(program.serialize()))
         write_bytes(folder / "weights.safetensors", safetensors.numpy.save(weights))
-        write_text(folder / "about.json", json.dumps(_told(about), indent=2))
+        write_text(folder / "about.json", json.dumps(_facts(about), indent=2))
         write_bytes(folder / SCRIPT, script.read_bytes())
         write_text(folder / "README.md", _card(about))
     return [out]
@@ -103,7 +103,7 @@ def _card(about: Description) -> str:
     )
 
 
-def _told(about: Description) -> dict[str, object]:
+def _facts(about: Description) -> dict[str, object]:
     return {
         "num_steps": about.num_steps,
         "sampler": about.sampler,

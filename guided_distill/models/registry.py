@@ -152,7 +152,7 @@ class Network:
             predict, guided=self.w_conditioned, null=None if self.w_conditioned else null
         )
 
-    def told_w(self, embedding: str = "fourier") -> "Network":
+    def conditioned_on_w(self, embedding: str = "fourier") -> "Network":
         """The same network with the guidance weight as one more input, by a name of W_FEATURES."""
         module = self.module.clone(w_conditioned=True, w_embedding=embedding)
         return replace(self, module=module, w_conditioned=True)
@@ -178,7 +178,7 @@ def build_network(
     """A network that doesn't take w. `options` are the fields of the module's class.
 
     Raises UserError for a name or an option that doesn't exist, for one that is missing, and for a
-    network that can't be told of such conditions.
+    network that doesn't take such conditions.
     """
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
@@ -238,7 +238,7 @@ def check_network(network: Network) -> None:
             f"config.model.name makes a {what}, and it takes images: choose mlp, or other data"
         )
     key = jax.eval_shape(jax.random.key, 0)
-    shapes = functools.partial(jax.eval_shape, network.told_w().init, key)
+    shapes = functools.partial(jax.eval_shape, network.conditioned_on_w().init, key)
     check_module("config.model.options", network.module, what, shapes, shape=network.data_shape)
 
 

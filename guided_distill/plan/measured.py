@@ -57,7 +57,7 @@ def compile_and_measure(lowered: jax.stages.Lowered, *, level: str, loop_runs: i
     with _optimization(level):
         try:
             compiled = lowered.compile()
-        except Exception as error:  # jaxlib's own error, told by its words alone.
+        except Exception as error:  # jaxlib's own error, known by its words alone.
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise

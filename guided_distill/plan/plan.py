@@ -168,13 +168,13 @@ def make_plans(
     devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
     for kind in sorted({each[0].kind if each else "guidance" for each in wanted.values()}):
         check_batch(kind, getattr(experiment, kind), devices=devices)
-    plans, told_w = [], student_of(experiment, outline)
-    # Students that aren't told w are guided when they are sampled: as much work as two calls.
+    plans, student = [], student_of(experiment, outline)
+    # Students that aren't conditioned on w are guided when they are sampled: as much work as two calls.
     calls_a_step = 2 if experiment.method == "two_student" else 1
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
         for done, (name, stages) in enumerate(wanted.items(), start=1):
             first = stages[0] if stages else None
-            network = networks_of(experiment, outline, first)[0] if first else told_w
+            network = networks_of(experiment, outline, first)[0] if first else student
             settings = first.settings if first else experiment.guidance
             question = Question(
                 experiment,

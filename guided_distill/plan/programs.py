@@ -23,16 +23,16 @@ from guided_distill.training.trained import network_of
 
 def student_of(experiment: Experiment, outline: Outline) -> Network:
     """The network of stage one and of the halving rounds."""
-    return _teacher_of(experiment, outline).told_w(experiment.guidance.w_embedding)
+    return _teacher_of(experiment, outline).conditioned_on_w(experiment.guidance.w_embedding)
 
 
 def networks_of(experiment: Experiment, outline: Outline, stage: Stage) -> tuple[Network, Network]:
     """The network that a stage trains, and its teacher's."""
-    plain, told_w = _teacher_of(experiment, outline), student_of(experiment, outline)
+    plain, student = _teacher_of(experiment, outline), student_of(experiment, outline)
     teacher = teacher_of(experiment, stage)
     return (
-        told_w if stage.takes_w else plain,
-        told_w if teacher is not None and teacher.takes_w else plain,
+        student if stage.takes_w else plain,
+        student if teacher is not None and teacher.takes_w else plain,
     )
 
 
@@ -63,8 +63,8 @@ def kept_bytes(network: Network) -> int:
 
     def backward(params: Any, z: jax.Array, t: jax.Array, condition: Any, w: jax.Array) -> Any:
         def output(params: Any) -> jax.Array:
-            told = w if network.w_conditioned else None
-            return network.denoiser(params).predict(z, t, condition, told).x
+            weight = w if network.w_conditioned else None
+            return network.denoiser(params).predict(z, t, condition, weight).x
 
         return jax.vjp(output, params)[1]
 

@@ -61,19 +61,19 @@ _FAITHFULNESS = ("accuracy", "alignment", "inception_score")
 _PANEL = (5.0, 4.3)
 
 
-def told_faithfulness(results: Sequence[Result]) -> str | None:
-    """The column that tells best how faithful samples are to their condition, of those that tell it."""
-    told = (
+def faithfulness_column(results: Sequence[Result]) -> str | None:
+    """The best measured column for how faithful samples are to their condition; None without any."""
+    measured = (
         name
         for name in _FAITHFULNESS
         if any(getattr(each, name) is not None for each in results if each.stage != "real")
     )
-    return next(told, None)
+    return next(measured, None)
 
 
 def quality_figure(results: Sequence[Result]) -> Figure:
     """Distance, and faithfulness to the condition, against steps, a panel each; see `panel_figure`."""
-    columns = ["fd", *filter(None, [told_faithfulness(results)])]
+    columns = ["fd", *filter(None, [faithfulness_column(results)])]
     figure = Figure(figsize=(_PANEL[0] * len(columns), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):

@@ -21,11 +21,11 @@ from guided_distill.evaluation.results import (
 )
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.report.figures import (
+    faithfulness_column,
     loss_figure,
     mean_over_w,
     panel_figure,
     round_trip_figure,
-    told_faithfulness,
     weight_figure,
     words_of_weights,
 )
@@ -172,7 +172,7 @@ def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
     if timed(results):
         words = "Distance to the training data against seconds a sample"
         panels.append(("fd", "seconds_per_sample", words))
-    if column := told_faithfulness(results):
+    if column := faithfulness_column(results):
         words = f"{metric_name(column, results[0].extractor)} against sampling steps"
         panels.append((column, "num_steps", _sentence(words)))
     return [

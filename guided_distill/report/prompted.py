@@ -167,10 +167,10 @@ def _write(
         # Paths are this machine's alone.
         **{name: each.name if name in ("image", "mask") else each for name, each in more.items()},
     }
-    told = {"w": f"{request.w:g}", "seed": request.seed, "steps": num_steps}
-    told |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
-    told |= {name: value for name, value in more.items() if name == "strength"}
-    words = "_".join([verb, stage, *(f"{name}{value}" for name, value in told.items())])
+    named = {"w": f"{request.w:g}", "seed": request.seed, "steps": num_steps}
+    named |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
+    named |= {name: value for name, value in more.items() if name == "strength"}
+    words = "_".join([verb, stage, *(f"{name}{value}" for name, value in named.items())])
     stem = name_for(words, *settings.items(), *map(str, more.values()), *request.prompts)
     paths = []
     for index, (prompt, pixels) in enumerate(zip(request.prompts, images, strict=True)):

@@ -44,7 +44,7 @@ def sample_to_files(
     about = trained.description
     if "label" not in about.condition_shapes:
         raise UserError(
-            f"{trained.path} is told of texts, not of labels: use `guided-distill generate`"
+            f"{trained.path} is conditioned on texts, not on labels: use `guided-distill generate`"
         )
     w = usual_w(about) if w is None else w
     num_classes = len(about.class_names)

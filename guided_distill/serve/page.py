@@ -95,7 +95,7 @@ def _settings(run: OpenRun, first: str) -> list[Any]:
     """The inputs that every room has: stage, w, steps, seed, number of samples."""
     about = run.about(first)
     stage = gr.Dropdown(run.stages, value=first, label="Stage", filterable=False)
-    told = gr.Markdown(_told(about))
+    summary = gr.Markdown(_summary(about))
     w = gr.Slider(**_w_range(about), value=usual_w(about), step=0.1, label="Guidance weight w")
     steps = gr.Number(**_steps(about), minimum=1, precision=0, label="Steps")
     seed = gr.Number(0, minimum=0, maximum=_SEEDS - 1, precision=0, label="Seed")
@@ -109,13 +109,13 @@ def _settings(run: OpenRun, first: str) -> list[Any]:
         about = run.about(stage)
         bounds = _w_range(about)
         held = float(np.clip(w, bounds["minimum"], bounds["maximum"]))
-        return _told(about), gr.Slider(**bounds, value=held), gr.Number(**_steps(about))
+        return _summary(about), gr.Slider(**bounds, value=held), gr.Number(**_steps(about))
 
-    stage.change(choose, [stage, w], [told, w, steps], **_PRIVATE)
+    stage.change(choose, [stage, w], [summary, w, steps], **_PRIVATE)
     return [stage, w, steps, seed, count]
 
 
-def _told(about: Description) -> str:
+def _summary(about: Description) -> str:
     what = {"teacher": "The teacher", "guidance": "Stage one"}.get(about.stage, "A student")
     if about.num_steps is not None:
         plural = "" if about.num_steps == 1 else "s"

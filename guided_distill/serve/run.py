@@ -81,7 +81,7 @@ class OpenRun:
         return TEACHER in self.stages
 
     def image_shape(self, stage: str) -> tuple[int, ...]:
-        """Height, width and channels of the images of a stage that is told of texts."""
+        """Height, width and channels of the images of a stage that is conditioned on texts."""
         prompted = self._loaded(stage).model.prompted
         assert prompted is not None
         return prompted.image_shape

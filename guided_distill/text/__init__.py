@@ -1,1 +1,1 @@
-"""Text encoders: prompts to what networks are told by."""
+"""Text encoders: prompts to what networks are conditioned on."""

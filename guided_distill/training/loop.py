@@ -103,7 +103,7 @@ def train(
             if ends:
                 checkpoints.wait()
                 raise ending(
-                    f"{title}: told to end, and saved at step {now}; the same command goes on"
+                    f"{title}: preempted, and saved at step {now}; the same command resumes"
                 )
         checkpoints.wait()
     return state

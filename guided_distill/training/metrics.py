@@ -24,7 +24,7 @@ class EventFile:
     Raises UserError if it can't be written.
     """
 
-    # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be told.
+    # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be reported.
     def __init__(self, folder: epath.Path, suffix: str) -> None:
         """suffix: the end of the file's name, after the time."""
         self._folder = folder

@@ -24,7 +24,7 @@ from guided_distill.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], None]
 
-_told = threading.Event()
+_preempted = threading.Event()
 _by_hand = threading.Event()
 _dispatches = itertools.count()
 
@@ -35,15 +35,15 @@ def stopping_at_once() -> Iterator[None]:
 
     def stop(*_: int | FrameType | None) -> None:
         # Remembered too: libraries can lose what is raised.
-        _told.set()
+        _preempted.set()
         raise Interrupted(stopping.STOPPED)
 
-    with _handling(signal.SIGTERM, stop), _told_again():
+    with _handling(signal.SIGTERM, stop), _sent_again():
         yield
 
 
 @contextlib.contextmanager
-def _told_again() -> Iterator[None]:
+def _sent_again() -> Iterator[None]:
     """Sends the signal once more if what it raised is lost, as in a callback of the interpreter's own."""
     report = sys.unraisablehook
 
@@ -72,7 +72,7 @@ def notices() -> Iterator[Callable[[], bool]]:
     block for a signal that nobody asked for in time.
     """
     together = jax.distributed.is_initialized()
-    tell = _handler_of_jax() if together else lambda _: _told.set()
+    tell = _handler_of_jax() if together else lambda _: _preempted.set()
 
     def note(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -87,14 +87,14 @@ def notices() -> Iterator[Callable[[], bool]]:
         if together:
             # Counted over all stages: JAX wants numbers that grow one by one.
             return multihost_utils.reached_preemption_sync_point(next(_dispatches))
-        return _told.is_set()
+        return _preempted.is_set()
 
     with _handling(signal.SIGTERM, note), _handling(signal.SIGINT, note):
         try:
             yield asked
         finally:
             stopping.unsaved.clear()
-        if not together and _told.is_set():
+        if not together and _preempted.is_set():
             raise ending(stopping.STOPPED)
 
 
@@ -125,7 +125,7 @@ def _handling(number: int, handler: Handler) -> Iterator[None]:
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
-        _told.clear()
+        _preempted.clear()
         _by_hand.clear()
         raise
     finally:

@@ -40,7 +40,7 @@ _SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier")
 def connected(*, timeout: int) -> Iterator[None]:
     """Join the other processes of this run, if there are any, for the time of the block.
 
-    By hand they are told by `ADDRESS`, `COUNT` and `INDEX`; on TPU pods, GKE, Slurm and with Open MPI
+    By hand they are set by `ADDRESS`, `COUNT` and `INDEX`; on TPU pods, GKE, Slurm and with Open MPI
     JAX finds them. timeout: seconds until all have to be there. Raises UserError for variables that don't
     fit together, for a port that is taken, and if the others aren't found; if they don't come, the
     process says so and exits with 2. If another process dies, this one says so and exits with
@@ -80,7 +80,7 @@ def _join(timeout: int) -> None:
                 shutdown_timeout_seconds=_FAREWELL + _SLACK,
             )
     except ValueError as error:
-        # Nothing was told, and JAX found nothing: the one process of a machine alone.
+        # Nothing was set, and JAX found nothing: the one process of a machine alone.
         if address is not None or "coordinator_address" not in str(error):
             raise UserError(
                 f"JAX can't tell which processes there are ({error}): set {ADDRESS}, {COUNT} and {INDEX}"

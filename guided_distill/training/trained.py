@@ -70,7 +70,7 @@ class Description:
         )
         if self.w_min is None:
             return network
-        return network.told_w(self.experiment.guidance.w_embedding)
+        return network.conditioned_on_w(self.experiment.guidance.w_embedding)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_json` is its inverse."""

@@ -92,8 +92,8 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
         write_bytes(folder / "sweep.png", png(study_figure(named), dpi=150))
     print(folder / "sweep.csv")
     if failed:
-        told = "; ".join(f"{name} ({why})" for name, why in failed.items())
-        raise UserError(f"{len(failed)} of {len(runs[index::count])} points failed: {told}")
+        listed = "; ".join(f"{name} ({why})" for name, why in failed.items())
+        raise UserError(f"{len(failed)} of {len(runs[index::count])} points failed: {listed}")
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> None:

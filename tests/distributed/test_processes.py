@@ -106,7 +106,7 @@ def disturbed(machine, arguments, tmp_path_factory):
     assert told.returncode == 75, output
     saved = latest_step(teacher)
     assert reached < saved < STEPS
-    assert output.count(f"told to end, and saved at step {saved}") == 2
+    assert output.count(f"preempted, and saved at step {saved}") == 2
     assert seconds < 10
 
     alone = machine.launch(*command, "--config.fsdp=2", options=("--processes", "1"))
@@ -183,7 +183,7 @@ def test_processes_that_do_not_train_stop_at_once(machine, tmp_path):
     drawing.send_signal(signal.SIGTERM)
     output = drawing.communicate(timeout=60)[0]
     assert drawing.returncode == 75, output
-    assert output.count("guided-distill: stopped; the same command goes on") == 2
+    assert output.count("guided-distill: stopped; the same command resumes") == 2
     assert time.monotonic() - began < 10
 
 

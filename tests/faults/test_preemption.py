@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 def test_a_terminated_run_ends_as_one_that_was_not(tmp_path, whole, assert_same_weights, at):
     directory, data = epath.Path(tmp_path), source(with_nan=True)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command resumes"):
         train(directory, Terminated(batches(data, batch_size=8, seed=3), at))
     assert signal.getsignal(signal.SIGTERM) == before
     # Dispatches of two updates: the save comes with the end of the one that the signal fell into.
@@ -147,4 +147,4 @@ def test_every_long_command_ends_with_the_status_for_again(
     cache = ["--cache", str(tmp_path)] if arguments == ["evaluate"] else []
     assert cli.main([*arguments, "--workdir", str(tmp_path), *cache]) == 75
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the same command goes on" in line
+    assert "the same command resumes" in line

@@ -90,7 +90,7 @@ def test_a_second_interrupt_stops_at_once():
     assert process.returncode == 130
     assert (
         said
-        == "guided-distill: stopped at once; the same command goes on from the last checkpoint\n"
+        == "guided-distill: stopped at once; the same command resumes from the last checkpoint\n"
     )
 
 

@@ -83,7 +83,7 @@ def test_of_a_bucket_any_error_of_its_client_is_tried_again(waited):
 @pytest.mark.parametrize("error", [*AWAY, HttpError("502")], ids=str)
 def test_of_many_processes_what_can_pass_is_left_to_a_restart(waited, monkeypatch, error, waits):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(Interrupted, match=r"gs://bucket/run .*; the same command goes on"):
+    with pytest.raises(Interrupted, match=r"gs://bucket/run .*; the same command resumes"):
         persistently(failing(error, 2), BUCKET, waits=waits)
     assert waited == list(waits)
 

@@ -80,7 +80,7 @@ def inputs():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     network = make(name)
-    student = network.told_w()
+    student = network.conditioned_on_w()
     teacher_params = random_params(network)
     # These keys compile in a fraction of the usual ones' time.
     fresh = jax.jit(student.init)(jax.random.key(1, impl="unsafe_rbg"))
@@ -119,7 +119,7 @@ def test_the_last_layer_keeps_its_weights_in_float32(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_output_depends_on_every_input(name):
-    student = make(name).told_w()
+    student = make(name).conditioned_on_w()
     params = random_params(student)
     z, t, condition = inputs()
     w = jnp.arange(4.0)
@@ -136,7 +136,7 @@ def test_output_depends_on_every_input(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_scalar_w_enters_as_the_number_itself(name):
-    student = make(name).told_w("scalar")
+    student = make(name).conditioned_on_w("scalar")
     params = flatten_dict(random_params(student))
     entry = W_PROJECTION.get(name, ("conditioning", "w", "output", "kernel"))
     entry = tuple("hidden" if part == "output" else part for part in entry)
@@ -152,12 +152,12 @@ def test_a_scalar_w_enters_as_the_number_itself(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bfloat16_computes_in_it_and_keeps_float32_weights_and_output(name):
-    student = make(name, dtype="bfloat16").told_w()
+    student = make(name, dtype="bfloat16").conditioned_on_w()
     params = random_params(student)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     w = jnp.arange(4.0)
     low = predict(student, params, *inputs(), w).x
-    high = predict(make(name).told_w(), params, *inputs(), w).x
+    high = predict(make(name).conditioned_on_w(), params, *inputs(), w).x
     assert low.dtype == jnp.float32
     assert 0 < np.abs(low - high).max() < 0.2 * np.abs(high).max()
 

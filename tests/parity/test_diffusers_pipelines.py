@@ -173,7 +173,7 @@ def test_published_sizes_have_diffusers_names_and_shapes(kind, config, condition
         num_classes=denoiser.num_classes,
         condition_shapes=condition,
     )
-    network = network.told_w() if takes_w else network
+    network = network.conditioned_on_w() if takes_w else network
     ours = torch_shapes(jax.eval_shape(network.init, jax.random.key(0)))
     config = {**config, "time_cond_proj_dim": 256} if takes_w else config
     with torch.device("meta"):

@@ -88,7 +88,7 @@ def test_a_terminated_run_saves_says_so_and_goes_on(tmp_path, runs, undisturbed,
         os.kill(process, signal.SIGTERM)
         status, said = runs.end()
         assert status == 75, said
-        assert "the same command goes on" in said
+        assert "the same command resumes" in said
         assert time.monotonic() - began < 10
     runs.start(tmp_path)
     status, said = runs.end()
