@@ -347,7 +347,7 @@ def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
     assert whole.bytes < parts.bytes < 4 * whole.bytes
     assert parts.collectives.keys() == whole.collectives.keys()
     for kind, sent in whole.collectives.items():
-        assert parts.collectives[kind].bytes == pytest.approx(sent.bytes, rel=0.05)
+        assert parts.collectives[kind].bytes == pytest.approx(sent.bytes, rel=0.1)
     assert parts.peak < whole.peak
 
 
