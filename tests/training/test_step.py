@@ -1,5 +1,7 @@
 """The train step and the loop around it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from toy import (
     FROZEN,
     KEY,
     OPTIMIZER,
+    SETTINGS,
     fresh_state,
     loss,
     random_batches,
@@ -23,6 +26,7 @@ from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.mesh import split_batch
 from guided_distill.training.metrics import read_metrics
 from guided_distill.training.state import initial_state
+from guided_distill.training.step import make_train_step
 
 
 def run(mesh, batches, splits):
@@ -70,6 +74,28 @@ def test_four_devices_make_the_update_of_one(mesh_of):
     # The mean over the batch is summed in another order: a few ulp of 1.2e-7 for each update.
     assert_close(one, four, rtol=4e-6)
     assert_close(reported.metrics.compute(), reported_by_four.metrics.compute(), rtol=4e-6)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_gradients_of_rounded_weights_are_averaged_in_float32(mesh_of, fsdp):
+    mesh = mesh_of(4, fsdp=fsdp)
+    step = make_train_step(
+        loss,
+        OPTIMIZER,
+        ema_decay=SETTINGS.ema_decay,
+        mesh=mesh,
+        rounded=lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params),
+    )
+    program = step.lower(fresh_state(mesh), FROZEN, random_batches(1), jax.random.key(KEY))
+    sums = re.findall(
+        r'stablehlo\.(?:all_reduce|reduce_scatter)".*?\}\) : \((.*?)\)',
+        program.as_text(),
+        re.DOTALL,
+    )
+    # Of the gradient [2], in whole or in parts, and of the loss.
+    assert any("tensor<2xf32>" in each for each in sums)
+    assert "bf16" in program.as_text()
+    assert not [each for each in sums if "bf16" in each]
 
 
 def test_batches_are_split_and_weights_are_copied(mesh_of):
