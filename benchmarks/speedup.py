@@ -10,7 +10,9 @@ import time
 
 from etils import epath
 
-from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.trained import Trained, load_finished
 
 COUNT = 256
@@ -20,7 +22,9 @@ REPEATS = 4
 def seconds(trained: Trained, num_steps: int) -> float:
     labels = cycling_labels(COUNT, len(trained.description.class_names))
     start = time.perf_counter()
-    sample(trained, condition=of_labels(labels), w=1.0, num_steps=num_steps, batch_size=COUNT)
+    sample(
+        trained, Request(condition=of_labels(labels), w=1.0, num_steps=num_steps, batch_size=COUNT)
+    )
     return time.perf_counter() - start
 
 

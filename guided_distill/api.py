@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from guided_distill import sampling
 from guided_distill.applications import text_to_image
 from guided_distill.applications.text_to_image import TextToImage, load_text_to_image
 from guided_distill.diffusion.guidance import Condition
@@ -24,6 +23,9 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import LatentSpace, load_latent_space
 from guided_distill.places import path_named
 from guided_distill.runs import stage_to_sample
+from guided_distill.sampling.labels import class_index, of_labels
+from guided_distill.sampling.request import Request, usual_w
+from guided_distill.sampling.sample import encode, sample
 from guided_distill.training.trained import Description, Trained, load_finished
 
 
@@ -63,7 +65,7 @@ class Model:
     @property
     def usual_w(self) -> float:
         """The guidance weight where none is given: 1, or what was trained nearest to it."""
-        return sampling.usual_w(self.about)
+        return usual_w(self.about)
 
     def sample(
         self,
@@ -78,7 +80,7 @@ class Model:
 
         labels: names of classes, strings, or their numbers from 0; prompts: texts; the one that the model
         is conditioned on. noise: what `encode` returned. request: num_steps, sampler, seed, batch_size
-        and allow_untrained, as of `guided_distill.sampling.sample_batches`. Image i depends on (seed, i)
+        and allow_untrained, as of `guided_distill.sampling.request.Request`. Image i depends on (seed, i)
         and its condition.
         """
         w = self.usual_w if w is None else w
@@ -90,9 +92,7 @@ class Model:
             return text_to_image.generate(self.prompted, prompts, w=w, **request)
         if prompts is not None:
             raise UserError("this model is conditioned on classes, not on texts: give labels")
-        samples = sampling.sample(
-            self.trained, condition=self._of_classes(labels), w=w, noise=noise, **request
-        )
+        samples = sample(self.trained, Request(self._of_classes(labels), w, noise=noise, **request))
         return self.space.to_images(samples) if self.space else samples
 
     def edit(
@@ -154,10 +154,8 @@ class Model:
                 f"the size that the model makes"
             )
         if w is None:
-            w = sampling.usual_w(self.about, 0.0)
-        return sampling.encode(
-            self.trained, values, condition=self._of_classes(labels), w=w, **request
-        )
+            w = usual_w(self.about, 0.0)
+        return encode(self.trained, values, Request(self._of_classes(labels), w, **request))
 
     def _of_classes(self, labels: Sequence[int | str] | None) -> Condition:
         if labels is None or len(labels) == 0:
@@ -165,9 +163,7 @@ class Model:
             raise UserError(
                 f"there are no labels: give names or numbers of classes, such as {names}"
             )
-        return sampling.of_labels(
-            [sampling.class_index(label, self.about, flag="labels") for label in labels]
-        )
+        return of_labels([class_index(label, self.about, flag="labels") for label in labels])
 
     def _of_texts(self, images: np.ndarray, prompts: Sequence[str]) -> TextToImage:
         if self.prompted is None:

@@ -19,7 +19,9 @@ from guided_distill import pipeline
 from guided_distill.config import default_config, parse
 from guided_distill.errors import UserError
 from guided_distill.recipes import shrink
-from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.progress import console
 from guided_distill.training.trained import load_finished
 
@@ -84,7 +86,7 @@ def check_yourself() -> None:
         def draw() -> None:
             student = load_finished(workdir / last)
             labels = cycling_labels(4, len(student.description.class_names))
-            images = sample(student, condition=of_labels(labels), w=1.0, num_steps=1)
+            images = sample(student, Request(condition=of_labels(labels), w=1.0, num_steps=1))
             if not np.isfinite(images).all():
                 raise ValueError("samples aren't finite")
 

@@ -48,7 +48,7 @@ from guided_distill.data.mixture import DEFAULT_MIXTURE as mixture
 from guided_distill.diffusion.guidance import Denoiser, with_guidance
 from guided_distill.diffusion.process import ddim_step, prediction_from
 from guided_distill.diffusion.schedules import SCHEDULES, alpha_sigma
-from guided_distill.sampling import cycling_labels, of_labels
+from guided_distill.sampling.labels import cycling_labels, of_labels
 
 schedule = SCHEDULES["cosine"]()
 weights = (0.0, 1.0, 3.0)

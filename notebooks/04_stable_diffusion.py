@@ -175,7 +175,7 @@ image_rows(rows)
 # U-Net.
 
 # %%
-from guided_distill.sampling import initial_noise
+from guided_distill.sampling.sample import initial_noise
 
 if all(map(importlib.util.find_spec, ("diffusers", "torch", "transformers"))):
     import torch

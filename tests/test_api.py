@@ -5,7 +5,9 @@ import pytest
 
 import guided_distill
 from guided_distill import cli
-from guided_distill.sampling import of_labels, sample
+from guided_distill.sampling.labels import of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.trained import load_finished
 
 
@@ -26,7 +28,8 @@ def test_a_run_is_its_last_student_that_samples(workdir, student):
     assert student.about.sampler == "ddim"
     assert student.about.num_steps == 2
     expected = sample(
-        load_finished(workdir / "halving_ddim_2"), condition=of_labels([3, 7, 3]), w=1.5, seed=4
+        load_finished(workdir / "halving_ddim_2"),
+        Request(condition=of_labels([3, 7, 3]), w=1.5, seed=4),
     )
     found = student.sample(labels=["3", 7, 3], w=1.5, seed=4, batch_size=2)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -13,7 +13,9 @@ from etils import epath
 from guided_distill import cli, runs
 from guided_distill.evaluation import evaluate, reference, registry
 from guided_distill.evaluation.results import read_results
-from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.stages import all_stages
 from guided_distill.training.trained import load_finished
 
@@ -78,11 +80,7 @@ def test_unet_config_trains_and_samples_its_teacher(name, tmp_path):
     labels = cycling_labels(2, len(trained.description.class_names))
     images = sample(
         trained,
-        condition=of_labels(labels),
-        w=1.0,
-        num_steps=2,
-        sampler="ddim",
-        batch_size=2,
+        Request(condition=of_labels(labels), w=1.0, num_steps=2, sampler="ddim", batch_size=2),
     )
     assert images.shape == (2, 32, 32, 3)
     assert np.isfinite(images).all()

@@ -15,7 +15,8 @@ from guided_distill.evaluation.energy import energy_distance
 from guided_distill.models.registry import Network, build_network
 from guided_distill.objectives.guidance import Guidance, GuidanceStage
 from guided_distill.objectives.halving import Halving, HalvingStage
-from guided_distill.sampling import compiled_noise, compiled_sampler, cycling_labels, of_labels
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.programs import Inputs, compiled_noise, compiled_sampler
 from guided_distill.stages import compiled_step
 from guided_distill.training.state import initial_state
 
@@ -161,13 +162,15 @@ def test_four_steps_are_as_good_as_1024_of_the_exact_teacher(teacher, four_step_
         )
         samples = compiled_sampler(network, "ddim", mesh_of(1), clipped=False)(
             params,
-            *noise,
-            of_labels(np.tile(label, len(weights))),
-            network.null,
-            None,
-            np.repeat(weights, count),
-            np.int32(num_steps),
-            np.int32(num_steps),
+            Inputs(
+                *noise,
+                of_labels(np.tile(label, len(weights))),
+                null=network.null,
+                known=None,
+                w=np.repeat(weights, count),
+                num_steps=np.int32(num_steps),
+                first=np.int32(num_steps),
+            ),
         )
         return [
             np.mean([energy_distance(each[label == k], data[label == k]) for k in set(label)])

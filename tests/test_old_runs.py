@@ -17,7 +17,9 @@ from etils import epath
 
 from guided_distill import cli
 from guided_distill.runs import finished_stages
-from guided_distill.sampling import of_labels, sample
+from guided_distill.sampling.labels import of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.digests import FILE
 from guided_distill.training.metrics import read_metrics
 from guided_distill.training.trained import Description, load_finished
@@ -60,10 +62,7 @@ def test_its_stages_load_and_sample_the_same(run, with_digests):
         trained = load_finished(run / stage)
         found = sample(
             trained,
-            condition=of_labels([0, 1, 2, 3]),
-            w=1.0,
-            num_steps=then["num_steps"],
-            seed=5,
+            Request(condition=of_labels([0, 1, 2, 3]), w=1.0, num_steps=then["num_steps"], seed=5),
         )
         np.testing.assert_allclose(found, then["samples"], atol=1e-5)
 

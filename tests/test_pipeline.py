@@ -20,7 +20,9 @@ from guided_distill.evaluation.results import COLUMNS, comparable, read_results,
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report import samples
 from guided_distill.report.page import headline, write_report
-from guided_distill.sampling import cycling_labels, encode, of_labels, sample
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import encode, sample
 from guided_distill.training.trained import load_finished
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
@@ -238,7 +240,9 @@ def test_baselines_go_from_the_shared_teacher_to_samples(finished, tmp_path, cap
     assert ("outside the range [0.3, 0.3]" in capsys.readouterr().err) == guided
     labels = np.array([0, 1, 2])
     one, other = (
-        sample(student, condition=of_labels(labels), w=w, allow_untrained=True, batch_size=4)
+        sample(
+            student, Request(condition=of_labels(labels), w=w, allow_untrained=True, batch_size=4)
+        )
         for w in (0.3, 3.0)
     )
     assert (one != other).any()
@@ -247,10 +251,11 @@ def test_baselines_go_from_the_shared_teacher_to_samples(finished, tmp_path, cap
 def test_samples_depend_on_their_index_and_seed_alone(finished):
     trained = weights(finished, "halving_stochastic_2")
     labels = cycling_labels(10, 10)
-    many = sample(trained, condition=of_labels(labels), w=1.0, batch_size=16)
-    few = sample(trained, condition=of_labels(labels[:3]), w=1.0, batch_size=4)
+    many = sample(trained, Request(condition=of_labels(labels), w=1.0, batch_size=16))
+    few = sample(trained, Request(condition=of_labels(labels[:3]), w=1.0, batch_size=4))
     np.testing.assert_allclose(many[:3], few, atol=1e-5)
-    assert np.abs(many - sample(trained, condition=of_labels(labels), w=1.0, seed=1)).max() > 0.01
+    other = sample(trained, Request(of_labels(labels), 1.0, seed=1))
+    assert np.abs(many - other).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -387,10 +392,10 @@ def test_transfer_carries_images_through_their_noise(finished, tmp_path):
         assert any(np.array_equal(image, each) for each in of_class)
     noise, decoder = found["noise"], weights(finished, "halving_ddim_4")
     encoder, own = weights(finished, "halving_encode_4"), of_labels([7] * 3)
-    expected = encode(encoder, found["image"], condition=own, w=0.0)
+    expected = encode(encoder, found["image"], Request(condition=own, w=0.0))
     np.testing.assert_allclose(noise, expected, atol=1e-4)
     for name, label in (("returned", 7), ("transferred", 5)):
-        expected = sample(decoder, condition=of_labels([label] * 3), w=1.0, noise=noise)
+        expected = sample(decoder, Request(condition=of_labels([label] * 3), w=1.0, noise=noise))
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
     # Barely trained networks, but the class counts for more than what is equal above may differ.
     assert np.abs(found["returned"] - found["transferred"]).max() > 1e-4

@@ -6,24 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from guided_distill import sampling
 from guided_distill.api import Model
 from guided_distill.config import parse
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import with_guidance
 from guided_distill.errors import UserError
-from guided_distill.sampling import (
-    class_index,
-    compiled_noise,
-    compiled_sampler,
-    cycling_labels,
-    encode,
-    of_labels,
-    predictions,
-    sample,
-    sample_batches,
-    usual_w,
-)
+from guided_distill.sampling.labels import class_index, cycling_labels, of_labels
+from guided_distill.sampling.programs import Inputs, compiled_noise, compiled_sampler
+from guided_distill.sampling.request import Request, usual_w
+from guided_distill.sampling.sample import encode, predictions, sample, sample_batches
 from guided_distill.training.trained import Description, Trained
 from guided_distill.verbs.shared import label
 
@@ -84,7 +75,8 @@ def test_the_command_line_takes_digits_for_a_number(text, expected):
 def test_a_sample_depends_neither_on_the_batch_nor_on_its_size():
     labels = cycling_labels(19, 3)
     whole, parts = (
-        sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=size) for size in (32, 8)
+        sample(STUDENT, Request(condition=of_labels(labels), w=1.0, batch_size=size))
+        for size in (32, 8)
     )
     assert whole.shape == (19, 2)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
@@ -97,15 +89,15 @@ def test_no_more_examples_run_than_are_asked_for(monkeypatch):
     def counted(*how, **options):
         run = compiled_sampler(*how, **options)
 
-        def call(params, z, *others):
-            ran.append(z)
-            return run(params, z, *others)
+        def call(params, inputs):
+            ran.append(inputs.z)
+            return run(params, inputs)
 
         return call
 
-    monkeypatch.setattr(sampling, "compiled_sampler", counted)
+    monkeypatch.setattr("guided_distill.sampling.sample.compiled_sampler", counted)
     for labels, size, expected in (([1, 2], 256, [2]), ([0, 1, 2, 0, 1], 4, [4, 4])):
-        sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=size)
+        sample(STUDENT, Request(condition=of_labels(labels), w=1.0, batch_size=size))
         assert [len(z) for z in ran] == expected
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), (2,))
         np.testing.assert_array_equal(ran[0][1], noise)
@@ -118,22 +110,24 @@ def test_no_more_examples_run_than_are_asked_for(monkeypatch):
 def test_the_usual_weight_is_one_that_was_trained(w_range, usual):
     student = trained("halving", num_steps=2, sampler="ddim", w_range=w_range)
     labels = cycling_labels(4, 3)
-    expected = sample(student, condition=of_labels(labels), w=usual)
+    expected = sample(student, Request(condition=of_labels(labels), w=usual))
     model = Model(student)
     assert model.usual_w == usual
     np.testing.assert_array_equal(model.sample(labels=labels), expected)
     encoder = trained("halving", num_steps=2, sampler="encode", w_range=w_range)
-    noise = encode(encoder, expected, condition=of_labels(labels), w=w_range[0])
+    noise = encode(encoder, expected, Request(condition=of_labels(labels), w=w_range[0]))
     np.testing.assert_array_equal(Model(encoder).encode(expected, labels=labels), noise)
 
 
 def test_a_teacher_takes_any_finite_weight():
     assert usual_w(TEACHER.description) == 1.0
-    assert np.isfinite(sample(TEACHER, condition=of_labels([0]), w=-7.5, num_steps=1)).all()
+    assert np.isfinite(
+        sample(TEACHER, Request(condition=of_labels([0]), w=-7.5, num_steps=1))
+    ).all()
     for w in (float("nan"), float("inf")):
         for options in ({}, {"allow_untrained": True}):
             with pytest.raises(UserError, match=f"--w is {w}; make it at least -1000"):
-                sample(TEACHER, condition=of_labels([0]), w=w, num_steps=1, **options)
+                sample(TEACHER, Request(condition=of_labels([0]), w=w, num_steps=1, **options))
         with pytest.raises(UserError, match="--w_encode is"):
             encode_one(TEACHER, w=w)
 
@@ -142,21 +136,31 @@ def test_a_teacher_takes_any_finite_weight():
 def test_a_chain_has_no_more_steps_than_noise_levels(sampler):
     chain = trained("teacher", schedule="linear")
     request = {"condition": of_labels([0]), "w": 1.0, "sampler": sampler, "allow_untrained": True}
-    assert np.isfinite(sample(chain, num_steps=1000, **request)).all()
+    assert np.isfinite(sample(chain, Request(num_steps=1000, **request))).all()
     with pytest.raises(UserError, match=r"--num_steps is 1001, but .* linear, is a chain of 1000"):
-        sample(chain, num_steps=1001, **request)
+        sample(chain, Request(num_steps=1001, **request))
+
+
+def test_one_call_serves_many_weights():
+    condition, weights = of_labels(cycling_labels(4, 3)), np.array([0.0, 1.0, 2.5, 4.0])
+    together = sample(STUDENT, Request(condition, weights))
+    for index, w in enumerate(weights):
+        alone = sample(STUDENT, Request(condition, float(w)))
+        np.testing.assert_array_equal(together[index], alone[index])
+    with pytest.raises(UserError, match=r"--w is 4.5, outside the range \[0.0, 4.0\]"):
+        sample(STUDENT, Request(condition, weights + 0.5))
 
 
 def test_samples_from_an_index_on_are_those_of_the_whole():
     labels = cycling_labels(19, 3)
-    whole = sample(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8)
+    whole = sample(STUDENT, Request(condition=of_labels(labels), w=1.0, batch_size=8))
     for start in (0, 5, 16):
         batches = list(
-            sample_batches(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8, start=start)
+            sample_batches(STUDENT, Request(of_labels(labels), 1.0, batch_size=8, start=start))
         )
         np.testing.assert_allclose(np.concatenate(batches), whole[start:], atol=1e-4)
     assert not list(
-        sample_batches(STUDENT, condition=of_labels(labels), w=1.0, batch_size=8, start=19)
+        sample_batches(STUDENT, Request(condition=of_labels(labels), w=1.0, batch_size=8, start=19))
     )
 
 
@@ -169,14 +173,14 @@ def test_predictions_are_those_on_the_way_to_the_samples(sampler):
         "seed": 5,
         "allow_untrained": True,
     }
-    x = predictions(TEACHER, num_steps=4, **request)
+    x = predictions(TEACHER, Request(num_steps=4, **request))
     assert x.shape == (4, 3, 2)
     # A sampler of one step answers what is predicted at t = 1.
     for step, num_steps in ((0, 1), (3, 4)):
-        found = sample(TEACHER, num_steps=num_steps, **request)
+        found = sample(TEACHER, Request(num_steps=num_steps, **request))
         np.testing.assert_allclose(x[step], found, atol=1e-4)
     assert np.abs(np.diff(x, axis=0)).max(axis=(1, 2)).min() > 1e-3
-    assert predictions(TEACHER, num_steps=2, **request).shape == (2, 3, 2)
+    assert predictions(TEACHER, Request(num_steps=2, **request)).shape == (2, 3, 2)
 
 
 @pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])
@@ -189,14 +193,16 @@ def test_devices_make_no_difference(who, mesh_of):
         return np.asarray(
             compiled_sampler(about.network(), sampler, mesh_of(count), clipped=False)(
                 who.params,
-                noise,
-                keys,
-                of_labels(cycling_labels(8, 3)),
-                about.network().null,
-                None,
-                np.linspace(0, 4, 8, dtype=np.float32),
-                np.int32(2),
-                np.int32(2),
+                Inputs(
+                    noise,
+                    keys,
+                    of_labels(cycling_labels(8, 3)),
+                    null=about.network().null,
+                    known=None,
+                    w=np.linspace(0, 4, 8, dtype=np.float32),
+                    num_steps=np.int32(2),
+                    first=np.int32(2),
+                ),
             )
         )
 
@@ -207,15 +213,16 @@ def test_devices_make_no_difference(who, mesh_of):
 
 def test_noise_that_is_given_is_decoded_as_noise_that_is_drawn(mesh_of):
     labels = cycling_labels(10, 3)
-    drawn = sample(STUDENT, condition=of_labels(labels), w=1.0, seed=3)
+    drawn = sample(STUDENT, Request(condition=of_labels(labels), w=1.0, seed=3))
     noise, _ = compiled_noise((2,), mesh_of(1))(jax.random.key(3), np.arange(10))
     noise = np.asarray(noise)
     for size in (16, 4):
         given = sample(
-            STUDENT, condition=of_labels(labels), w=1.0, seed=3, noise=noise, batch_size=size
+            STUDENT,
+            Request(condition=of_labels(labels), w=1.0, seed=3, noise=noise, batch_size=size),
         )
         np.testing.assert_allclose(given, drawn, atol=1e-5)
-    other = sample(STUDENT, condition=of_labels(labels), w=1.0, seed=3, noise=noise + 0.1)
+    other = sample(STUDENT, Request(condition=of_labels(labels), w=1.0, seed=3, noise=noise + 0.1))
     assert np.abs(other - drawn).max() > 1e-3
 
 
@@ -235,7 +242,7 @@ def test_encoding_is_the_plain_encoder_of_its_network_at_its_own_steps(who):
     )
     asked = {} if who is ENCODER else {"num_steps": steps}
     for size in (16, 4):
-        found = encode(who, x, condition=of_labels(labels), w=w, batch_size=size, **asked)
+        found = encode(who, x, Request(condition=of_labels(labels), w=w, batch_size=size, **asked))
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -248,7 +255,7 @@ def test_encoding_an_image_never_clips_it():
     eps = denoiser.predict(
         x, np.zeros(4, np.float32), of_labels(labels), np.ones(4, np.float32)
     ).eps
-    found = encode(who, x, condition=of_labels(labels), w=1.0)
+    found = encode(who, x, Request(condition=of_labels(labels), w=1.0))
     np.testing.assert_allclose(found, eps, atol=1e-3)
     assert np.abs(eps).min() > 0.01
 
@@ -256,8 +263,11 @@ def test_encoding_an_image_never_clips_it():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: sample(ENCODER, condition=of_labels([0]), w=1.0), "trained to encode"),
-        (lambda: sample(TEACHER, condition=of_labels([0]), w=1.0, sampler="encode"), "--sampler"),
+        (lambda: sample(ENCODER, Request(condition=of_labels([0]), w=1.0)), "trained to encode"),
+        (
+            lambda: sample(TEACHER, Request(of_labels([0]), 1.0, sampler="encode")),
+            "--sampler",
+        ),
         (lambda: encode_one(DECODER), "not to encode"),
         (lambda: encode_one(ENCODER, num_steps=3), "in 2 steps, not in 3"),
         (lambda: encode_one(TEACHER, num_steps=0), "--num_steps is 0; make it at least 1"),
@@ -272,7 +282,7 @@ def test_what_cannot_be_encoded_or_sampled_is_refused(call, said):
 
 def encode_one(who, **request_):
     x = np.zeros((1, 2), np.float32)
-    return encode(who, x, **{"condition": of_labels([0]), "w": 1.0, **request_})
+    return encode(who, x, Request(**{"condition": of_labels([0]), "w": 1.0, **request_}))
 
 
 @pytest.mark.parametrize(
@@ -289,4 +299,4 @@ def encode_one(who, **request_):
 )
 def test_what_was_not_trained_is_refused(request_, said):
     with pytest.raises(UserError, match=said):
-        sample(STUDENT, **{"condition": of_labels([0]), "w": 1.0, **request_})
+        sample(STUDENT, Request(**{"condition": of_labels([0]), "w": 1.0, **request_}))

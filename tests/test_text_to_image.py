@@ -24,7 +24,7 @@ from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.runs import finished_stages
-from guided_distill.sampling import initial_noise, sample
+from guided_distill.sampling.sample import initial_noise, sample
 from guided_distill.training.trained import read_finished
 
 SIDE = 16
@@ -137,12 +137,12 @@ def test_editing_runs_the_steps_that_its_strength_leaves(model):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the sampler is asked for, which then answers what it was to start from."""
+    """The requests to the sampler, which then returns what it was to start from."""
     requests = []
 
-    def answer_start(trained, **request):
+    def answer_start(trained, request):
         requests.append(request)
-        return request["noise"]
+        return request.noise
 
     monkeypatch.setattr(text_to_image, "sample", answer_start)
     return requests
@@ -153,13 +153,13 @@ def test_editing_starts_from_images_noised_as_far_as_its_strength(model, asked, 
     steps = {"num_steps": 4, "allow_untrained": True}
     edit(model, images(), PROMPTS, strength=strength, w=1.0, seed=5, **steps)
     (request,) = asked
-    assert (request["first"], request["num_steps"]) == (first, 4)
+    assert (request.first, request.num_steps) == (first, 4)
     # Of Stable Diffusion's thousand noise levels, the one at t = first / 4.
     kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[250 * first - 1]
     latents = model.space.to_latents(images())
     noise = initial_noise(model.trained.description, 2, seed=5)
     expected = np.sqrt(kept) * latents + np.sqrt(1 - kept) * noise
-    np.testing.assert_allclose(request["noise"], expected, atol=1e-4)
+    np.testing.assert_allclose(request.noise, expected, atol=1e-4)
 
 
 def test_the_strength_that_an_error_names_makes_one_step_run(model, asked):
@@ -198,8 +198,8 @@ def test_inpainting_tells_the_sampler_what_is_known(model, asked):
     inpaint(model, images(), masks, PROMPTS, w=1.0, seed=5)
     (request,) = asked
     noise = initial_noise(model.trained.description, 2, seed=5)
-    np.testing.assert_array_equal(request["noise"], noise)
-    known = request["known"]
+    np.testing.assert_array_equal(request.noise, noise)
+    known = request.known
     np.testing.assert_array_equal(known.x, model.space.to_latents(images()))
     np.testing.assert_array_equal(known.eps, noise)
     np.testing.assert_array_equal(known.free, free[..., None])
@@ -208,8 +208,8 @@ def test_inpainting_tells_the_sampler_what_is_known(model, asked):
 def test_inpainting_keeps_the_latents_outside_of_the_mask(model, monkeypatch):
     sampled = []
 
-    def spy(*trained, **request):
-        sampled.append(sample(*trained, **request))
+    def spy(trained, request):
+        sampled.append(sample(trained, request))
         return sampled[0]
 
     monkeypatch.setattr(text_to_image, "sample", spy)
@@ -230,11 +230,11 @@ def test_an_inpainting_network_is_told_of_the_mask_and_of_what_is_around(model, 
     (request,) = asked
     with_holes = images()
     with_holes[masks] = 0.0
-    mask, around = np.split(request["condition"][INPAINT], [1], axis=-1)
+    mask, around = np.split(request.condition[INPAINT], [1], axis=-1)
     np.testing.assert_array_equal(mask, nearest[..., None])
     np.testing.assert_array_equal(around, model.space.to_latents(with_holes))
-    np.testing.assert_array_equal(request["noise"], initial_noise(about, 2, seed=5))
-    assert request["known"] is None
+    np.testing.assert_array_equal(request.noise, initial_noise(about, 2, seed=5))
+    assert request.known is None
 
 
 def run(verb, workdir, out, *more):

@@ -16,7 +16,9 @@ from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.runs import read_config
-from guided_distill.sampling import encode, of_labels, sample
+from guided_distill.sampling.labels import of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.trained import Description, Trained, load_finished
@@ -58,9 +60,9 @@ def transfer(
     Raises UserError if a model wasn't trained for what is asked.
     """
     own, other = (of_labels([label] * len(images)) for label in (from_label, to_label))
-    noise = encode(models.encoder, images, condition=own, w=w_encode)
-    returned = sample(models.returner, condition=own, w=w, noise=noise)
-    transferred = sample(models.decoder, condition=other, w=w, noise=noise)
+    noise = encode(models.encoder, images, Request(condition=own, w=w_encode))
+    returned = sample(models.returner, Request(condition=own, w=w, noise=noise))
+    transferred = sample(models.decoder, Request(condition=other, w=w, noise=noise))
     return Transfer(images, noise, returned, transferred)
 
 

@@ -20,7 +20,8 @@ from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
 from guided_distill.latent_space import LatentSpace, load_latent_space
 from guided_distill.layouts.companions import COMPANIONS
-from guided_distill.sampling import check_request, initial_noise, sample
+from guided_distill.sampling.request import Request, check_request
+from guided_distill.sampling.sample import initial_noise, sample
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.trained import Trained, load_finished
@@ -100,7 +101,7 @@ def edit(
     """
     _refuse_inpainting(model)
     condition = {"text": model.text_encoder.encode(prompts)}
-    num_steps, _ = resolve(model, condition, w=w, **request)
+    num_steps = resolve(model, condition, w=w, **request)[0]
     first = int(num_steps * strength) if 0.0 < strength <= 1.0 else 0
     if first < 1:
         # Rounded up, for with 0.333333 none of three steps would run.
@@ -156,25 +157,12 @@ def _refuse_inpainting(model: TextToImage) -> None:
         raise UserError("this network in-paints: use `guided-distill inpaint`")
 
 
-def resolve(
-    model: TextToImage,
-    condition: Condition,
-    *,
-    w: float,
-    num_steps: int | None = None,
-    sampler: str | None = None,
-    allow_untrained: bool = False,
-    **_: Any,
-) -> tuple[int, str]:
+def resolve(model: TextToImage, condition: Condition, **request: Any) -> tuple[int, str]:
     """The number of steps and the sampler that a request comes to. Raises UserError as `sample` does."""
-    return check_request(
-        model.trained.description,
-        condition=condition,
-        w=w,
-        num_steps=num_steps,
-        sampler=sampler,
-        allow_untrained=allow_untrained,
-    )
+    resolved = check_request(model.trained.description, Request(condition, **request))
+    assert resolved.num_steps is not None
+    assert resolved.sampler is not None
+    return resolved.num_steps, resolved.sampler
 
 
 def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndarray:
@@ -183,4 +171,4 @@ def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndar
     null = None if takes_w else {"text": model.text_encoder.encode([""])[0]}
     batch_size = min(len(condition["text"]), _BATCH)
     request = {"batch_size": batch_size, **request}
-    return sample(model.trained, condition=condition, null=null, **request)
+    return sample(model.trained, Request(condition=condition, null=null, **request))

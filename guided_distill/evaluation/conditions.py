@@ -11,7 +11,7 @@ from guided_distill.data.source import Source
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.places import local_path_named
-from guided_distill.sampling import cycling_labels, of_labels
+from guided_distill.sampling.labels import cycling_labels, of_labels
 from guided_distill.text.encoder import TextEncoder
 
 

@@ -33,11 +33,12 @@ from guided_distill.evaluation.results import (
     read_results,
 )
 from guided_distill.evaluation.round_trip import evaluate_round_trips
-from guided_distill.evaluation.tasks import Request, Row, Task, effective_settings, tasks_of
+from guided_distill.evaluation.tasks import Row, Selection, Task, effective_settings, tasks_of
 from guided_distill.latent_space import load_latent_space
 from guided_distill.layouts.companions import COMPANIONS
 from guided_distill.runs import read_config
-from guided_distill.sampling import sample_batches
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample_batches
 from guided_distill.storage import write_bytes
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.registry import load_text_encoder
@@ -47,27 +48,27 @@ from guided_distill.training.progress import console, progress
 from guided_distill.training.trained import Trained, load_finished
 
 
-def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result]:
+def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Result]:
     """Write `results.csv` and `round_trip.csv`, row by row, TensorBoard's events, and samples.
 
     Rows that are there already are kept, unless their stage was trained anew since, or the extractor or
-    the reference differs, or request.again; a row of results.csv that was cut goes on where it was. Of
+    the reference differs, or selection.again; a row of results.csv that was cut goes on where it was. Of
     many processes, all sample, and each looks at its share of the samples.
 
-    Raises UserError if the folder holds no run or an unfinished one, or for what the request names.
+    Raises UserError if the folder holds no run or an unfinished one, or for what the selection names.
     """
-    request = request or Request()
+    selection = selection or Selection()
     experiment = read_config(workdir)
-    settings = effective_settings(experiment, request)
-    tasks = tasks_of(experiment, settings, request, workdir)
+    settings = effective_settings(experiment, selection)
+    tasks = tasks_of(experiment, settings, selection, workdir)
     train, test, of_texts = open_pixels(experiment)
     for line in shortages(train=train.size, test=test.size):
         console.print(line, highlight=False, markup=False)
     extractor = load_extractor(settings.extractor, train, workdir)
-    if request.reference is None:
+    if selection.reference is None:
         reference = training_reference(train, extractor, workdir / "reference")
     else:
-        reference = read_reference(request.reference, train, extractor)
+        reference = read_reference(selection.reference, train, extractor)
     for line in caveats(settings.num_samples, extractor.width, reference):
         console.print(line, highlight=False, markup=False)
 
@@ -80,7 +81,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
             align = fit_alignment(train, test, extractor, encoder)
     table = Table(workdir, extractor, reference, settings.seed, align)
     real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
-    if count > 1 and (request.again or not table.holds(real, count)):
+    if count > 1 and (selection.again or not table.holds(real, count)):
         captions = test.captions if count == test.size else None
         table.add(real, _real_outputs(test, extractor), count, captions)
     wanted = subjects(test, settings.num_samples, encoder)
@@ -95,7 +96,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
             directory = workdir / task.stage.name
             path = workdir / "samples" / f"{task.file_stem}_path.npz"
             checkpoint = checkpoint_id(directory)
-            to_measure = request.again or not table.holds(task.row, len(labels), checkpoint)
+            to_measure = selection.again or not table.holds(task.row, len(labels), checkpoint)
             if has_path(task, settings) and (to_measure or not path.exists()):
                 drawn = draw_path(load(directory), task, wanted, settings, to_pixels)
                 write_bytes(path, drawn)
@@ -123,7 +124,7 @@ def evaluate(workdir: epath.Path, request: Request | None = None) -> list[Result
                 )
             advance(done, words)
     if not latent:
-        evaluate_round_trips(workdir, settings, request.stages, again=request.again)
+        evaluate_round_trips(workdir, settings, selection.stages, again=selection.again)
     return table.results
 
 
@@ -209,11 +210,11 @@ def _drawing(
     to_pixels: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[int], Iterator[np.ndarray]]:
     """f(start): the task's samples from that index on, by a sampler that is compiled by then."""
-    draw = functools.partial(
-        sample_batches,
-        trained,
+    request = Request(
+        condition=wanted.condition,
         null=wanted.null,
         w=task.w,
+        num_steps=task.num_steps,
         sampler=task.sampler,
         seed=settings.seed,
         batch_size=settings.batch_size,
@@ -222,8 +223,8 @@ def _drawing(
 
     def draw_from(start: int) -> Iterator[np.ndarray]:
         one = {name: each[:1] for name, each in wanted.condition.items()}
-        to_pixels(next(draw(condition=one, num_steps=1)))
-        samples = draw(condition=wanted.condition, num_steps=task.num_steps, start=start)
-        return map(to_pixels, samples)
+        first = dataclasses.replace(request, condition=one, num_steps=1)
+        to_pixels(next(sample_batches(trained, first)))
+        return map(to_pixels, sample_batches(trained, dataclasses.replace(request, start=start)))
 
     return draw_from

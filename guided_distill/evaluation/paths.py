@@ -7,7 +7,8 @@ import numpy as np
 from guided_distill.config import Evaluation
 from guided_distill.evaluation.conditions import Subjects
 from guided_distill.evaluation.tasks import Task
-from guided_distill.sampling import predictions
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import predictions
 from guided_distill.storage import npz_bytes
 from guided_distill.training.trained import Trained
 
@@ -47,13 +48,15 @@ def draw_path(
     count = min(POINTS if points else IMAGES, len(wanted.labels))
     x = predictions(
         trained,
-        condition={name: each[:count] for name, each in wanted.condition.items()},
-        null=wanted.null,
-        w=task.w,
-        num_steps=task.num_steps,
-        sampler=task.sampler,
-        seed=settings.seed,
-        allow_untrained=True,
+        Request(
+            condition={name: each[:count] for name, each in wanted.condition.items()},
+            null=wanted.null,
+            w=task.w,
+            num_steps=task.num_steps,
+            sampler=task.sampler,
+            seed=settings.seed,
+            allow_untrained=True,
+        ),
     )
     kept = np.unique(np.linspace(0, len(x) - 1, MOST_STEPS).round().astype(int))
     pixels = to_pixels(x[kept].reshape(-1, *x.shape[2:]))

@@ -3,10 +3,11 @@
 Meng et al. 2023, the section on encoding: encoder and decoder students against DDIM run both ways.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,7 +19,8 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.evaluation.results import read_rows, write_rows
 from guided_distill.runs import read_config
-from guided_distill.sampling import encode, sample
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.progress import progress
@@ -130,14 +132,9 @@ def round_trip(
     batch_size: int,
 ) -> np.ndarray:
     """The images [n, ...] as they come back, encoded and decoded in num_steps steps each at w."""
-    request: dict[str, Any] = {
-        "condition": condition,
-        "w": w,
-        "num_steps": num_steps,
-        "batch_size": batch_size,
-    }
-    noise = encode(encoder, images, **request)
-    return sample(decoder, noise=noise, **request)
+    request = Request(condition, w, num_steps=num_steps, batch_size=batch_size)
+    noise = encode(encoder, images, request)
+    return sample(decoder, dataclasses.replace(request, noise=noise))
 
 
 def _pairs(

@@ -15,7 +15,7 @@ from guided_distill.stages import all_stages
 
 
 @dataclass(frozen=True)
-class Request:
+class Selection:
     """What the command line asks for in place of the config; None leaves a thing as it is there.
 
     stages: folders of the workdir; None for all. num_steps: the teacher's. reference: a file of
@@ -65,7 +65,7 @@ class Task:
         return self.num_steps * (1 if self.stage.takes_w else 2)
 
 
-def effective_settings(experiment: Experiment, request: Request) -> Evaluation:
+def effective_settings(experiment: Experiment, request: Selection) -> Evaluation:
     """The config's settings, with what the request replaces. Raises UserError, naming the flag."""
     changes: dict[str, Any] = {
         "extractor": request.extractor,
@@ -101,7 +101,7 @@ def effective_settings(experiment: Experiment, request: Request) -> Evaluation:
 
 
 def tasks_of(
-    experiment: Experiment, settings: Evaluation, request: Request, workdir: epath.Path
+    experiment: Experiment, settings: Evaluation, request: Selection, workdir: epath.Path
 ) -> list[Task]:
     """All rows to measure, stage by stage.
 

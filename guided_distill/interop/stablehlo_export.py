@@ -17,7 +17,7 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.interop.cards import rendered
 from guided_distill.interop.weights import load_one_stage, new_folder
-from guided_distill.sampling import run_sampler
+from guided_distill.sampling.programs import Inputs, run_sampler
 from guided_distill.storage import write_bytes, write_text
 from guided_distill.training.trained import Description
 
@@ -70,12 +70,16 @@ def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> exp
             network,
             str(about.sampler),
             unflatten_dict(dict(weights), sep="/"),
-            samplers.initial_noise(key, indices, about.data_shape),
-            samplers.step_keys(key, indices),
-            condition,
-            w=w,
-            num_steps=num_steps,
-            first=num_steps,
+            Inputs(
+                samplers.initial_noise(key, indices, about.data_shape),
+                samplers.step_keys(key, indices),
+                condition,
+                null=None,
+                known=None,
+                w=w,
+                num_steps=num_steps,
+                first=num_steps,
+            ),
             clipped=network.of_images,
         )
         return jnp.clip(drawn, -1.0, 1.0) if network.of_images else drawn

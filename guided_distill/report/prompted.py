@@ -24,7 +24,7 @@ from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import name_for
 from guided_distill.runs import stage_to_sample
-from guided_distill.sampling import given_or_trained, usual_w
+from guided_distill.sampling.request import given_or_trained, usual_w
 from guided_distill.storage import write_bytes
 
 METADATA = "guided_distill"
@@ -32,7 +32,7 @@ METADATA = "guided_distill"
 
 
 @dataclass(frozen=True)
-class Request:
+class PromptRequest:
     """Texts, one for each image, and how to sample."""
 
     prompts: Sequence[str]
@@ -71,7 +71,7 @@ def read_prompts(
 
 
 def generate_to_files(
-    *, workdir: epath.Path, stage: str | None, request: Request, out: epath.Path
+    *, workdir: epath.Path, stage: str | None, request: PromptRequest, out: epath.Path
 ) -> list[epath.Path]:
     """Draw an image for each text; answers the files. Raises UserError as `generate` does."""
     model, request = _open(workdir, stage, request)
@@ -83,7 +83,7 @@ def edit_to_files(
     *,
     workdir: epath.Path,
     stage: str | None,
-    request: Request,
+    request: PromptRequest,
     out: epath.Path,
     image: epath.Path,
     strength: float,
@@ -100,7 +100,7 @@ def inpaint_to_files(
     *,
     workdir: epath.Path,
     stage: str | None,
-    request: Request,
+    request: PromptRequest,
     out: epath.Path,
     image: epath.Path,
     mask: epath.Path,
@@ -129,7 +129,9 @@ def inpaint_to_files(
     return _write(out, "inpaint", model, request, painted, settings)
 
 
-def _open(workdir: epath.Path, stage: str | None, request: Request) -> tuple[TextToImage, Request]:
+def _open(
+    workdir: epath.Path, stage: str | None, request: PromptRequest
+) -> tuple[TextToImage, PromptRequest]:
     """The model, and the request with its usual w where none is given."""
     model = load_text_to_image(stage_to_sample(workdir, stage))
     w = usual_w(model.trained.description) if request.w is None else request.w
@@ -140,7 +142,7 @@ def _read(path: epath.Path, model: TextToImage) -> np.ndarray:
     return read_images(path, shape=model.image_shape, limit=1)[0]
 
 
-def _repeated(array: np.ndarray, request: Request) -> np.ndarray:
+def _repeated(array: np.ndarray, request: PromptRequest) -> np.ndarray:
     return np.repeat(array[None], len(request.prompts), axis=0)
 
 
@@ -148,7 +150,7 @@ def _write(
     out: epath.Path,
     verb: str,
     model: TextToImage,
-    request: Request,
+    request: PromptRequest,
     images: np.ndarray,
     more: Mapping[str, Any],
 ) -> list[epath.Path]:

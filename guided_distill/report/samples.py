@@ -11,7 +11,9 @@ from guided_distill.errors import UserError
 from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.runs import folder_of, stage_to_sample
-from guided_distill.sampling import class_index, given_or_trained, of_labels, sample, usual_w
+from guided_distill.sampling.labels import class_index, of_labels
+from guided_distill.sampling.request import Request, given_or_trained, usual_w
+from guided_distill.sampling.sample import sample
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
 from guided_distill.training.trained import load_finished
@@ -53,12 +55,14 @@ def sample_to_files(
     all_labels = np.resize(classes, count)
     images = sample(
         trained,
-        condition=of_labels(all_labels),
-        w=w,
-        num_steps=num_steps,
-        sampler=sampler,
-        seed=seed,
-        allow_untrained=allow_untrained,
+        Request(
+            condition=of_labels(all_labels),
+            w=w,
+            num_steps=num_steps,
+            sampler=sampler,
+            seed=seed,
+            allow_untrained=allow_untrained,
+        ),
     )
     if about.latent:
         images = load_latent_space(folder_of(workdir)).to_images(images)

@@ -7,7 +7,7 @@ from etils import epath
 
 from guided_distill.config import Experiment
 from guided_distill.evaluation.results import Result
-from guided_distill.evaluation.tasks import Request, tasks_of
+from guided_distill.evaluation.tasks import Selection, tasks_of
 from guided_distill.objectives.stage import Stage
 from guided_distill.report.figures import WORDS
 from guided_distill.stages import all_stages
@@ -65,7 +65,7 @@ def _unmeasured(
         return
     measured = {(each.stage, each.sampler, each.num_steps, each.w) for each in results}
     missing: dict[str, list[str]] = {}
-    for task in tasks_of(experiment, experiment.evaluation, Request(), workdir):
+    for task in tasks_of(experiment, experiment.evaluation, Selection(), workdir):
         if task.stage.name in finished and tuple(task.row) not in measured:
             name = f"{WORDS[task.stage.kind]}, {task.num_steps} steps ({task.sampler})"
             missing.setdefault(name, []).append(f"{task.w:g}")

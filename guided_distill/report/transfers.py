@@ -14,7 +14,8 @@ from guided_distill.errors import UserError
 from guided_distill.places import path_named
 from guided_distill.report.samples import name_for, write_files
 from guided_distill.runs import read_config
-from guided_distill.sampling import class_index, usual_w
+from guided_distill.sampling.labels import class_index
+from guided_distill.sampling.request import usual_w
 
 
 def transfer_to_files(

@@ -14,8 +14,8 @@ from guided_distill.data.images import upright
 from guided_distill.data.pixels import fitted, from_uint8
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
-from guided_distill.sampling import usual_w
-from guided_distill.serve.run import TEACHER, Drawn, OpenRun, Request, calls_in_a_step
+from guided_distill.sampling.request import usual_w
+from guided_distill.serve.run import TEACHER, Drawn, OpenRun, PageRequest, calls_in_a_step
 from guided_distill.training.trained import Description
 
 _KEEP_FILES = 3600
@@ -336,14 +336,14 @@ def _errors_on_the_page() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def _request(run: OpenRun, chosen: Chosen, **what: Any) -> Request:
+def _request(run: OpenRun, chosen: Chosen, **what: Any) -> PageRequest:
     if chosen.seed is None:
         raise UserError("there is no seed: give a whole number")
     if run.about(chosen.stage).num_steps is not None:
-        return Request(w=chosen.w, seed=chosen.seed, **what)
+        return PageRequest(w=chosen.w, seed=chosen.seed, **what)
     if chosen.steps is None:
         raise UserError("there is no number of steps: give a whole number")
-    return Request(w=chosen.w, seed=chosen.seed, num_steps=chosen.steps, **what)
+    return PageRequest(w=chosen.w, seed=chosen.seed, num_steps=chosen.steps, **what)
 
 
 def _prompts(text: str, chosen: Chosen) -> dict[str, Any]:

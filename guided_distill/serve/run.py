@@ -11,7 +11,7 @@ from etils import epath
 
 from guided_distill import api
 from guided_distill.runs import finished_samplers
-from guided_distill.sampling import given_or_trained
+from guided_distill.sampling.request import given_or_trained
 from guided_distill.training.trained import Description, read_description
 
 TEACHER = "teacher"
@@ -38,7 +38,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Request:
+class PageRequest:
     """How to sample. labels, classes' numbers, or prompts: one for each sample."""
 
     w: float
@@ -86,7 +86,7 @@ class OpenRun:
         assert prompted is not None
         return prompted.image_shape
 
-    def sample(self, stage: str, request: Request) -> Drawn:
+    def sample(self, stage: str, request: PageRequest) -> Drawn:
         """Raises UserError as `api.Model.sample` does."""
 
         def draw(model: api.Model, **how: Any) -> tuple[np.ndarray, int]:
@@ -101,7 +101,9 @@ class OpenRun:
 
         return self._timed("sample", stage, request, draw, _ONE_STEP)
 
-    def edit(self, stage: str, request: Request, image: np.ndarray, *, strength: float) -> Drawn:
+    def edit(
+        self, stage: str, request: PageRequest, image: np.ndarray, *, strength: float
+    ) -> Drawn:
         """Raises UserError as `api.Model.edit` does. image: [H, W, C] in [-1, 1]."""
 
         def draw(
@@ -113,7 +115,9 @@ class OpenRun:
 
         return self._timed("edit", stage, request, draw, {**_ONE_STEP, "strength": 1.0})
 
-    def inpaint(self, stage: str, request: Request, image: np.ndarray, mask: np.ndarray) -> Drawn:
+    def inpaint(
+        self, stage: str, request: PageRequest, image: np.ndarray, mask: np.ndarray
+    ) -> Drawn:
         """Raises UserError as `api.Model.inpaint` does. mask: bool [H, W], True where to paint."""
 
         def draw(model: api.Model, **how: Any) -> tuple[np.ndarray, int]:
@@ -127,7 +131,7 @@ class OpenRun:
         self,
         verb: str,
         stage: str,
-        request: Request,
+        request: PageRequest,
         draw: Callable[..., tuple[np.ndarray, int]],
         one_step: Mapping[str, Any],
     ) -> Drawn:

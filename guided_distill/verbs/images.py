@@ -223,10 +223,10 @@ def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
 
 def _prompted(options: argparse.Namespace) -> dict[str, Any]:
     """What generate, edit and inpaint share."""
-    from guided_distill.report.prompted import Request, read_prompts
+    from guided_distill.report.prompted import PromptRequest, read_prompts
     from guided_distill.runs import folder_of
 
-    request = Request(
+    request = PromptRequest(
         prompts=read_prompts(options.prompt, options.prompts, num=options.num),
         w=options.w,
         num_steps=options.num_steps,

@@ -190,14 +190,14 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.evaluation.evaluate import evaluate
-    from guided_distill.evaluation.tasks import Request
+    from guided_distill.evaluation.tasks import Selection
     from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, is_first
 
     keep_compiled_programs(options.cache)
     with connected(timeout=options.start_timeout), stopping_at_once():
         check_same_options(options)
-        request = Request(
+        request = Selection(
             extractor=options.extractor,
             num_samples=options.num_samples,
             weights=options.w,

@@ -19,7 +19,9 @@ import guided_distill
 from guided_distill import cli
 from guided_distill.errors import UserError
 from guided_distill.layouts.safetensors_file import read_metadata
-from guided_distill.sampling import of_labels, sample
+from guided_distill.sampling.labels import of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.model_file import write_model_file
 from guided_distill.training.trained import load_finished, load_trained, read_finished
@@ -65,7 +67,7 @@ def export(workdir, out, *flags, form="safetensors"):
 
 
 def drawn(trained, **request):
-    return sample(trained, condition=of_labels([3, 7, 3]), w=1.0, seed=4, **request)
+    return sample(trained, Request(condition=of_labels([3, 7, 3]), w=1.0, seed=4, **request))
 
 
 def refused(capsys, status):

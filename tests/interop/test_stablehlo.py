@@ -15,7 +15,9 @@ from flax.traverse_util import flatten_dict
 from guided_distill import cli
 from guided_distill.config import parse
 from guided_distill.interop.stablehlo_export import export_sampler
-from guided_distill.sampling import cycling_labels, of_labels, sample
+from guided_distill.sampling.labels import cycling_labels, of_labels
+from guided_distill.sampling.request import Request
+from guided_distill.sampling.sample import sample
 from guided_distill.training.trained import Description, load_finished
 
 
@@ -42,7 +44,7 @@ def test_a_script_without_this_package_draws_the_same(workdir, tmp_path):
         with np.load(out / "samples.npz") as drawn:
             labels = cycling_labels(count, 10)
             np.testing.assert_array_equal(drawn["label"], labels)
-            expected = sample(trained, condition=of_labels(labels), w=w, seed=seed)
+            expected = sample(trained, Request(condition=of_labels(labels), w=w, seed=seed))
             np.testing.assert_allclose(drawn["image"], expected, atol=1e-5)
             assert drawn["image"].std() > 0.1
 
@@ -88,7 +90,9 @@ def test_a_script_draws_what_texts_ask_for(tmp_path):
     (command,) = re.findall(r"^    python (.*)$", card, re.MULTILINE)
     run_script(tmp_path / "out", *command.replace("--w 1 ", "--w 3.5 ").split())
     with np.load(tmp_path / "out" / "samples.npz") as drawn:
-        expected = sample(load_finished(run / stage), condition={"text": text}, w=3.5, seed=0)
+        expected = sample(
+            load_finished(run / stage), Request(condition={"text": text}, w=3.5, seed=0)
+        )
         np.testing.assert_allclose(drawn["latent"], expected, atol=1e-4)
     for arguments, said in (
         ([], "give --condition, an npz file with text"),

@@ -20,7 +20,6 @@ from etils import epath  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from guided_distill import sampling  # noqa: E402
 from guided_distill.applications import text_to_image  # noqa: E402
 from guided_distill.applications.text_to_image import load_text_to_image  # noqa: E402
 from guided_distill.config import Model  # noqa: E402
@@ -37,6 +36,9 @@ from guided_distill.layouts.diffusers_configs import (  # noqa: E402
     visited_by_diffusers,
 )
 from guided_distill.layouts.torch_layout import torch_shapes  # noqa: E402
+from guided_distill.sampling.labels import of_labels  # noqa: E402
+from guided_distill.sampling.request import Request  # noqa: E402
+from guided_distill.sampling.sample import sample  # noqa: E402
 from guided_distill.training.trained import load_finished, network_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -232,9 +234,7 @@ def test_a_student_calls_its_unet_once_a_step_and_equals_our_sampler(student):
             output_type="latent",
         ).images
         assert calls.batches == [COUNT] * num_steps
-        ours = sampling.sample(
-            trained, condition={"text": text}, w=W, noise=noise(), num_steps=num_steps
-        )
+        ours = sample(trained, Request({"text": text}, W, noise=noise(), num_steps=num_steps))
         assert_near(theirs, ours)
 
 
@@ -281,7 +281,7 @@ def test_steps_that_do_not_divide_1000(run, tmp_path, num_steps):
     ).images
     assert calls.batches == [COUNT] * num_steps
     trained = load_finished(run / stage)
-    assert_near(theirs, sampling.sample(trained, condition={"text": text}, w=W, noise=noise()))
+    assert_near(theirs, sample(trained, Request({"text": text}, W, noise=noise())))
 
 
 def card(folder):
@@ -390,12 +390,9 @@ def test_in_painting_equals_our_sampler(inpaint_run, tmp_path):
             output_type="latent",
         ).images
         assert calls.batches == [COUNT] * num_steps
-        ours = sampling.sample(
+        ours = sample(
             trained,
-            condition={"text": text, "inpaint": beside},
-            w=W,
-            noise=noise(),
-            num_steps=num_steps,
+            Request({"text": text, "inpaint": beside}, W, noise=noise(), num_steps=num_steps),
         )
         assert_near(theirs, ours)
 
@@ -416,9 +413,9 @@ def test_labels_go_into_the_stock_pipeline_as_prompt_embeddings(tmp_path):
         guidance_scale=guidance_scale(W),
         output_type="latent",
     ).images
-    condition = sampling.of_labels(labels)
+    condition = of_labels(labels)
     trained = load_finished(run / stage)
-    assert_near(theirs, sampling.sample(trained, condition=condition, w=W, noise=noise()))
+    assert_near(theirs, sample(trained, Request(condition, W, noise=noise())))
 
 
 def test_a_dit_teacher_goes_into_its_pipeline(tmp_path):

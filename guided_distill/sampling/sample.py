@@ -1,0 +1,136 @@
+"""Samples from a trained stage, by what its checkpoint says of itself; and images back to noise."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from guided_distill import draws, kinds
+from guided_distill.diffusion.samplers import Known
+from guided_distill.sampling.programs import Inputs, Record, compiled_noise, compiled_sampler
+from guided_distill.sampling.request import Request, check_encoding, check_request
+from guided_distill.training.mesh import data_mesh, replicated, split_batch
+from guided_distill.training.processes import on_all_processes, to_host
+from guided_distill.training.trained import Description, Trained
+
+_recorded: list[tuple[np.ndarray, np.ndarray]] = []
+"""(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_recording`.
+
+Not a list of each call's own: the compiled program, which all calls share, has its address.
+"""
+_recording = threading.Lock()
+
+
+def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
+    """The z at t = 1 [count, *data_shape] that `sample` starts from with this seed."""
+    mesh = data_mesh()
+    indices = np.arange(-(-count // mesh.size) * mesh.size)
+    indices = on_all_processes(indices, split_batch(mesh))
+    return to_host(compiled_noise(about.data_shape, mesh)(draws.key_of(seed), indices)[0])[:count]
+
+
+def sample(trained: Trained, request: Request) -> np.ndarray:
+    """All that `sample_batches` yields, in one array [n, *data_shape]."""
+    return np.concatenate(list(sample_batches(trained, request)))
+
+
+def sample_batches(trained: Trained, request: Request) -> Iterator[np.ndarray]:
+    """Yields the samples of a request, float32 [batch_size, *data_shape], the last of them less.
+
+    Images are in [-1, 1]. They are held to it at every step from drawn noise, but only at the end from
+    given noise, for clipping on the way doesn't undo an encoding. Raises UserError as `check_request`.
+    """
+    request = check_request(trained.description, request)
+    of_images = trained.description.network().of_images
+    for samples in _run(trained, request, clipped=of_images and request.noise is None):
+        yield np.clip(samples, -1.0, 1.0) if of_images else samples
+
+
+def predictions(trained: Trained, request: Request) -> np.ndarray:
+    """The x that every step predicts on the way of `sample`, [num_steps, n, *data_shape].
+
+    The first is predicted at t = 1, and the last is the sample. For a few examples: they are one batch,
+    on one device. The program is another than that of `sample`, which has no callback. Raises UserError
+    as `check_request`.
+    """
+    request = check_request(trained.description, request)
+    mesh = data_mesh(jax.local_devices()[:1])
+    here = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
+    with _recording:
+        _recorded.clear()
+        for _ in _run(
+            dataclasses.replace(trained, params=here),
+            dataclasses.replace(request, batch_size=request.count),
+            clipped=trained.description.network().of_images,
+            mesh=mesh,
+            record=_record,
+        ):
+            jax.effects_barrier()
+        steps = sorted(_recorded, key=lambda step: -step[0][0])
+    return np.stack([x for _, x in steps])
+
+
+def _record(t: jax.Array, x: jax.Array) -> None:
+    _recorded.append((np.asarray(t), np.asarray(x)))
+
+
+def encode(trained: Trained, images: np.ndarray, request: Request) -> np.ndarray:
+    """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its condition and w.
+
+    By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
+    DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
+    sigma_0. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
+    sigma_0 = 4.5e-5: one that predicts x would give eps by float32's last digits there, and its own
+    errors would count 22,000-fold. Raises UserError for such a network, for a decoder student, and for
+    what the checkpoint wasn't trained for.
+    """
+    request = check_encoding(trained.description, request)
+    request = dataclasses.replace(request, noise=images)
+    return np.concatenate(list(_run(trained, request, clipped=False)))
+
+
+def _run(
+    trained: Trained,
+    request: Request,
+    *,
+    clipped: bool,
+    mesh: Mesh | None = None,
+    record: Record | None = None,
+) -> Iterator[np.ndarray]:
+    """The compiled sampler from request.noise [n, ...], or from drawn noise, in batches of one size."""
+    kinds.check("--seed", request.seed, kinds.Seed)
+    assert request.sampler is not None
+    assert request.num_steps is not None
+    network, mesh = trained.description.network(), mesh or data_mesh()
+    count, given, known = request.count, request.noise, request.known
+    batch_size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
+    run = compiled_sampler(network, request.sampler, mesh, clipped=clipped, record=record)
+    draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
+    weights = np.broadcast_to(np.asarray(request.w, np.float32), (count,))
+    for begin in range(request.start, count, batch_size):
+        indices = np.arange(begin, begin + batch_size)
+        rows = indices % count
+        noise, keys = draw(draws.key_of(request.seed), on_all_processes(indices, split))
+        z, condition, kept, w = on_all_processes(
+            (
+                None if given is None else np.asarray(given[rows], np.float32),
+                {name: np.asarray(each)[rows] for name, each in request.condition.items()},
+                None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
+                weights[rows],
+            ),
+            split,
+        )
+        inputs = Inputs(
+            noise if given is None else z,
+            keys,
+            condition,
+            network.null if request.null is None else request.null,
+            kept,
+            w,
+            np.int32(request.num_steps),
+            np.int32(request.num_steps if request.first is None else request.first),
+        )
+        yield to_host(run(trained.params, inputs))[: count - begin]
