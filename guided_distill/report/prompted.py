@@ -24,7 +24,7 @@ from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import name_for
 from guided_distill.runs import stage_to_sample
-from guided_distill.sampling.request import given_or_trained, usual_w
+from guided_distill.sampling.request import Options, given_or_trained
 from guided_distill.storage import write_bytes
 
 METADATA = "guided_distill"
@@ -36,20 +36,7 @@ class PromptRequest:
     """Texts, one for each image, and how to sample."""
 
     prompts: Sequence[str]
-    w: float | None
-    num_steps: int | None
-    sampler: str | None
-    seed: int
-    allow_untrained: bool
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """All but the texts."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "prompts"
-        }
+    options: Options
 
 
 def read_prompts(
@@ -73,9 +60,9 @@ def read_prompts(
 def generate_to_files(
     *, workdir: epath.Path, stage: str | None, request: PromptRequest, out: epath.Path
 ) -> list[epath.Path]:
-    """Draw an image for each text; answers the files. Raises UserError as `generate` does."""
+    """Draw an image for each text; returns the files. Raises UserError as `generate` does."""
     model, request = _open(workdir, stage, request)
-    images = generate(model, request.prompts, **request.sampling)
+    images = generate(model, request.prompts, **request.options.keywords)
     return _write(out, "generate", model, request, images, {})
 
 
@@ -88,10 +75,10 @@ def edit_to_files(
     image: epath.Path,
     strength: float,
 ) -> list[epath.Path]:
-    """Change an image after each text; answers the files. Raises UserError as `edit` does."""
+    """Change an image after each text; returns the files. Raises UserError as `edit` does."""
     model, request = _open(workdir, stage, request)
     images = _repeated(_read(image, model), request)
-    edited = edit(model, images, request.prompts, strength=strength, **request.sampling)
+    edited = edit(model, images, request.prompts, strength=strength, **request.options.keywords)
     settings = {"image": image, "strength": strength, "steps_run": edited.steps_run}
     return _write(out, "edit", model, request, edited.images, settings)
 
@@ -105,7 +92,7 @@ def inpaint_to_files(
     image: epath.Path,
     mask: epath.Path,
 ) -> list[epath.Path]:
-    """Paint where the mask is white, after each text; answers the files.
+    """Paint where the mask is white, after each text; returns the files.
 
     Raises UserError as `inpaint` does, and if the mask is of another size than the image.
     """
@@ -123,7 +110,7 @@ def inpaint_to_files(
         _repeated(_read(image, model), request),
         _repeated(white, request),
         request.prompts,
-        **request.sampling,
+        **request.options.keywords,
     )
     settings = {"image": image, "mask": mask}
     return _write(out, "inpaint", model, request, painted, settings)
@@ -134,8 +121,8 @@ def _open(
 ) -> tuple[TextToImage, PromptRequest]:
     """The model, and the request with its usual w where none is given."""
     model = load_text_to_image(stage_to_sample(workdir, stage))
-    w = usual_w(model.trained.description) if request.w is None else request.w
-    return model, dataclasses.replace(request, w=w)
+    options = request.options.with_w(model.trained.description)
+    return model, dataclasses.replace(request, options=options)
 
 
 def _read(path: epath.Path, model: TextToImage) -> np.ndarray:
@@ -156,20 +143,21 @@ def _write(
 ) -> list[epath.Path]:
     about = model.trained.description
     stage = model.trained.name
+    options = request.options
     num_steps, sampler = given_or_trained(
-        about, num_steps=request.num_steps, sampler=request.sampler
+        about, num_steps=options.num_steps, sampler=options.sampler
     )
     settings = {
         "verb": verb,
         "stage": stage,
-        **request.sampling,
+        **request.options.keywords,
         "num_steps": num_steps,
         "sampler": sampler,
         "package_version": about.package_version,
         # Paths are this machine's alone.
         **{name: each.name if name in ("image", "mask") else each for name, each in more.items()},
     }
-    named = {"w": f"{request.w:g}", "seed": request.seed, "steps": num_steps}
+    named = {"w": f"{options.w:g}", "seed": options.seed, "steps": num_steps}
     named |= {name: epath.Path(str(value)).stem for name, value in more.items() if name == "image"}
     named |= {name: value for name, value in more.items() if name == "strength"}
     words = "_".join([verb, stage, *(f"{name}{value}" for name, value in named.items())])

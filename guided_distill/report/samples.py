@@ -12,7 +12,7 @@ from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
 from guided_distill.runs import folder_of, stage_to_sample
 from guided_distill.sampling.labels import class_index, of_labels
-from guided_distill.sampling.request import Request, given_or_trained, usual_w
+from guided_distill.sampling.request import Options, Request, given_or_trained
 from guided_distill.sampling.sample import sample
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
@@ -28,17 +28,13 @@ def sample_to_files(
     stage: str | None,
     count: int,
     labels: Sequence[int | str] | None,
-    w: float | None,
-    num_steps: int | None,
-    sampler: str | None,
-    seed: int,
+    options: Options,
     out: epath.Path,
-    allow_untrained: bool,
 ) -> tuple[epath.Path, epath.Path]:
-    """Write a picture and an npz (image, label) of `count` samples; answer their paths.
+    """Write a picture and an npz (image, label) of `count` samples; returns their paths.
 
-    workdir, stage: as of `stage_to_sample`. labels, names or numbers, are gone through in turn; None for
-    all classes. Raises UserError for a stage that isn't there, and as `sample` does.
+    workdir, stage: as of `stage_to_sample`. labels: names or numbers, taken in turn; None for all
+    classes. Raises UserError for a stage that isn't there, and as `sample` does.
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 sample")
@@ -48,26 +44,17 @@ def sample_to_files(
         raise UserError(
             f"{trained.path} is conditioned on texts, not on labels: use `guided-distill generate`"
         )
-    w = usual_w(about) if w is None else w
+    options = options.with_w(about)
     num_classes = len(about.class_names)
     chosen = range(num_classes) if labels is None else labels
     classes = [class_index(label, about, flag="--labels") for label in chosen]
     all_labels = np.resize(classes, count)
-    images = sample(
-        trained,
-        Request(
-            condition=of_labels(all_labels),
-            w=w,
-            num_steps=num_steps,
-            sampler=sampler,
-            seed=seed,
-            allow_untrained=allow_untrained,
-        ),
-    )
+    images = sample(trained, Request(of_labels(all_labels), **options.keywords))
     if about.latent:
         images = load_latent_space(folder_of(workdir)).to_images(images)
-    steps, by = given_or_trained(about, num_steps=num_steps, sampler=sampler)
-    stem = name_for(f"{trained.name}_{by}_{steps}_w{w:g}_seed{seed}", float(w), all_labels.tolist())
+    steps, by = given_or_trained(about, num_steps=options.num_steps, sampler=options.sampler)
+    words = f"{trained.name}_{by}_{steps}_w{options.w:g}_seed{options.seed}"
+    stem = name_for(words, options.w, all_labels.tolist())
     arrays = {"image": images, "label": all_labels}
     return write_files(
         out, stem, drawn=images, colours=all_labels, columns=num_classes, arrays=arrays

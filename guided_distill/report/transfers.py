@@ -1,5 +1,7 @@
 """Style transfers as files: a figure to look at and the arrays to work with."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from etils import epath
 
@@ -18,36 +20,45 @@ from guided_distill.sampling.labels import class_index
 from guided_distill.sampling.request import usual_w
 
 
-def transfer_to_files(
-    workdir: epath.Path,
-    *,
-    to: epath.Path,
-    images: str,
-    from_label: int | str,
-    to_label: int | str,
-    encoder: str | None,
-    decoder: str | None,
-    w_encode: float | None,
-    w: float | None,
-    count: int,
-    seed: int,
-    out: epath.Path,
-) -> tuple[epath.Path, epath.Path]:
-    """Write a figure and an npz of images carried from the run in `workdir` to that in `to`.
+@dataclass(frozen=True)
+class TransferRequest:
+    """What to transfer, from one run to the run in `to`.
 
-    The figure's rows: the images, as they come back under their own label, and transferred. images: a
-    file, a folder, or "data" for test images of from_label, which `seed` chooses; at most `count`.
-    Labels are names of classes, strings, or their numbers. The npz holds the fields of `Transfer` and
-    the two labels. Returns the two paths. Raises UserError for what isn't there, and as `transfer` does.
+    images: a file, a folder, or "data" for test images of from_label, which `seed` chooses; at most
+    `count`. Labels are names of classes, strings, or their numbers. encoder, decoder: folders of stages.
+    None stands for the usual.
     """
+
+    to: epath.Path
+    images: str
+    from_label: int | str
+    to_label: int | str
+    encoder: str | None
+    decoder: str | None
+    w_encode: float | None
+    w: float | None
+    count: int
+    seed: int
+
+
+def transfer_to_files(
+    workdir: epath.Path, request: TransferRequest, *, out: epath.Path
+) -> tuple[epath.Path, epath.Path]:
+    """Write a figure and an npz of images carried from a run to another; returns their paths.
+
+    The figure's rows: the images, as they come back under their own label, and transferred. The npz holds
+    the fields of `Transfer` and the two labels. Raises UserError for what isn't there, and as `transfer`
+    does.
+    """
+    to, images, count, seed = request.to, request.images, request.count, request.seed
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 image")
-    models = load_models(workdir, to, encoder=encoder, decoder=decoder)
+    models = load_models(workdir, to, encoder=request.encoder, decoder=request.decoder)
     about = models.encoder.description
-    w_encode = usual_w(about, 0.0) if w_encode is None else w_encode
-    w = usual_w(models.decoder.description) if w is None else w
-    own = class_index(from_label, about, flag="--from_label")
-    other = class_index(to_label, models.decoder.description, flag="--to_label")
+    w_encode = usual_w(about, 0.0) if request.w_encode is None else request.w_encode
+    w = usual_w(models.decoder.description) if request.w is None else request.w
+    own = class_index(request.from_label, about, flag="--from_label")
+    other = class_index(request.to_label, models.decoder.description, flag="--to_label")
     if images == "data":
         experiment = read_config(workdir)
         data = experiment.data

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -14,6 +14,27 @@ from guided_distill.diffusion.samplers import Known
 from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS
 from guided_distill.errors import UserError
 from guided_distill.training.trained import Description
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to sample, as a user chooses it or leaves it out (None). See `Request`."""
+
+    w: float | None = None
+    num_steps: int | None = None
+    sampler: str | None = None
+    seed: int = 0
+    allow_untrained: bool = False
+
+    def with_w(self, about: Description) -> Self:
+        """The same, with the usual w where none is chosen."""
+        w = usual_w(about) if self.w is None else float(self.w)
+        return dataclasses.replace(self, w=w)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those of a `Request`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)

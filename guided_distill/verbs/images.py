@@ -166,12 +166,8 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
             stage=options.stage,
             count=options.num,
             labels=options.labels,
-            w=options.w,
-            num_steps=options.num_steps,
-            sampler=options.sampler,
-            seed=options.seed,
+            options=_sampling(options),
             out=options.out or folder_of(options.workdir) / "samples",
-            allow_untrained=options.allow_untrained,
         )
         if is_first():
             for each in paths:
@@ -179,24 +175,22 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _transfer(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.report.transfers import transfer_to_files
+    from guided_distill.report.transfers import TransferRequest, transfer_to_files
 
-    _print_all(
-        lambda: transfer_to_files(
-            options.workdir,
-            to=options.to or options.workdir,
-            images=options.images,
-            from_label=options.from_label,
-            to_label=options.to_label,
-            encoder=options.encoder,
-            decoder=options.decoder,
-            w_encode=options.w_encode,
-            w=options.w,
-            count=options.num,
-            seed=options.seed,
-            out=options.out or options.workdir / "transfers",
-        )
+    request = TransferRequest(
+        to=options.to or options.workdir,
+        images=options.images,
+        from_label=options.from_label,
+        to_label=options.to_label,
+        encoder=options.encoder,
+        decoder=options.decoder,
+        w_encode=options.w_encode,
+        w=options.w,
+        count=options.num,
+        seed=options.seed,
     )
+    out = options.out or options.workdir / "transfers"
+    _print_all(lambda: transfer_to_files(options.workdir, request, out=out))
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
@@ -226,16 +220,23 @@ def _prompted(options: argparse.Namespace) -> dict[str, Any]:
     from guided_distill.report.prompted import PromptRequest, read_prompts
     from guided_distill.runs import folder_of
 
-    request = PromptRequest(
-        prompts=read_prompts(options.prompt, options.prompts, num=options.num),
+    prompts = read_prompts(options.prompt, options.prompts, num=options.num)
+    request = PromptRequest(prompts, _sampling(options))
+    out = options.out or folder_of(options.workdir) / "samples"
+    return {"workdir": options.workdir, "stage": options.stage, "request": request, "out": out}
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+    """The `Options` of a verb that samples."""
+    from guided_distill.sampling.request import Options
+
+    return Options(
         w=options.w,
         num_steps=options.num_steps,
         sampler=options.sampler,
         seed=options.seed,
         allow_untrained=options.allow_untrained,
     )
-    out = options.out or folder_of(options.workdir) / "samples"
-    return {"workdir": options.workdir, "stage": options.stage, "request": request, "out": out}
 
 
 def _print_all(make: Callable[[], Iterable[epath.Path]]) -> None:
