@@ -17,8 +17,10 @@ import optax
 
 from guided_distill import draws
 from guided_distill.data import sources
+from guided_distill.data.outline import outline_of
 from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.diffusion.process import add_noise, velocity
+from guided_distill.diffusion.schedules import cosine
 from guided_distill.models.registry import Network, Params, build_network
 from guided_distill.objectives.halving import JUMPS, halving_target
 from guided_distill.objectives.stage import Examples
@@ -72,10 +74,9 @@ def main() -> None:
             name="unet",
             options=OPTIONS,
             parameterization="v",
-            schedule="cosine",
+            schedule=cosine(),
             dtype=dtype,
-            data_shape=source.shape,
-            num_classes=source.num_classes,
+            outline=outline_of(source),
         )
         for dtype in ("float32", "bfloat16")
     }

@@ -12,6 +12,7 @@ from etils import epath
 
 from guided_distill import draws
 from guided_distill.config import AUTOENCODER, Experiment, differences
+from guided_distill.data.outline import outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Params, check_network, student_params
@@ -86,13 +87,7 @@ def check_batches(experiment: Experiment) -> None:
 
 def check_trainable(experiment: Experiment, workdir: epath.Path, source: Source) -> None:
     """Raises UserError for a network that can't be made, or a start that doesn't fit."""
-    network = network_of(
-        experiment.model,
-        source.shape,
-        num_classes=source.num_classes,
-        condition_shapes=source.condition_shapes,
-        latent=source.latent,
-    )
+    network = network_of(experiment.model, outline_of(source))
     check_network(network)
     for kind in ("guidance", "halving"):
         if getattr(experiment, kind).clipped and not network.of_images:

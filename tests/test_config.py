@@ -14,6 +14,7 @@ from guided_distill import config, kinds
 from guided_distill.data import sources
 from guided_distill.diffusion.schedules import last_log_snr
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.models.registry import MODELS, check_network
 from guided_distill.run_data import outline_of_latents
 from guided_distill.training.trained import network_of
@@ -213,7 +214,7 @@ SMALL = {
 
 def network(name, options, shape=(8, 8, 1)):
     model = config.parse({"model": {"name": name, "options": SMALL[name] | options}}).model
-    return network_of(model, shape, num_classes=10)
+    return network_of(model, Outline(shape, 10))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,8 +10,9 @@ import pytest
 from guided_distill.data.mixture import DEFAULT_MIXTURE as MIXTURE
 from guided_distill.diffusion.guidance import Denoiser
 from guided_distill.diffusion.process import add_noise, prediction_from
-from guided_distill.diffusion.schedules import alpha_sigma
+from guided_distill.diffusion.schedules import alpha_sigma, cosine
 from guided_distill.evaluation.energy import energy_distance
+from guided_distill.models.outline import Outline
 from guided_distill.models.registry import Network, build_network
 from guided_distill.objectives.guidance import Guidance, GuidanceStage
 from guided_distill.objectives.halving import Halving, HalvingStage
@@ -82,10 +83,9 @@ def teacher():
         name="mlp",
         options=OPTIONS,
         parameterization="v",
-        schedule="cosine",
+        schedule=cosine(),
         dtype="float32",
-        data_shape=(2,),
-        num_classes=MIXTURE.num_classes,
+        outline=Outline((2,), MIXTURE.num_classes),
     )
     fields = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
     return ExactNetwork(**fields)

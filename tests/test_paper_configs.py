@@ -10,6 +10,7 @@ import pytest
 
 from guided_distill import config
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.stages import all_stages, compiled_step
 from guided_distill.training.state import initial_state
 from guided_distill.training.trained import network_of
@@ -24,7 +25,7 @@ def read(name, variant=""):
 
 def network(name):
     size, num_classes = SIZES[name]
-    return network_of(read(name).model, (size, size, 3), num_classes=num_classes)
+    return network_of(read(name).model, Outline((size, size, 3), num_classes))
 
 
 def count(network):
@@ -67,9 +68,7 @@ LATENT = {
 @pytest.mark.parametrize("name", LATENT)
 def test_teachers_of_latents_have_the_published_size(name):
     shape, condition, num_classes, expected = LATENT[name]
-    teacher = network_of(
-        read(name).model, shape, num_classes=num_classes, condition_shapes=condition, latent=True
-    )
+    teacher = network_of(read(name).model, Outline(shape, num_classes, condition, latent=True))
     assert count(teacher) == expected
     assert count(teacher.conditioned_on_w()) > expected
     assert not teacher.of_images

@@ -1,40 +1,11 @@
 """What data are like, without the data: all that a network, or a plan, needs to know of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from guided_distill.config import Data
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-
-
-@dataclass(frozen=True)
-class Outline:
-    """Fields as of `Source`."""
-
-    shape: tuple[int, ...]
-    num_classes: int
-    condition_shapes: Mapping[str, tuple[int, ...]]
-    latent: bool
-
-    @property
-    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """One example, as `Source.read` answers them."""
-        kinds = {"label": jnp.int32}
-        condition = {
-            name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32))
-            for name, shape in self.condition_shapes.items()
-        }
-        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32), **condition}
-
-    @property
-    def null(self) -> dict[str, jax.ShapeDtypeStruct] | None:
-        """What stands for no condition; None for labels, of which the network knows it."""
-        return {"text": self.example["text"]} if "text" in self.condition_shapes else None
+from guided_distill.models.outline import Outline
 
 
 def outline_of(source: Source) -> Outline:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition, Denoiser
 from guided_distill.diffusion.process import Prediction, prediction_from
-from guided_distill.diffusion.schedules import SCHEDULES, Schedule, timestep_index
+from guided_distill.diffusion.schedules import Schedule, timestep_index
 from guided_distill.errors import UserError
 from guided_distill.models.dit import DiT
 from guided_distill.models.mlp import MLP
+from guided_distill.models.outline import LABEL, Outline
 from guided_distill.models.stable_diffusion.unet import UNet2DCondition
 from guided_distill.models.transformer import PatchTransformer
 from guided_distill.models.unet import UNet
@@ -32,9 +32,6 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 Params = Mapping[str, Any]
-
-LABEL: tuple[tuple[str, tuple[int, ...]], ...] = (("label", ()),)
-"""The condition_shapes of data with classes."""
 
 # Set by the run or by Flax, not by a config's model.options.
 _NOT_OPTIONS = (
@@ -167,15 +164,11 @@ def build_network(
     name: str,
     options: Mapping[str, Any],
     parameterization: str,
-    schedule: str,
+    schedule: Schedule,
     dtype: str,
-    data_shape: tuple[int, ...],
-    num_classes: int,
-    schedule_options: Mapping[str, float] = MappingProxyType({}),
-    condition_shapes: tuple[tuple[str, tuple[int, ...]], ...] = LABEL,
-    latent: bool = False,
+    outline: Outline,
 ) -> Network:
-    """A network that doesn't take w. `options` are the fields of the module's class.
+    """A network for such data that doesn't take w. `options` are the fields of the module's class.
 
     Raises UserError for a name or an option that doesn't exist, for one that is missing, and for a
     network that doesn't take such conditions.
@@ -184,7 +177,7 @@ def build_network(
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
     kind: Any = MODELS[name]
     check_options("config.model.options", options, kind, fixed=_NOT_OPTIONS)
-    for condition, _ in condition_shapes:
+    for condition in outline.condition_shapes:
         if condition not in kind.conditions:
             raise UserError(
                 f"config.model.name is {name}, which takes {' and '.join(kind.conditions)}, but the "
@@ -192,18 +185,18 @@ def build_network(
             )
     return Network(
         module=kind(
-            num_classes=num_classes,
+            num_classes=outline.num_classes,
             num_outputs=2 if parameterization == "x_and_eps" else 1,
             dtype=jnp.dtype(dtype),
             **options,
         ),
-        schedule=SCHEDULES[schedule](**schedule_options),
+        schedule=schedule,
         parameterization=parameterization,
-        data_shape=data_shape,
-        num_classes=num_classes,
+        data_shape=outline.shape,
+        num_classes=outline.num_classes,
         w_conditioned=False,
-        condition_shapes=condition_shapes,
-        latent=latent,
+        condition_shapes=tuple(sorted(outline.condition_shapes.items())),
+        latent=outline.latent,
     )
 
 

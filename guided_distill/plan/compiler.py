@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 from guided_distill.config import Experiment
-from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.objectives.stage import Stage
 from guided_distill.plan.measured import (
     Collective,

@@ -8,8 +8,8 @@ from typing import Any
 from etils import epath
 
 from guided_distill.config import Experiment
-from guided_distill.data.outline import Outline
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.models.registry import check_network
 from guided_distill.objectives.stage import Stage
 from guided_distill.plan.compiler import Question, Shortage, ask

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from guided_distill.config import Experiment
-from guided_distill.data.outline import Outline
+from guided_distill.models.outline import Outline
 from guided_distill.models.registry import Network
 from guided_distill.objectives.stage import Batch, Stage
 from guided_distill.objectives.weighting import Loss
@@ -37,13 +37,7 @@ def networks_of(experiment: Experiment, outline: Outline, stage: Stage) -> tuple
 
 
 def _teacher_of(experiment: Experiment, outline: Outline) -> Network:
-    return network_of(
-        experiment.model,
-        outline.shape,
-        num_classes=outline.num_classes,
-        condition_shapes=outline.condition_shapes,
-        latent=outline.latent,
-    )
+    return network_of(experiment.model, outline)
 
 
 def parameter_count(network: Network) -> int:

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,9 +13,11 @@ from jax.sharding import Mesh
 
 from guided_distill import kinds
 from guided_distill.config import AUTOENCODER, Experiment, Model, parse_recorded
+from guided_distill.diffusion.schedules import SCHEDULES
 from guided_distill.errors import UserError
 from guided_distill.layouts.companions import shapes_of
-from guided_distill.models.registry import LABEL, Network, Params, build_network
+from guided_distill.models.outline import LABEL, Outline
+from guided_distill.models.registry import Network, Params, build_network
 from guided_distill.objectives.stage import stage_name
 from guided_distill.storage import first_line
 from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
@@ -59,15 +60,14 @@ class Description:
         """The network's name, options, parameterization and schedule."""
         return self.experiment.model
 
+    @property
+    def outline(self) -> Outline:
+        """What its data are like."""
+        return Outline(self.data_shape, len(self.class_names), self.condition_shapes, self.latent)
+
     def network(self) -> Network:
         """The network whose weights the checkpoint holds."""
-        network = network_of(
-            self.model,
-            self.data_shape,
-            num_classes=len(self.class_names),
-            condition_shapes=self.condition_shapes,
-            latent=self.latent,
-        )
+        network = network_of(self.model, self.outline)
         if self.w_min is None:
             return network
         return network.conditioned_on_w(self.experiment.guidance.w_embedding)
@@ -106,26 +106,15 @@ class Description:
         return cls(**given)
 
 
-def network_of(
-    model: Model,
-    data_shape: tuple[int, ...],
-    *,
-    num_classes: int,
-    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(LABEL)),
-    latent: bool = False,
-) -> Network:
-    """The network of a config for data of this kind; it doesn't take w."""
+def network_of(model: Model, outline: Outline) -> Network:
+    """The network of a config for data like this; it doesn't take w."""
     return build_network(
         name=model.name,
         options=model.options,
         parameterization=model.parameterization,
-        schedule=model.schedule,
-        schedule_options=model.schedule_options,
+        schedule=SCHEDULES[model.schedule](**model.schedule_options),
         dtype=model.dtype,
-        data_shape=data_shape,
-        num_classes=num_classes,
-        condition_shapes=tuple(sorted(condition_shapes.items())),
-        latent=latent,
+        outline=outline,
     )
 
 

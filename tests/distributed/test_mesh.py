@@ -15,6 +15,7 @@ import pytest
 
 from guided_distill.config import Model, parse
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.objectives.halving import HalvingStage
 from guided_distill.plan.measured import collectives_of
 from guided_distill.stages import compiled_step
@@ -77,7 +78,7 @@ def run(mesh_of):
     def run_on(devices, fsdp=1, *, accumulation=1, dtype="float32", small=False):
         mesh = mesh_of(devices, fsdp=fsdp)
         model = Model("mlp", options=MLP) if small else replace(EXPERIMENT.model, dtype=dtype)
-        network = network_of(model, SHAPE, num_classes=NUM_CLASSES).conditioned_on_w()
+        network = network_of(model, Outline(SHAPE, NUM_CLASSES)).conditioned_on_w()
         rng = np.random.default_rng(0)
         # None is zero, as fresh ones of some layers are: their gradients would be nothing but rounding.
         params, tutor = (

@@ -10,6 +10,7 @@ from harness import Case, Refusal, command
 
 from guided_distill import pipeline
 from guided_distill.config import default_config
+from guided_distill.data.outline import outline_of
 from guided_distill.training.trained import network_of
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
@@ -277,14 +278,7 @@ def up_to_training(monkeypatch):
     """What follows on the checks of a config is a look at the network's shapes."""
 
     def shapes(self):
-        source = self._source
-        network = network_of(
-            self._experiment.model,
-            source.shape,
-            num_classes=source.num_classes,
-            condition_shapes=source.condition_shapes,
-            latent=source.latent,
-        )
+        network = network_of(self._experiment.model, outline_of(self._source))
         jax.eval_shape(network.init, jax.random.key(0))
 
     monkeypatch.setattr(pipeline.Pipeline, "train", shapes)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from guided_distill.diffusion.schedules import cosine
 from guided_distill.errors import UserError
+from guided_distill.models.outline import Outline
 from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.registry import build_network, student_params
 
@@ -51,10 +53,9 @@ def make(name, dtype="float32", options=None):
         name=name,
         options=OPTIONS[name] if options is None else options,
         parameterization="v",
-        schedule="cosine",
+        schedule=cosine(),
         dtype=dtype,
-        data_shape=SHAPE,
-        num_classes=3,
+        outline=Outline(SHAPE, 3),
     )
 
 

@@ -36,6 +36,7 @@ from guided_distill.layouts.diffusers_configs import (  # noqa: E402
     visited_by_diffusers,
 )
 from guided_distill.layouts.torch_layout import torch_shapes  # noqa: E402
+from guided_distill.models.outline import Outline  # noqa: E402
 from guided_distill.sampling.labels import of_labels  # noqa: E402
 from guided_distill.sampling.request import Request  # noqa: E402
 from guided_distill.sampling.sample import sample  # noqa: E402
@@ -171,9 +172,7 @@ def test_published_sizes_have_diffusers_names_and_shapes(kind, config, condition
         pytest.skip("diffusers has no DiT that takes w")
     network = network_of(
         Model(name=denoiser.name, options=dict(denoiser.options)),
-        denoiser.data_shape,
-        num_classes=denoiser.num_classes,
-        condition_shapes=condition,
+        Outline(denoiser.data_shape, denoiser.num_classes, condition),
     )
     network = network.conditioned_on_w() if takes_w else network
     ours = torch_shapes(jax.eval_shape(network.init, jax.random.key(0)))
