@@ -30,7 +30,7 @@ from guided_distill.layouts.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_module, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.objectives.autoencoder import Autoencoder, autoencoder_loss
-from guided_distill.prepare.encode import check_image_shape, encode
+from guided_distill.prepare.encode import EncodeRequest, check_image_shape, encode
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh
@@ -134,17 +134,16 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
             )
         train_autoencoder(experiment, source, workdir)
     folder = workdir / "latents"
+    request = EncodeRequest(
+        data=data.name,
+        image_size=data.image_size,
+        text_encoder=data.text_encoder,
+        mirrored=data.flip,
+        batch_size=BATCH_SIZE,
+        shard_size=_SHARD,
+    )
     first_alone(
-        lambda: encode(
-            folder,
-            data=data.name,
-            image_size=data.image_size,
-            autoencoder=autoencoder_folder(workdir),
-            text_encoder=data.text_encoder,
-            mirrored=data.flip,
-            batch_size=BATCH_SIZE,
-            shard_size=_SHARD,
-        )
+        lambda: encode(folder, request, autoencoder=autoencoder_folder(workdir)),
     )
     return sources.load(f"encoded:{folder}")
 

@@ -44,73 +44,73 @@ ToStates = Callable[[Sequence[str]], np.ndarray]
 _OPTIONS = "group_size:1,uncompressed"
 
 
-def encode(
-    out: epath.Path,
-    *,
-    data: str,
-    image_size: int | None,
-    autoencoder: epath.Path,
-    text_encoder: str | None,
-    mirrored: bool,
-    batch_size: int,
-    shard_size: int,
-    inpaint: bool = False,
-) -> None:
-    """Encodes both splits of `data` into the folder `out`; run again to resume.
+@dataclass(frozen=True)
+class EncodeRequest:
+    """What to encode, and how.
 
-    Args:
-      data, image_size: as of `data.sources.load`.
-      autoencoder: folder of a diffusers autoencoder.
-      text_encoder: as of `load_text_encoder`; without one, labels are the condition.
-      mirrored: encode every training image in both orientations.
-      batch_size: images encoded at once.
-      shard_size: examples in a file.
-      inpaint: encode every image without what a random mask hides, too.
+    data, image_size: as of `data.sources.load`. text_encoder: as of `load_text_encoder`; without one,
+    labels are the condition. mirrored: encode every training image in both orientations. batch_size:
+    images encoded at once. shard_size: examples in a file. inpaint: encode every image without what a
+    random mask hides, too.
+    """
 
-    Raises:
-      UserError: bad sizes, or what the parts raise.
+    data: str
+    image_size: int | None
+    text_encoder: str | None
+    mirrored: bool
+    batch_size: int
+    shard_size: int
+    inpaint: bool = False
+
+
+def encode(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) -> None:
+    """Encode both splits of the data into the folder `out`; the same call resumes.
+
+    autoencoder: folder of a diffusers autoencoder. Raises UserError for bad sizes, and what the parts
+    raise.
     """
     local_path_named(str(out), "encoded data")
-    for flag, value in (("--batch_size", batch_size), ("--shard_size", shard_size)):
+    for flag, value in (("--batch_size", request.batch_size), ("--shard_size", request.shard_size)):
         if value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     splits = {
-        split: sources.load(data, split=split, image_size=image_size) for split in sources.SPLITS
+        split: sources.load(request.data, split=split, image_size=request.image_size)
+        for split in sources.SPLITS
     }
     shape = splits["train"].shape
-    if text_encoder and splits["train"].captions is None:
+    if request.text_encoder and splits["train"].captions is None:
         raise UserError(
-            f"{data} has no captions to encode: leave --text_encoder out, or add a field `caption` to "
-            "an npz file"
+            f"{request.data} has no captions to encode: leave --text_encoder out, or add a field "
+            "`caption` to an npz file"
         )
     module, params = read_autoencoder(autoencoder)
     if len(shape) != 3 or shape[-1] != module.image_channels:
         raise UserError(
-            f"{autoencoder} takes images of {module.image_channels} channels, and an example of {data} "
-            f"is {list(shape)}"
+            f"{autoencoder} takes images of {module.image_channels} channels, and an example of "
+            f"{request.data} is {list(shape)}"
         )
     check_image_shape(module, splits["train"])
-    encoder = load_text_encoder(text_encoder) if text_encoder else None
+    encoder = load_text_encoder(request.text_encoder) if request.text_encoder else None
     run = jax.jit(functools.partial(module.apply, method="to_latents"))
     latents = jax.eval_shape(
-        run, {"params": params}, jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
+        run, {"params": params}, jax.ShapeDtypeStruct((request.batch_size, *shape), np.float32)
     )
 
     def to_latents(images: np.ndarray) -> np.ndarray:
         return np.asarray(run({"params": params}, images))
 
     encoding = Encoding(
-        data=data,
-        image_size=image_size,
+        data=request.data,
+        image_size=request.image_size,
         autoencoder=fingerprint(module, params),
         text_encoder=fingerprint(encoder.shape, encoder.params) if encoder else None,
         shape=latents.shape[1:],
         text_shape=encoder.shape if encoder else None,
         class_names=splits["train"].class_names,
-        mirrored=mirrored,
+        mirrored=request.mirrored,
         sizes={split: len(source) for split, source in splits.items()},
-        shard_size=shard_size,
-        inpaint=inpaint,
+        shard_size=request.shard_size,
+        inpaint=request.inpaint,
     )
     write(
         out,
@@ -118,7 +118,7 @@ def encode(
         splits,
         to_latents=to_latents,
         to_states=encoder.encode if encoder else None,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
     )
 
 

@@ -137,17 +137,16 @@ def _prepare_fashion_mnist(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _encode(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.prepare.encode import encode
+    from guided_distill.prepare.encode import EncodeRequest, encode
 
-    encode(
-        options.out,
+    request = EncodeRequest(
         data=options.data,
         image_size=options.image_size,
-        autoencoder=options.autoencoder,
         text_encoder=options.text_encoder,
         mirrored=options.flip,
         batch_size=options.batch_size,
         shard_size=options.shard_size,
         inpaint=options.inpaint,
     )
+    encode(options.out, request, autoencoder=options.autoencoder)
     print(options.out)
