@@ -11,6 +11,7 @@ from etils import epath
 from run_folder import ROW
 
 from guided_distill.config import Model, parse
+from guided_distill.models.outline import Outline
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.model_file import write_model_file
 from guided_distill.training.trained import Description, load_finished, network_of
@@ -66,7 +67,7 @@ def test_networks(benchmark, monkeypatch):
 
 def test_networks_that_are_compared_fit_digits(benchmark):
     for name, options in import_module("networks").NETWORKS.items():
-        network = network_of(Model(name=name, options=options), (8, 8, 1), num_classes=10)
+        network = network_of(Model(name=name, options=options), Outline((8, 8, 1), 10))
         assert jax.eval_shape(network.init, jax.random.key(0))
 
 

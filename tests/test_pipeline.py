@@ -288,9 +288,7 @@ def test_sample_writes_a_picture_and_arrays(finished, tmp_path):
 
 
 def test_every_request_has_files_of_its_own(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        samples, "sample", lambda _, condition, **__: np.zeros((*condition["label"].shape, 8, 8, 1))
-    )
+    monkeypatch.setattr(samples, "sample", lambda _, request: np.zeros((request.count, 8, 8, 1)))
     requests = (
         *([], ["--num_steps", "5"], ["--sampler", "stochastic"], ["--labels", "3"], ["--num", "6"]),
         *(["--seed", "1"], ["--w", "0.3333333"], ["--w", "0.33333333"], ["--stage", "guidance"]),

@@ -222,7 +222,7 @@ def draw(case, verb, good):
 def no_work(monkeypatch):
     """What compiles, trains, fetches or waits for a browser is left out; all checks before it are not."""
     for owner, name in (
-        *((pipeline.Pipeline, "train_chain"), (pipeline, "latents_of"), (study.pipeline, "run")),
+        *((pipeline.Pipeline, "train"), (pipeline, "latents_of"), (study.pipeline, "run")),
         *((evaluate, "load_extractor"), (encode, "write"), (doctor, "check_yourself")),
         *(
             (packages, "_download"),
