@@ -12,7 +12,7 @@ from harness import Case, Refusal, begin, command
 from PIL import Image
 from test_configs import TINY
 
-from guided_distill import cli, doctor, pipeline, sampling, study
+from guided_distill import cli, doctor, pipeline, study
 from guided_distill.applications import text_to_image
 from guided_distill.evaluation import evaluate
 from guided_distill.interop import stablehlo_export
@@ -235,14 +235,14 @@ def no_work(monkeypatch):
     for module in (page, grids):
         monkeypatch.setattr(module, "data_url", lambda *_: "data:,")
     monkeypatch.setattr(
-        sampling,
-        "compiled_noise",
+        "guided_distill.sampling.sample.compiled_noise",
         lambda shape, _: (
             lambda key, rows: (np.zeros((len(rows), *shape), np.float32), np.zeros(len(rows)))
         ),
     )
     monkeypatch.setattr(
-        sampling, "compiled_sampler", lambda *_, **__: lambda params, z, *_: np.asarray(z)
+        "guided_distill.sampling.sample.compiled_sampler",
+        lambda *_, **__: lambda params, inputs: np.asarray(inputs.z),
     )
     monkeypatch.setattr(
         TextEncoder, "encode", lambda self, texts: np.zeros((len(texts), *self.shape), np.float32)
