@@ -204,7 +204,7 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.plot([row["step"] for row in log], losses)
         axes.set_title(name, fontsize=9)
         # A stochastic student of one step has its teacher's own x as its target: no loss at all.
-        if any(losses):
+        if any(loss is not None and loss > 0 for loss in losses):
             plain_log_axis(axes)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

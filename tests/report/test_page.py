@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import io
 import os
 import re
 
@@ -14,6 +15,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.results import read_results
 from guided_distill.report import grids
 from guided_distill.report import page as page_module
+from guided_distill.report.figures import loss_figure
 from guided_distill.report.grids import pair
 from guided_distill.report.page import headline, tiles, timed, write_report
 from guided_distill.report.shortfalls import shortfalls
@@ -214,3 +216,8 @@ def test_a_run_with_only_real_images_measured_has_a_page(tmp_path):
     assert "<img" not in page
     missing = section(page, "shortfalls")
     assert "Not measured, though the config asks for it: teacher, 16 steps" in missing
+
+
+def test_losses_that_no_logarithm_has_are_drawn():
+    log = [{"step": 1, "loss": -0.5}, {"step": 2, "loss": 0.0}, {"step": 3, "loss": None}]
+    loss_figure({"teacher": log}).savefig(io.BytesIO())
