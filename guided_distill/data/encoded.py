@@ -220,6 +220,8 @@ def _check(encoding: Encoding) -> None:
     for name, (found, count) in numbers.items():
         if len(found) != count or not all(type(each) is int and each > 0 for each in found):
             raise ValueError(f"{name} is {getattr(encoding, name)!r}")
+    if (encoding.text_shape is None) != (encoding.text_encoder is None):
+        raise ValueError("text_shape and text_encoder must both be there, or neither")
     if not all(map(is_text, encoding.class_names)):
         raise ValueError("class_names must be strings")
     for name in ("mirrored", "inpaint"):
