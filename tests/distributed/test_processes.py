@@ -80,7 +80,7 @@ def whole(arguments, tmp_path_factory, eight_devices):
 
 @pytest.fixture(scope="module")
 def disturbed(machine, arguments, tmp_path_factory):
-    """A run by two processes, one of which is killed; by two that are told to end; by one alone.
+    """A run by two processes, one of which is killed; by two that are preempted; by one alone.
 
     The last has half as many devices, and splits the weights over another number of them.
     """
