@@ -10,10 +10,10 @@ import time
 
 from etils import epath
 
+from guided_distill.runs.trained import Trained, load_finished
 from guided_distill.sampling.labels import cycling_labels, of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
-from guided_distill.training.trained import Trained, load_finished
 
 COUNT = 256
 REPEATS = 4

@@ -20,13 +20,13 @@ from guided_distill.applications import text_to_image
 from guided_distill.applications.text_to_image import TextToImage, load_text_to_image
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.latent_space import LatentSpace, load_latent_space
 from guided_distill.places import path_named
-from guided_distill.runs import stage_to_sample
+from guided_distill.runs.folder import stage_to_sample
+from guided_distill.runs.trained import Description, Trained, load_finished
 from guided_distill.sampling.labels import class_index, of_labels
+from guided_distill.sampling.latents import LatentSpace, load_latent_space
 from guided_distill.sampling.request import Request, usual_w
 from guided_distill.sampling.sample import encode, sample
-from guided_distill.training.trained import Description, Trained, load_finished
 
 
 def load(path: str | epath.Path) -> "Model":

@@ -19,11 +19,11 @@ from guided_distill import pipeline
 from guided_distill.config import default_config, parse
 from guided_distill.errors import UserError
 from guided_distill.recipes import shrink
+from guided_distill.runs.trained import load_finished
 from guided_distill.sampling.labels import cycling_labels, of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
 from guided_distill.training.progress import console
-from guided_distill.training.trained import load_finished
 
 PACKAGES = (
     "guided_distill",

@@ -19,17 +19,9 @@ from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
 from guided_distill.run_data import latents_of, open_data, outline_of_latents
-from guided_distill.runs import check_shared, check_unclaimed, claim, is_finished, unbegun
-from guided_distill.stages import all_stages, chains, check_batch, compiled_step
-from guided_distill.starts import bring_from_origins, check_starts, left_after
-from guided_distill.storage import held
-from guided_distill.training.checkpoints import latest_step
-from guided_distill.training.job import Job
-from guided_distill.training.mesh import data_mesh, replicated, split_weights
-from guided_distill.training.processes import first_alone, texts_of_all, together
-from guided_distill.training.progress import console
-from guided_distill.training.session import hand_on, train_in
-from guided_distill.training.trained import (
+from guided_distill.runs.folder import check_shared, check_unclaimed, claim, is_finished, unbegun
+from guided_distill.runs.starts import bring_from_origins, check_starts, left_after
+from guided_distill.runs.trained import (
     Description,
     Trained,
     load_finished,
@@ -37,6 +29,14 @@ from guided_distill.training.trained import (
     network_of,
     package_version,
 )
+from guided_distill.stages import all_stages, chains, check_batch, compiled_step
+from guided_distill.storage import held
+from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.job import Job
+from guided_distill.training.mesh import data_mesh, replicated, split_weights
+from guided_distill.training.processes import first_alone, texts_of_all, together
+from guided_distill.training.progress import console
+from guided_distill.training.session import hand_on, train_in
 
 
 def run(experiment: Experiment, workdir: epath.Path) -> None:

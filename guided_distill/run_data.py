@@ -12,25 +12,25 @@ from etils import epath
 from guided_distill import draws
 from guided_distill.config import AUTOENCODER, Experiment
 from guided_distill.data import sources
+from guided_distill.data.encode import EncodeRequest, check_image_shape, encode
 from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.latent_space import BATCH_SIZE, LatentSpace, autoencoder_folder
-from guided_distill.layouts.companions import COMPANIONS, autoencoder_config
-from guided_distill.layouts.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
-from guided_distill.layouts.diffusers_folder import (
+from guided_distill.formats.companions import COMPANIONS, autoencoder_config
+from guided_distill.formats.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
+from guided_distill.formats.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
     WEIGHTS,
     write_component,
 )
-from guided_distill.layouts.json_files import write_json
-from guided_distill.layouts.torch_layout import to_tensors
+from guided_distill.formats.json_files import write_json
+from guided_distill.formats.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_module, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.objectives.autoencoder import Autoencoder, autoencoder_loss
-from guided_distill.prepare.encode import EncodeRequest, check_image_shape, encode
+from guided_distill.sampling.latents import BATCH_SIZE, LatentSpace, autoencoder_folder
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh

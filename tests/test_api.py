@@ -5,10 +5,10 @@ import pytest
 
 import guided_distill
 from guided_distill import cli
+from guided_distill.runs.trained import load_finished
 from guided_distill.sampling.labels import of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
-from guided_distill.training.trained import load_finished
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from run_folder import ROW
 
 from guided_distill.config import Model, parse
 from guided_distill.models.outline import Outline
+from guided_distill.runs.model_file import write_model_file
+from guided_distill.runs.trained import Description, load_finished, network_of
 from guided_distill.training.checkpoints import StageCheckpoints
-from guided_distill.training.model_file import write_model_file
-from guided_distill.training.trained import Description, load_finished, network_of
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"{ROOT / 'configs' / 'digits.py'}:runlocal"

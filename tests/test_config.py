@@ -17,7 +17,7 @@ from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
 from guided_distill.models.registry import MODELS, check_network
 from guided_distill.run_data import outline_of_latents
-from guided_distill.training.trained import network_of
+from guided_distill.runs.trained import network_of
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from guided_distill import cli, runs
-from guided_distill.evaluation import evaluate, reference, registry
+from guided_distill import cli
+from guided_distill.evaluation import evaluate, reference
+from guided_distill.evaluation.extractors import registry
 from guided_distill.evaluation.results import read_results
+from guided_distill.runs import folder as runs
+from guided_distill.runs.trained import load_finished
 from guided_distill.sampling.labels import cycling_labels, of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
 from guided_distill.stages import all_stages
-from guided_distill.training.trained import load_finished
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = ("mixture2d.py:runlocal", "photo10.py:runlocal")

@@ -16,13 +16,13 @@ import pytest
 from etils import epath
 
 from guided_distill import cli
-from guided_distill.runs import finished_stages
+from guided_distill.runs.folder import finished_stages
+from guided_distill.runs.trained import Description, load_finished
 from guided_distill.sampling.labels import of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
 from guided_distill.training.digests import FILE
 from guided_distill.training.metrics import read_metrics
-from guided_distill.training.trained import Description, load_finished
 
 ROOT = Path(__file__).parents[1]
 OLD_RUNS = Path(__file__).with_name("old_runs")

@@ -23,7 +23,7 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
         path = file.relative_to(ROOT)
         assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
     assert {
-        "guided_distill/interop/model_card.md.jinja",
+        "guided_distill/formats/model_card.md.jinja",
         *(
             f"guided_distill/report/{name}.html.jinja"
             for name in ("base", "parts", "page", "compare")

@@ -11,9 +11,9 @@ import pytest
 from guided_distill import config
 from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
+from guided_distill.runs.trained import network_of
 from guided_distill.stages import all_stages, compiled_step
 from guided_distill.training.state import initial_state
-from guided_distill.training.trained import network_of
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SIZES = {"cifar10": (32, 10), "imagenet64": (64, 1000)}

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from guided_distill import cli, runs
+from guided_distill import cli
 from guided_distill.applications import style_transfer
 from guided_distill.data import sources
 from guided_distill.diffusion import samplers
@@ -20,10 +20,11 @@ from guided_distill.evaluation.results import COLUMNS, comparable, read_results,
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report import samples
 from guided_distill.report.page import headline, write_report
+from guided_distill.runs import folder as runs
+from guided_distill.runs.trained import load_finished
 from guided_distill.sampling.labels import cycling_labels, of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import encode, sample
-from guided_distill.training.trained import load_finished
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
 TINY = {

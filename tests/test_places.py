@@ -9,9 +9,9 @@ import guided_distill
 from guided_distill import cli, places
 from guided_distill.data import sources
 from guided_distill.errors import UserError
-from guided_distill.evaluation.inception import inception_extractor
-from guided_distill.evaluation.lite0 import lite0_extractor
-from guided_distill.interop.diffusers_export import export_diffusers
+from guided_distill.evaluation.extractors.inception import inception_extractor
+from guided_distill.evaluation.extractors.lite0 import lite0_extractor
+from guided_distill.formats.diffusers_export import export_diffusers
 from guided_distill.places import path_named
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.verbs import shared

@@ -11,11 +11,11 @@ from guided_distill.config import parse
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import with_guidance
 from guided_distill.errors import UserError
+from guided_distill.runs.trained import Description, Trained
 from guided_distill.sampling.labels import class_index, cycling_labels, of_labels
 from guided_distill.sampling.programs import Inputs, compiled_noise, compiled_sampler
 from guided_distill.sampling.request import Request, usual_w
 from guided_distill.sampling.sample import encode, predictions, sample, sample_batches
-from guided_distill.training.trained import Description, Trained
 from guided_distill.verbs.shared import label
 
 OPTIONS = {"width": 16, "depth": 1, "embedding_width": 16}

@@ -9,17 +9,26 @@ import pytest
 from etils import epath
 from run_folder import rows_of
 
-from guided_distill import cli, config, study
+from guided_distill import cli, config
 from guided_distill.errors import UserError
-from guided_distill.evaluation import evaluate, reference, registry
+from guided_distill.evaluation import evaluate, reference
+from guided_distill.evaluation.extractors import registry
 from guided_distill.evaluation.results import write_results
-from guided_distill.sweeps import ABLATIONS, name_of, product, values, with_overrides, zipped
+from guided_distill.experiments import study
+from guided_distill.experiments.sweeps import (
+    ABLATIONS,
+    name_of,
+    product,
+    values,
+    with_overrides,
+    zipped,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 SWEEPS = """
 from guided_distill.config import default_config
-from guided_distill.sweeps import values, zipped
+from guided_distill.experiments.sweeps import values, zipped
 
 base = runpy.run_path({digits!r})["get_config"]
 

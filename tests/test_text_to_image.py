@@ -22,10 +22,10 @@ from guided_distill.applications.text_to_image import edit, generate, inpaint, l
 from guided_distill.data.encoded import INPAINT
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.errors import UserError
-from guided_distill.latent_space import load_latent_space
-from guided_distill.runs import finished_stages
+from guided_distill.runs.folder import finished_stages
+from guided_distill.runs.trained import read_finished
+from guided_distill.sampling.latents import load_latent_space
 from guided_distill.sampling.sample import initial_noise, sample
-from guided_distill.training.trained import read_finished
 
 SIDE = 16
 PROMPTS = ["red apple", "two apples"]

@@ -15,13 +15,13 @@ from guided_distill.data.images import read_images
 from guided_distill.data.source import Source
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.runs import read_config
+from guided_distill.runs.folder import read_config
+from guided_distill.runs.trained import Description, Trained, load_finished
 from guided_distill.sampling.labels import of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step
-from guided_distill.training.trained import Description, Trained, load_finished
 
 NEAREST_STEPS = 8
 """Which round is taken unless one is named."""

@@ -18,13 +18,13 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.samplers import Known
 from guided_distill.errors import UserError
-from guided_distill.latent_space import LatentSpace, load_latent_space
-from guided_distill.layouts.companions import COMPANIONS
+from guided_distill.formats.companions import COMPANIONS
+from guided_distill.runs.trained import Trained, load_finished
+from guided_distill.sampling.latents import LatentSpace, load_latent_space
 from guided_distill.sampling.request import Request, check_request
 from guided_distill.sampling.sample import initial_noise, sample
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
-from guided_distill.training.trained import Trained, load_finished
 
 _BATCH = 8
 """Images at once, unless asked for otherwise: large latents take much memory."""

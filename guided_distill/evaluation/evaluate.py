@@ -10,21 +10,20 @@ from etils import epath
 
 from guided_distill.config import Evaluation
 from guided_distill.data.source import Source
-from guided_distill.evaluation.alignment import Align, fit_alignment
-from guided_distill.evaluation.clip import ClipExtractor, clip_scores
 from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
 from guided_distill.evaluation.events import forget, log_rows
-from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.extractors.clip import ClipExtractor, clip_scores
+from guided_distill.evaluation.extractors.extractor import Extractor
+from guided_distill.evaluation.extractors.registry import load_extractor
 from guided_distill.evaluation.measures import caveats, measure, shortages
+from guided_distill.evaluation.metrics.alignment import Align, fit_alignment
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
-from guided_distill.evaluation.paths import draw_path, has_path
 from guided_distill.evaluation.reference import (
     MAX_EXAMPLES,
     Reference,
     read_reference,
     training_reference,
 )
-from guided_distill.evaluation.registry import load_extractor
 from guided_distill.evaluation.results import (
     Result,
     add_result,
@@ -34,9 +33,11 @@ from guided_distill.evaluation.results import (
 )
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Row, Selection, Task, effective_settings, tasks_of
-from guided_distill.latent_space import load_latent_space
-from guided_distill.layouts.companions import COMPANIONS
-from guided_distill.runs import read_config
+from guided_distill.evaluation.trajectories import draw_path, has_path
+from guided_distill.formats.companions import COMPANIONS
+from guided_distill.runs.folder import read_config
+from guided_distill.runs.trained import Trained, load_finished
+from guided_distill.sampling.latents import load_latent_space
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample_batches
 from guided_distill.storage import write_bytes
@@ -45,7 +46,6 @@ from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.processes import is_first
 from guided_distill.training.progress import console, progress
-from guided_distill.training.trained import Trained, load_finished
 
 
 def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Result]:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.alignment import Alignment
-from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
-from guided_distill.evaluation.inception_score import SPLITS, InceptionScore
-from guided_distill.evaluation.kid import kernel_distance
+from guided_distill.evaluation.extractors.extractor import Extractor
+from guided_distill.evaluation.metrics.alignment import Alignment
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from guided_distill.evaluation.metrics.inception_score import SPLITS, InceptionScore
+from guided_distill.evaluation.metrics.kid import kernel_distance
+from guided_distill.evaluation.metrics.precision_recall import (
+    FEWEST_SAMPLES,
+    Manifold,
+    precision_recall,
+)
 from guided_distill.evaluation.outputs import Outputs
-from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES, Manifold, precision_recall
 from guided_distill.evaluation.reference import MAX_FEATURES, Reference
 
 PUBLISHED_COUNT = 50_000

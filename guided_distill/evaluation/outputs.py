@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.storage import npz_bytes, read_npz, write_bytes
 from guided_distill.training.processes import is_first
 

@@ -19,9 +19,9 @@ from etils import epath
 
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.frechet import FeatureStatistics
-from guided_distill.evaluation.precision_recall import Manifold
+from guided_distill.evaluation.extractors.extractor import Extractor
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics
+from guided_distill.evaluation.metrics.precision_recall import Manifold
 from guided_distill.files import regular_file
 from guided_distill.storage import write_bytes
 from guided_distill.training.progress import progress

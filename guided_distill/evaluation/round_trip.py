@@ -18,13 +18,13 @@ from guided_distill.data.source import Examples
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.evaluation.results import read_rows, write_rows
-from guided_distill.runs import read_config
+from guided_distill.runs.folder import read_config
+from guided_distill.runs.trained import Trained, load_finished
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.progress import progress
-from guided_distill.training.trained import Trained, load_finished
 
 PLAIN_STEPS = 256
 """Steps of plain DDIM at which hardly anything is lost."""

@@ -8,7 +8,7 @@ from etils import epath
 
 from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.errors import UserError
-from guided_distill.evaluation.precision_recall import FEWEST_SAMPLES
+from guided_distill.evaluation.metrics.precision_recall import FEWEST_SAMPLES
 from guided_distill.evaluation.results import file_stem
 from guided_distill.objectives.stage import Stage
 from guided_distill.stages import all_stages

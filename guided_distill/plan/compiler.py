@@ -30,9 +30,9 @@ from guided_distill.plan.programs import (
     student_of,
 )
 from guided_distill.plan.topologies import Topology, find_topology
+from guided_distill.runs.trained import package_version
 from guided_distill.storage import check_writable, first_line, write_text
 from guided_distill.training.mesh import data_mesh
-from guided_distill.training.trained import package_version
 
 _COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 

@@ -13,12 +13,12 @@ from guided_distill.models.outline import Outline
 from guided_distill.models.registry import Network
 from guided_distill.objectives.stage import Batch, Stage
 from guided_distill.objectives.weighting import Loss
+from guided_distill.runs.trained import network_of
 from guided_distill.stages import compiled_step, teacher_of
 from guided_distill.training.checkpoints import abstract
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.state import initial_state, make_optimizer
 from guided_distill.training.step import TrainStep, make_train_step
-from guided_distill.training.trained import network_of
 
 
 def student_of(experiment: Experiment, outline: Outline) -> Network:

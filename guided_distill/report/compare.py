@@ -11,11 +11,11 @@ from markupsafe import Markup
 from guided_distill.config import Data, Experiment, differences
 from guided_distill.errors import UserError
 from guided_distill.evaluation.results import COLUMNS, Result, at_weights, metric_name, read_results
+from guided_distill.experiments.studies import shared_by_all, study_figure, without_shared_parts
 from guided_distill.report.figures import mean_over_w, words_of_weights
 from guided_distill.report.grids import frames
 from guided_distill.report.html import cell, data_url, render
-from guided_distill.report.studies import shared_by_all, study_figure, without_shared_parts
-from guided_distill.runs import read_config
+from guided_distill.runs.folder import read_config
 from guided_distill.storage import write_text
 
 FEW_STEPS = 8

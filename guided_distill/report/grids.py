@@ -7,8 +7,8 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.paths import MOST_STEPS, middle
 from guided_distill.evaluation.results import Result, metric_name
+from guided_distill.evaluation.trajectories import MOST_STEPS, middle
 from guided_distill.files import regular_file
 from guided_distill.pictures import grid_or_plot, point_plots
 from guided_distill.report.figures import WORDS

@@ -32,7 +32,7 @@ from guided_distill.report.figures import (
 from guided_distill.report.grids import FEW_STEPS, frames, middle_weight, paths, rounds
 from guided_distill.report.html import cell, data_url, render
 from guided_distill.report.shortfalls import expected_stages, shortfalls
-from guided_distill.runs import read_config
+from guided_distill.runs.folder import read_config
 from guided_distill.stages import all_stages
 from guided_distill.storage import write_text
 from guided_distill.training.metrics import read_metrics

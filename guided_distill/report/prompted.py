@@ -23,7 +23,7 @@ from guided_distill.errors import UserError
 from guided_distill.files import read_text
 from guided_distill.pictures import image_grid, png
 from guided_distill.report.samples import name_for
-from guided_distill.runs import stage_to_sample
+from guided_distill.runs.folder import stage_to_sample
 from guided_distill.sampling.request import Options, given_or_trained
 from guided_distill.storage import write_bytes
 

@@ -8,15 +8,15 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.latent_space import load_latent_space
 from guided_distill.pictures import image_grid, png, point_plot
-from guided_distill.runs import folder_of, stage_to_sample
+from guided_distill.runs.folder import folder_of, stage_to_sample
+from guided_distill.runs.trained import load_finished
 from guided_distill.sampling.labels import class_index, of_labels
+from guided_distill.sampling.latents import load_latent_space
 from guided_distill.sampling.request import Options, Request, given_or_trained
 from guided_distill.sampling.sample import sample
 from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
-from guided_distill.training.trained import load_finished
 
 SMALLEST_SIDE = 64
 """Images are drawn at a whole multiple of their size that is at least this, in pixels."""

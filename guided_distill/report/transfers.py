@@ -15,7 +15,7 @@ from guided_distill.data import sources
 from guided_distill.errors import UserError
 from guided_distill.places import path_named
 from guided_distill.report.samples import name_for, write_files
-from guided_distill.runs import read_config
+from guided_distill.runs.folder import read_config
 from guided_distill.sampling.labels import class_index
 from guided_distill.sampling.request import usual_w
 

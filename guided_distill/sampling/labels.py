@@ -7,7 +7,7 @@ import numpy as np
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
 from guided_distill.files import warn_once
-from guided_distill.training.trained import Description
+from guided_distill.runs.trained import Description
 
 
 def of_labels(labels: Sequence[int] | np.ndarray) -> Condition:

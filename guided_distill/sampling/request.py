@@ -13,7 +13,7 @@ from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import Known
 from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS
 from guided_distill.errors import UserError
-from guided_distill.training.trained import Description
+from guided_distill.runs.trained import Description
 
 
 @dataclass(frozen=True)

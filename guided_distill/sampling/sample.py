@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from guided_distill import draws, kinds
 from guided_distill.diffusion.samplers import Known
+from guided_distill.runs.trained import Description, Trained
 from guided_distill.sampling.programs import Inputs, Record, compiled_noise, compiled_sampler
 from guided_distill.sampling.request import Request, check_encoding, check_request
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.processes import on_all_processes, to_host
-from guided_distill.training.trained import Description, Trained
 
 _recorded: list[tuple[np.ndarray, np.ndarray]] = []
 """(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_recording`.

@@ -14,9 +14,9 @@ from guided_distill.data.images import upright
 from guided_distill.data.pixels import fitted, from_uint8
 from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
+from guided_distill.runs.trained import Description
 from guided_distill.sampling.request import usual_w
 from guided_distill.serve.run import TEACHER, Drawn, OpenRun, PageRequest, calls_in_a_step
-from guided_distill.training.trained import Description
 
 _KEEP_FILES = 3600
 """Seconds until the files of old pictures are deleted."""

@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 
 from guided_distill import api
-from guided_distill.runs import finished_samplers
+from guided_distill.runs.folder import finished_samplers
+from guided_distill.runs.trained import Description, read_description
 from guided_distill.sampling.request import given_or_trained
-from guided_distill.training.trained import Description, read_description
 
 TEACHER = "teacher"
 """The teacher's folder in a run."""

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.companions import read_text_encoder
+from guided_distill.formats.companions import read_text_encoder
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.tokenizers import clip_tokenizer
 

@@ -3,8 +3,8 @@
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.layouts.diffusers_folder import copy_folder
-from guided_distill.layouts.json_files import read_json, write_json
+from guided_distill.formats.diffusers_folder import copy_folder
+from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.places import path_named
 from guided_distill.text.clip import load_clip
 from guided_distill.text.encoder import TextEncoder

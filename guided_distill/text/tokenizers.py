@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from guided_distill.errors import UserError
 from guided_distill.files import is_text
-from guided_distill.layouts.json_files import read_json, read_text
+from guided_distill.formats.json_files import read_json, read_text
 
 log = logging.getLogger(__name__)
 

@@ -137,7 +137,7 @@ def _prepare_fashion_mnist(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _encode(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.prepare.encode import EncodeRequest, encode
+    from guided_distill.data.encode import EncodeRequest, encode
 
     request = EncodeRequest(
         data=options.data,

@@ -155,7 +155,7 @@ def add_verbs(verbs: Any) -> None:
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.samples import sample_to_files
-    from guided_distill.runs import folder_of
+    from guided_distill.runs.folder import folder_of
     from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, is_first
 
@@ -218,7 +218,7 @@ def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
 def _prompted(options: argparse.Namespace) -> dict[str, Any]:
     """What generate, edit and inpaint share."""
     from guided_distill.report.prompted import PromptRequest, read_prompts
-    from guided_distill.runs import folder_of
+    from guided_distill.runs.folder import folder_of
 
     prompts = read_prompts(options.prompt, options.prompts, num=options.num)
     request = PromptRequest(prompts, _sampling(options))

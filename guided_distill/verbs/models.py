@@ -75,7 +75,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.interop.import_model import SingleFile, import_model
+    from guided_distill.formats.import_model import SingleFile, import_model
 
     single = SingleFile(options.prediction_type, options.tokenizer, options.averaged)
     for each in import_model(options.source, options.workdir, single=single):
@@ -83,9 +83,9 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.interop.diffusers_export import export_diffusers
-    from guided_distill.interop.stablehlo_export import export_stablehlo
-    from guided_distill.interop.weights import export_safetensors, export_weights
+    from guided_distill.formats.diffusers_export import export_diffusers
+    from guided_distill.formats.stablehlo_export import export_stablehlo
+    from guided_distill.formats.weights import export_safetensors, export_weights
 
     formats: dict[str, Callable[..., list[epath.Path]]] = {
         "checkpoint": export_weights,

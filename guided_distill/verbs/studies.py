@@ -31,7 +31,7 @@ def add_verbs(verbs: Any) -> None:
     sweep.add_argument(
         "--sweep",
         required=True,
-        help="a function of the config file, or one of guided_distill.sweeps.ABLATIONS",
+        help="a function of the config file, or one of guided_distill.experiments.sweeps.ABLATIONS",
     )
     sweep.add_argument(
         "--workdir",
@@ -64,11 +64,11 @@ def add_verbs(verbs: Any) -> None:
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config
+    from guided_distill.experiments.studies import study_figure, without_shared_parts
+    from guided_distill.experiments.study import Run, run_study, write_table
+    from guided_distill.experiments.sweeps import name_of, with_overrides
     from guided_distill.pictures import png
-    from guided_distill.report.studies import study_figure, without_shared_parts
     from guided_distill.storage import write_bytes
-    from guided_distill.study import Run, run_study, write_table
-    from guided_distill.sweeps import name_of, with_overrides
     from guided_distill.training.preemption import stopping_at_once
 
     index, count = _shard(options.shard)
@@ -114,7 +114,7 @@ def _points_of(options: argparse.Namespace, base: ConfigDict) -> list[Any]:
 
     Raises UserError for another name, and for a function that isn't a sweep.
     """
-    from guided_distill.sweeps import ABLATIONS
+    from guided_distill.experiments.sweeps import ABLATIONS
 
     file = find_config(options.config.partition(":")[0])
     defined = runpy.run_path(file, run_name=_CONFIG)

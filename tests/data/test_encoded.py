@@ -9,13 +9,13 @@ from text_models import random_params, write_clip
 
 from guided_distill import cli
 from guided_distill.data import sources
+from guided_distill.data.encode import write
 from guided_distill.data.encoded import Encoding
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import from_arrays
 from guided_distill.errors import UserError
-from guided_distill.layouts.torch_layout import to_tensors
+from guided_distill.formats.torch_layout import to_tensors
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
-from guided_distill.prepare.encode import write
 from guided_distill.prepare.masks import random_mask
 from guided_distill.text.registry import load_text_encoder
 

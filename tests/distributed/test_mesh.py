@@ -18,11 +18,11 @@ from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
 from guided_distill.objectives.halving import HalvingStage
 from guided_distill.plan.measured import collectives_of
+from guided_distill.runs.trained import network_of
 from guided_distill.stages import compiled_step
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.mesh import data_mesh, split_weights
 from guided_distill.training.state import initial_state
-from guided_distill.training.trained import network_of
 
 UPDATES, BATCH = 20, 16
 SHAPE, NUM_CLASSES = (8, 8, 3), 10

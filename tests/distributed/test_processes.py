@@ -18,18 +18,18 @@ from machine import Machine, children, free_port, wait_for
 
 from guided_distill import cli
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.evaluation import registry
+from guided_distill.evaluation.extractors import registry
 from guided_distill.evaluation.results import read_results
+from guided_distill.runs.trained import load_finished
 from guided_distill.training import processes
 from guided_distill.training.checkpoints import latest_step
-from guided_distill.training.trained import load_finished
 
 STEPS = 48
 
 QUICK = """
 import functools, sys
 from guided_distill import cli
-from guided_distill.evaluation import registry
+from guided_distill.evaluation.extractors import registry
 registry.train_extractor = functools.partial(registry.train_extractor, steps=1)
 cli.run(sys.argv[1:])
 """

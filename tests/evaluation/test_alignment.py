@@ -3,7 +3,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.alignment import CaptionGuess
+from guided_distill.evaluation.metrics.alignment import CaptionGuess
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from text_models import write_clip_of_both
 
 from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
-from guided_distill.evaluation import clip
+from guided_distill.evaluation.extractors import clip
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from guided_distill.data.pixels import from_uint8
-from guided_distill.evaluation.classifier import BATCH, Classifier, classifier_extractor
-from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.extractors.classifier import BATCH, Classifier, classifier_extractor
+from guided_distill.evaluation.extractors.extractor import Extractor
 
 
 def random_classifier(shape):

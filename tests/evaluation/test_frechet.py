@@ -3,7 +3,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 
 
 def statistics(mean, covariance):

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import entropy
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.inception_score import InceptionScore
+from guided_distill.evaluation.metrics.inception_score import InceptionScore
 
 
 def score(logits, *, chunk=None):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.kid import kernel_distance
+from guided_distill.evaluation.metrics.kid import kernel_distance
 
 
 def distance_of(a, b, **options):

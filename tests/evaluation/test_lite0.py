@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.lite0 import depthwise, lite0_extractor, preprocess
+from guided_distill.evaluation.extractors.lite0 import depthwise, lite0_extractor, preprocess
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])

@@ -12,12 +12,12 @@ from guided_distill.config import parse
 from guided_distill.errors import UserError
 from guided_distill.evaluation import outputs as outputs_module
 from guided_distill.evaluation.evaluate import Table
-from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.frechet import FeatureStatistics, frechet_distance
-from guided_distill.evaluation.kid import kernel_distance
+from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.measures import caveats, measure, shortages
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from guided_distill.evaluation.metrics.kid import kernel_distance
+from guided_distill.evaluation.metrics.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.outputs import Outputs, RowOutputs
-from guided_distill.evaluation.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.reference import Reference
 from guided_distill.evaluation.tasks import Task
 from guided_distill.stages import all_stages

@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.precision_recall import Manifold, precision_recall
+from guided_distill.evaluation.metrics.precision_recall import Manifold, precision_recall
 
 
 def line(*points):

@@ -12,8 +12,8 @@ from guided_distill.data import source as data_source
 from guided_distill.data.source import from_arrays
 from guided_distill.errors import UserError
 from guided_distill.evaluation import reference
-from guided_distill.evaluation.extractor import Extractor
-from guided_distill.evaluation.frechet import FeatureStatistics
+from guided_distill.evaluation.extractors.extractor import Extractor
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics
 from guided_distill.evaluation.reference import read_reference, training_reference
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 1), np.uint8)

@@ -12,9 +12,9 @@ import safetensors.numpy
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation import lite0
-from guided_distill.evaluation.pretrained import tensor_shapes
-from guided_distill.evaluation.torch_weights import read_tensors
+from guided_distill.evaluation.extractors import lite0
+from guided_distill.evaluation.extractors.pretrained import tensor_shapes
+from guided_distill.formats.torch_file import read_tensors
 
 FILES = Path(__file__).parents[1] / "parity"
 

@@ -10,9 +10,9 @@ from run_folder import make_run, rows_of
 
 from guided_distill import cli
 from guided_distill.config import parse
+from guided_distill.runs.trained import Description
 from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import StageCheckpoints
-from guided_distill.training.trained import Description
 
 CONFIG = {
     "model": {"name": "mlp", "options": {"width": 8, "depth": 1, "embedding_width": 8}},

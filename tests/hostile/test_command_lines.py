@@ -12,14 +12,16 @@ from harness import Case, Refusal, begin, command
 from PIL import Image
 from test_configs import TINY
 
-from guided_distill import cli, doctor, pipeline, study
+from guided_distill import cli, doctor, pipeline
 from guided_distill.applications import text_to_image
+from guided_distill.data import encode
 from guided_distill.evaluation import evaluate
-from guided_distill.interop import stablehlo_export
-from guided_distill.latent_space import LatentSpace
+from guided_distill.experiments import study
+from guided_distill.formats import stablehlo_export
 from guided_distill.plan import topologies
-from guided_distill.prepare import encode, minilm, packages
+from guided_distill.prepare import minilm, packages
 from guided_distill.report import grids, page, prompted
+from guided_distill.sampling.latents import LatentSpace
 from guided_distill.text.encoder import TextEncoder
 
 

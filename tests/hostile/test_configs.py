@@ -11,7 +11,7 @@ from harness import Case, Refusal, command
 from guided_distill import pipeline
 from guided_distill.config import default_config
 from guided_distill.data.outline import outline_of
-from guided_distill.training.trained import network_of
+from guided_distill.runs.trained import network_of
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
 TINY = f"{DIGITS}:runlocal"

@@ -16,7 +16,7 @@ from test_json_files import copied
 
 from guided_distill.data import sources
 from guided_distill.data.images import read_images, read_mask, size_at
-from guided_distill.evaluation.extractor import Extractor
+from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.reference import read_reference
 from guided_distill.report import grids, page
 

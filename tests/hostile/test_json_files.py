@@ -18,20 +18,21 @@ from harness import Case, Refusal, attempt, begin, command
 from PIL import Image
 from test_configs import TINY
 
-from guided_distill import pipeline, runs
+from guided_distill import pipeline
 from guided_distill.data import encoded, sources
+from guided_distill.data.encode import write
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.results import COLUMNS, read_results
-from guided_distill.interop import import_model
-from guided_distill.layouts.companions import read_autoencoder
-from guided_distill.layouts.diffusers_configs import read_denoiser, read_scheduler
-from guided_distill.layouts.diffusers_folder import read_json, read_weights
-from guided_distill.prepare.encode import write
+from guided_distill.formats import import_model
+from guided_distill.formats.companions import read_autoencoder
+from guided_distill.formats.diffusers_configs import read_denoiser, read_scheduler
+from guided_distill.formats.diffusers_folder import read_json, read_weights
 from guided_distill.report import grids, page
+from guided_distill.runs import folder as runs
+from guided_distill.runs.model_file import write_model_file
+from guided_distill.runs.trained import load_finished
 from guided_distill.text.tokenizers import clip_tokenizer
 from guided_distill.training.metrics import read_metrics
-from guided_distill.training.model_file import write_model_file
-from guided_distill.training.trained import load_finished
 
 VALUES = (
     *(

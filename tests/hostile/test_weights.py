@@ -11,9 +11,9 @@ from etils import epath
 from harness import Case, Refusal, attempt
 from test_json_files import changed_tree
 
-from guided_distill.evaluation import torch_weights
-from guided_distill.layouts import diffusers_folder
-from guided_distill.layouts.torch_layout import to_tensors, to_tree
+from guided_distill.formats import diffusers_folder
+from guided_distill.formats.torch_file import read_tensors as read_torch
+from guided_distill.formats.torch_layout import to_tensors, to_tree
 
 PARITY = Path(__file__).parents[1] / "parity"
 
@@ -154,7 +154,7 @@ def test_weights(case: Case) -> None:
     path = epath.Path(case.folder / f"weights.{'pth' if make in TORCH.values() else 'safetensors'}")
     path.write_bytes(content)
     print(content[:300])
-    check(torch_weights.read_tensors, path, content)
+    check(read_torch, path, content)
     if make in SAFETENSORS.values():
         check(diffusers_folder.read_tensors, path, content)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.torch_weights import read_tensors
+from guided_distill.formats.torch_file import read_tensors
 
 MEMORY = 200 * 2**20
 SECONDS = 20

@@ -15,8 +15,8 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from random_arrays import random_pixels, random_tensors, spots
 
-from guided_distill.evaluation import inception, lite0
-from guided_distill.evaluation.pretrained import tensor_shapes
+from guided_distill.evaluation.extractors import inception, lite0
+from guided_distill.evaluation.extractors.pretrained import tensor_shapes
 
 GOLDENS = Path(__file__).with_suffix(".json")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_distill.interop.compvis_names import open_clip_name, unet_name, vae_name
+from guided_distill.formats.compvis_names import open_clip_name, unet_name, vae_name
 
 GOLDEN = json.loads(Path(__file__).with_name("compvis_names.json").read_text())
 

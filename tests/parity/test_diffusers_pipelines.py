@@ -27,20 +27,20 @@ from guided_distill.diffusion import samplers  # noqa: E402
 from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
 from guided_distill.diffusion.process import prediction_from  # noqa: E402
 from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
-from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
-from guided_distill.interop.import_model import import_model  # noqa: E402
-from guided_distill.layouts.diffusers_configs import (  # noqa: E402
+from guided_distill.formats.diffusers_configs import (  # noqa: E402
     Chain,
     read_denoiser,
     scheduler_config,
     visited_by_diffusers,
 )
-from guided_distill.layouts.torch_layout import torch_shapes  # noqa: E402
+from guided_distill.formats.diffusers_export import export_diffusers  # noqa: E402
+from guided_distill.formats.import_model import import_model  # noqa: E402
+from guided_distill.formats.torch_layout import torch_shapes  # noqa: E402
 from guided_distill.models.outline import Outline  # noqa: E402
+from guided_distill.runs.trained import load_finished, network_of  # noqa: E402
 from guided_distill.sampling.labels import of_labels  # noqa: E402
 from guided_distill.sampling.request import Request  # noqa: E402
 from guided_distill.sampling.sample import sample  # noqa: E402
-from guided_distill.training.trained import load_finished, network_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 

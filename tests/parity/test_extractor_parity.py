@@ -12,8 +12,8 @@ from etils import epath
 from random_arrays import random_pixels, random_tensors, spots
 
 from guided_distill.data.pixels import from_uint8
-from guided_distill.evaluation import inception, lite0
-from guided_distill.evaluation.pretrained import tensor_shapes, to_colour_squares
+from guided_distill.evaluation.extractors import inception, lite0
+from guided_distill.evaluation.extractors.pretrained import tensor_shapes, to_colour_squares
 
 GOLDENS = json.loads(Path(__file__).with_name("extractors.json").read_text())
 

@@ -17,7 +17,7 @@ from text_models import write_minilm  # noqa: E402
 from guided_distill import cli  # noqa: E402
 from guided_distill.applications.text_to_image import generate, load_text_to_image  # noqa: E402
 from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
-from guided_distill.interop.diffusers_export import export_diffusers  # noqa: E402
+from guided_distill.formats.diffusers_export import export_diffusers  # noqa: E402
 from guided_distill.sampling.sample import initial_noise  # noqa: E402
 from guided_distill.training.checkpoints import StageCheckpoints  # noqa: E402
 

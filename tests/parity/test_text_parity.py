@@ -20,7 +20,7 @@ from text_cases import (
     write_words,
 )
 
-from guided_distill.evaluation import clip
+from guided_distill.evaluation.extractors import clip
 from guided_distill.text.minilm import Bert, bert_params
 from guided_distill.text.tokenizers import clip_tokenizer, wordpiece_tokenizer
 

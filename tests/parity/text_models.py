@@ -8,8 +8,8 @@ import safetensors.numpy
 from random_arrays import random_tensors
 from text_cases import BERT, CLIP, LENGTH, write_clip_tokenizer, write_words
 
-from guided_distill.evaluation import clip
-from guided_distill.layouts.torch_layout import to_tensors, to_tree
+from guided_distill.evaluation.extractors import clip
+from guided_distill.formats.torch_layout import to_tensors, to_tree
 from guided_distill.models.stable_diffusion.text_encoder import CLIPTextEncoder
 from guided_distill.text.minilm import Bert
 

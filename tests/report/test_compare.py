@@ -9,6 +9,7 @@ from etils import epath
 from run_folder import ROW, make_run, rows_of
 
 from guided_distill import cli
+from guided_distill.experiments.studies import without_shared_parts
 from guided_distill.report.compare import (
     comparable_runs,
     read_runs,
@@ -16,7 +17,6 @@ from guided_distill.report.compare import (
     why_left_out,
     write_comparison,
 )
-from guided_distill.report.studies import without_shared_parts
 
 
 def run(folder, fd=1.0, *, config=None, **changes):

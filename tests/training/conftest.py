@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from guided_distill.training.trained import load_finished
+from guided_distill.runs.trained import load_finished
 
 # Forking after the imports but before JAX has a backend: a run then starts at once.
 FORK_RUNS = """
 import functools, json, os, sys
 import sklearn.datasets
 from guided_distill import cli, pipeline
-from guided_distill.evaluation import evaluate, registry
+from guided_distill.evaluation import evaluate
+from guided_distill.evaluation.extractors import registry
 from guided_distill.verbs import data, images, machine, models, pages, runs, studies
 
 registry.train_extractor = functools.partial(registry.train_extractor, steps=20)

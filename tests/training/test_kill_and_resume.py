@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from guided_distill import cli
+from guided_distill.runs.trained import load_finished
 from guided_distill.training.checkpoints import latest_step
-from guided_distill.training.trained import load_finished
 
 SAVING = "*/checkpoints/*-tmp"
 

@@ -1,0 +1,1 @@
+"""Sweeps and studies: many runs from one config, and their table."""

@@ -1,0 +1,225 @@
+"""Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.formats.json_files import read_json, write_json
+from guided_distill.formats.safetensors_file import read_safetensors
+from guided_distill.formats.torch_layout import Tensors
+from guided_distill.storage import storage_error, whole
+
+DIFFUSERS_VERSION = "0.42.1"
+"""What written configs call themselves: pipelines mend the configs of much older versions."""
+
+MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+DENOISERS = ("unet", "transformer")
+"""Folders of a pipeline's denoiser, of which it has one."""
+
+CLASS_EMBEDDER = "class_embedder"
+"""Folder of a class-conditional U-Net's table of labels, which no pipeline of diffusers has."""
+
+WEIGHTS = "diffusion_pytorch_model"
+TEXT_WEIGHTS = "model"
+"""What weights files are called: of diffusers' models, and of transformers' text encoders."""
+
+_VARIANTS = ("", "fp16", "bf16")
+"""Copies of the weights in other precisions, by their mark in a file's name; the first one is read."""
+
+_VARIANT = re.compile(r"\.(fp16|bf16)(?=[.-])")
+_WEIGHTS_FILE = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
+
+_COPIED = (".json", ".txt")
+"""What is copied beside weights: nothing that could run."""
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def read_model_index(folder: epath.Path) -> dict[str, Any]:
+    """What a pipeline's folder is made of. Raises UserError if it isn't one."""
+    if not folder.is_dir():
+        raise UserError(f"--from is {folder}, which is neither a folder nor a file: check the path")
+    if not (folder / MODEL_INDEX).is_file():
+        raise UserError(
+            f"{folder} is not a diffusers model, for it has no {MODEL_INDEX}: give the folder that "
+            f"pipeline.save_pretrained wrote, or a single .safetensors file"
+        )
+    return read_json(folder / MODEL_INDEX)
+
+
+def read_tensors(path: epath.Path, wanted: Callable[[str], bool] = bool) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file whose names are `wanted`.
+
+    Raises UserError if the file is a pickle, which is never read, or is damaged.
+    """
+    if path.suffix in _PICKLES:
+        raise _pickled(path)
+    return read_safetensors(path, wanted)
+
+
+def weights_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """The files of a component's weights by their names without the mark of a variant.
+
+    Of several variants, whole precision comes first.
+    """
+    variants: dict[str, dict[str, epath.Path]] = {variant: {} for variant in _VARIANTS}
+    for path in folder.glob("*.safetensors*"):
+        mark = _VARIANT.search(path.name)
+        name = plain_name(path.name)
+        if _WEIGHTS_FILE.fullmatch(name):
+            variants[mark[1] if mark else ""][name] = path
+    for files in variants.values():
+        # Shards without their index are what is left of something.
+        if any(not _SHARD.fullmatch(name) for name in files):
+            return files
+    return {}
+
+
+def plain_name(name: str) -> str:
+    """A file's name without the mark of a variant, wherever diffusers or transformers put it."""
+    return _VARIANT.sub("", name)
+
+
+def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
+    """The tensors of a component: of one file, or of all shards of an index.
+
+    stem: WEIGHTS or TEXT_WEIGHTS. Raises UserError if there are none in safetensors.
+    """
+    files = weights_files(folder)
+    if path := files.get(f"{stem}.safetensors"):
+        return read_tensors(path)
+    if index := files.get(f"{stem}.safetensors.index.json"):
+        return _read_shards(index)
+    pickles = sorted(path for path in folder.glob("*") if path.suffix in _PICKLES)
+    if pickles:
+        raise _pickled(pickles[0])
+    raise UserError(
+        f"{folder} has no weights: {stem}.safetensors is missing, so get the whole folder"
+    )
+
+
+def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(_weight_map(index).values())):
+        path = index.parent / name
+        if path.parent != index.parent or not path.is_file():
+            raise UserError(f"{index} names a shard {name} that is not there: get the whole folder")
+        shard = read_tensors(path)
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise UserError(f"{path} holds {twice[0]}, which another shard holds too: get it again")
+        tensors |= shard
+    return tensors
+
+
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    """Which shard holds each tensor."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(each, str) for each in where.values()):
+        raise UserError(f"{index}: weight_map must name a file for each tensor: get the file again")
+    return where
+
+
+def write_component(
+    folder: epath.Path, config: Mapping[str, Any], tensors: Tensors, stem: str
+) -> None:
+    """Write config.json and the weights, whole or not at all. Raises UserError if that fails."""
+    write_json(folder / "config.json", config)
+    path = folder / f"{stem}.safetensors"
+    try:
+        with whole(path) as part:
+            part.touch()
+            mode = os.stat(part).st_mode
+            safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
+            # The library makes it the writer's alone, whatever the umask says.
+            os.chmod(part, mode)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise storage_error(path, error) from error
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A file and the name that its copy gets, below the copied folder."""
+
+    path: epath.Path
+    name: str
+
+
+def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: Collection[str] = ()) -> None:
+    """Copy a model's JSON, text and safetensors files, byte for byte, but for `leave_out`.
+
+    leave_out: names of entries at the top. A component that has its weights in half precision alone gets
+    them without the mark of the variant, as `from_pretrained` looks for them. Nothing else is copied: no
+    pickles, no programs, no hidden files. Raises UserError if that fails, and for a link out of
+    `source`, before anything is written.
+    """
+    files = files_to_copy(source, leave_out=leave_out)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for each in files:
+            copy = target / each.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if copy.name.endswith(".index.json"):
+                _copy_index(each.path, copy)
+            else:
+                each.path.copy(copy, overwrite=True)
+    except OSError as error:
+        raise storage_error(target, error) from error
+
+
+def files_to_copy(source: epath.Path, *, leave_out: Collection[str] = ()) -> list[_Copied]:
+    """The files that `copy_folder` copies. Raises UserError for a link out of `source`."""
+    files = [each for each in _files(source, "") if each.name.partition("/")[0] not in leave_out]
+    for each in files:
+        _check_link(each.path, source)
+    return files
+
+
+def _files(folder: epath.Path, prefix: str) -> Iterator[_Copied]:
+    for name, path in weights_files(folder).items():
+        yield _Copied(path, prefix + name)
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        elif path.suffix in _COPIED and ".safetensors.index." not in path.name:
+            yield _Copied(path, prefix + path.name)
+
+
+def _check_link(path: epath.Path, source: epath.Path) -> None:
+    """A hub's cache keeps its files as links into a folder `blobs` of the same repository."""
+    found = epath.Path(os.path.realpath(path))
+    if found.is_relative_to(os.path.realpath(source)):
+        return
+    snapshots = found.parent.parent / "snapshots"
+    if found.parent.name == "blobs" and epath.Path(os.path.abspath(path)).is_relative_to(snapshots):
+        return
+    raise UserError(f"{path} is a link out of {source}: put the file itself there")
+
+
+def _copy_index(source: epath.Path, target: epath.Path) -> None:
+    """Byte for byte, unless it names shards of a variant."""
+    where = _weight_map(source)
+    named = {tensor: plain_name(name) for tensor, name in where.items()}
+    if named == where:
+        source.copy(target, overwrite=True)
+    else:
+        write_json(target, {**read_json(source), "weight_map": named})
+
+
+def _pickled(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which could run any code and is never read: load the model in diffusers "
+        f"(from_pretrained, or from_single_file for one file) and save it again by "
+        f"pipeline.save_pretrained('FOLDER', safe_serialization=True)"
+    )

@@ -1,0 +1,331 @@
+"""A published model as a teacher of ours: `guided-distill import`."""
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from etils import epath
+
+from guided_distill.config import Data, Experiment, Model, Teacher
+from guided_distill.errors import UserError
+from guided_distill.formats.companions import COMPANIONS, read_autoencoder, shapes_of
+from guided_distill.formats.diffusers_configs import (
+    Chain,
+    Denoiser,
+    read_denoiser,
+    read_scheduler,
+)
+from guided_distill.formats.diffusers_folder import (
+    CLASS_EMBEDDER,
+    DENOISERS,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    WEIGHTS,
+    copy_folder,
+    files_to_copy,
+    read_model_index,
+    read_weights,
+    weights_files,
+)
+from guided_distill.formats.json_files import read_json, write_json
+from guided_distill.formats.safetensors_file import read_metadata
+from guided_distill.formats.single_file import read_single_file, write_folder
+from guided_distill.formats.torch_layout import Tensors, canonical, to_tree
+from guided_distill.places import path_named
+from guided_distill.runs.folder import claim
+from guided_distill.runs.model_file import SUFFIX, is_own
+from guided_distill.runs.trained import Description, package_version
+from guided_distill.text.registry import load_text_encoder
+from guided_distill.text.tokenizers import clip_tokenizer
+from guided_distill.training.checkpoints import StageCheckpoints
+
+log = logging.getLogger(__name__)
+
+HUB = "hub:"
+IMPORTED_STEPS = 1
+"""How many updates an imported teacher counts: as many as make a stage that is finished."""
+
+_WITH_WEIGHTS = (*DENOISERS, "vae", "text_encoder", CLASS_EMBEDDER)
+_UNREAD = ("feature_extractor", "image_encoder", "safety_checker")
+"""Components of a pipeline that neither training nor sampling reads."""
+
+# What is read here; a hub's repository often holds the same weights several times.
+_HUB_FILES = (
+    MODEL_INDEX,
+    *(
+        f"{part}/*.{ending}"
+        for part in (*_WITH_WEIGHTS, "scheduler", "tokenizer")
+        for ending in ("json", "txt", "safetensors")
+    ),
+)
+_HUB_HALVES = ("*fp16*", "*bf16*")
+_HUB_COPIES = (*_HUB_HALVES, "*non_ema*", "*openvino*", "*flax*")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What only a single file needs: what it predicts, whose tokenizer is its, and which weights to take.
+
+    prediction_type, tokenizer: None unless given. averaged: the U-Net's moving averages.
+    """
+
+    prediction_type: str | None = None
+    tokenizer: epath.Path | None = None
+    averaged: bool = False
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A denoiser, read and checked. condition_shapes: of one example's condition, by name."""
+
+    denoiser: Denoiser
+    chain: Chain
+    tensors: Tensors
+    class_names: tuple[str, ...]
+    condition_shapes: Mapping[str, tuple[int, ...]]
+
+
+def import_model(
+    source: str, workdir: epath.Path, *, single: SingleFile | None = None
+) -> list[epath.Path]:
+    """Write a teacher, W/teacher, and its companions, W/companions; return both folders.
+
+    source: a diffusers folder, a single .safetensors file, or hub:ID or hub:ID@REVISION for a folder
+    that is fetched. Nothing is written unless everything was read. Raises UserError for what is not a
+    supported model.
+    """
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already: choose another --workdir")
+    for name in ("teacher", COMPANIONS):
+        if (workdir / name).exists():
+            raise UserError(
+                f"{workdir / name} is there without a config.json, as if an import had been cut: remove "
+                f"it, or choose another --workdir"
+            )
+    with _as_folder(source, single or SingleFile()) as (folder, name):
+        index = read_model_index(folder)
+        model = _read_model(folder, index)
+        about = _describe(model, name=name)
+        network = about.network()
+        template = shapes_of(lambda: network.init(jax.random.key(0)), folder)
+        params = to_tree(model.tensors, template, source=folder)
+        kept = _checked_companions(folder, index)
+        with StageCheckpoints(workdir / "teacher", keep=1) as checkpoints:
+            checkpoints.save_result(IMPORTED_STEPS, params, about=about.to_json())
+            checkpoints.wait()
+        copy_folder(folder, workdir / COMPANIONS, leave_out=_left_out(folder, kept))
+        part = _denoiser_part(index, folder)
+        write_json(
+            workdir / COMPANIONS / part / "config.json", read_json(folder / part / "config.json")
+        )
+        if kept != index:
+            write_json(workdir / COMPANIONS / MODEL_INDEX, kept)
+        # Last of all, for it makes the folder a run.
+        claim(workdir, about.experiment)
+    return [workdir / "teacher", workdir / COMPANIONS]
+
+
+@contextlib.contextmanager
+def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, str]]:
+    """The diffusers folder that a source is, or is turned into for the time being, and its name."""
+    is_file = not source.startswith(HUB) and path_named(source).is_file()
+    for field in dataclasses.fields(single):
+        if getattr(single, field.name) != field.default and not is_file:
+            raise UserError(
+                f"--{field.name} is for a single file, and {source} is a folder: leave it out"
+            )
+    if source.startswith(HUB):
+        folder = _fetched(source.removeprefix(HUB))
+        repository, _, _ = source.partition("@")
+        yield folder, f"{repository}@{folder.name}"
+    elif not is_file:
+        yield path_named(source), path_named(source).name or source
+    else:
+        with _unpacked(source, single) as folder:
+            yield folder, path_named(source).name
+
+
+@contextlib.contextmanager
+def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
+    """A single file as a folder, in whose place errors name the file."""
+    if single.prediction_type not in (None, "epsilon", "v_prediction"):
+        raise UserError(
+            f"--prediction_type is {single.prediction_type!r}; choose epsilon or v_prediction"
+        )
+    path = path_named(source)
+    if path.suffix == SUFFIX and is_own(read_metadata(path)):
+        raise UserError(
+            f"--from {source} is a model of this program's own: sample it or start from it as it is, or "
+            f"make a run of it by `guided-distill export --workdir {source} --out FOLDER`"
+        )
+    checkpoint = read_single_file(
+        path, prediction_type=single.prediction_type, averaged=single.averaged
+    )
+    if checkpoint.text_encoder:
+        if single.tokenizer is None or not single.tokenizer.is_dir():
+            raise UserError(
+                f"{source} holds no tokenizer: add --tokenizer and the folder of one, such as "
+                f"`tokenizer` in a diffusers folder of the same model"
+            )
+        clip_tokenizer(single.tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_folder(checkpoint, epath.Path(scratch), single.tokenizer)
+        del checkpoint
+        try:
+            yield epath.Path(scratch)
+        except UserError as error:
+            raise UserError(str(error).replace(scratch, source)) from error
+
+
+def _fetched(name: str) -> epath.Path:
+    """The folder of a hub's repository, ID or ID@REVISION, fetched unless it is in the cache already.
+
+    Its own name is the commit's.
+    """
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise UserError(
+            f"--from {HUB}{name} needs the package huggingface_hub: pip install it "
+            f"(the extra `hub`), or give the path of a folder"
+        ) from None
+    repository, _, revision = name.partition("@")
+
+    def fetch(revision: str | None, patterns: Sequence[str], copies: Sequence[str]) -> epath.Path:
+        return epath.Path(
+            hub.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(copies),
+            )
+        )
+
+    try:
+        folder = fetch(revision or None, _HUB_FILES, _HUB_COPIES)
+        parts = [part for part in _WITH_WEIGHTS if (folder / part).is_dir()]
+        lacking = [part for part in parts if not weights_files(folder / part)]
+        if lacking:
+            halves = [f"{part}/{half}" for part in lacking for half in _HUB_HALVES]
+            fetch(folder.name, halves, ("*.bin", "*.msgpack", *_HUB_COPIES[len(_HUB_HALVES) :]))
+    except Exception as error:  # Whatever the network or the hub says.
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"--from {HUB}{name} can't be fetched ({words})") from error
+    return folder
+
+
+def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
+    part = folder / _denoiser_part(index, folder)
+    scheduler = folder / "scheduler" / SCHEDULER_CONFIG
+    denoiser = read_denoiser(read_json(part / "config.json"), part / "config.json")
+    chain = read_scheduler(read_json(scheduler), scheduler)
+    tensors = canonical(read_weights(part, WEIGHTS))
+    if denoiser.num_classes:
+        class_names = _class_names(index, denoiser.num_classes, folder / MODEL_INDEX)
+        return _Model(denoiser, chain, tensors, class_names, {"label": ()})
+    if (folder / CLASS_EMBEDDER).is_dir():
+        table = read_weights(folder / CLASS_EMBEDDER, WEIGHTS).get("embedding.weight")
+        if table is None:
+            raise UserError(f"{folder / CLASS_EMBEDDER} lacks the tensor embedding.weight")
+        tensors = {**tensors, "class_embedder.weight": table}
+        class_names = tuple(map(str, range(len(table) - 1)))
+        denoiser = replace(denoiser, num_classes=len(class_names))
+        return _Model(denoiser, chain, tensors, class_names, {"label": ()})
+    shapes: dict[str, tuple[int, ...]] = {"text": load_text_encoder(f"companions:{folder}").shape}
+    if denoiser.inpaint:
+        height, width, channels = denoiser.data_shape
+        shapes["inpaint"] = (height, width, 1 + channels)
+    return _Model(denoiser, chain, tensors, (), shapes)
+
+
+def _denoiser_part(index: Mapping[str, Any], folder: epath.Path) -> str:
+    for name in DENOISERS:
+        if _in_use(index, name):
+            return name
+    raise UserError(
+        f"{folder / MODEL_INDEX} names neither a unet nor a transformer: {index.get('_class_name')} "
+        f"is no pipeline that can be imported"
+    )
+
+
+def _class_names(index: Mapping[str, Any], count: int, where: epath.Path) -> tuple[str, ...]:
+    names = index.get("id2label") or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{where}: id2label must be an object with a text for each number")
+    return tuple(names.get(str(i), str(i)) for i in range(count))
+
+
+def _describe(model: _Model, *, name: str) -> Description:
+    experiment = Experiment(
+        data=Data(name=name),
+        model=Model(
+            name=model.denoiser.name,
+            parameterization=model.chain.parameterization,
+            schedule=model.chain.schedule,
+            schedule_options=dict(model.chain.schedule_options),
+            options=dict(model.denoiser.options),
+        ),
+        teacher=Teacher(steps=IMPORTED_STEPS),
+    )
+    return Description(
+        stage="teacher",
+        total_steps=IMPORTED_STEPS,
+        num_steps=None,
+        sampler=None,
+        w_min=None,
+        w_max=None,
+        data_shape=model.denoiser.data_shape,
+        class_names=model.class_names,
+        teacher=None,
+        package_version=package_version(),
+        experiment=experiment,
+        condition_shapes=model.condition_shapes,
+        latent=True,
+    )
+
+
+def _checked_companions(folder: epath.Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The companions' model_index.json: the source's, without what is neither there nor read.
+
+    Raises UserError unless all the others are there and can be copied, and our own networks can be given
+    their weights.
+    """
+    kept = dict(index)
+    for name in index:
+        if not _in_use(index, name):
+            continue
+        if name in _UNREAD and not _can_be_loaded(folder / name):
+            log.warning("%s is left out: %s has no safetensors of it", name, folder)
+            kept[name] = [None, None]
+        elif not (folder / name).is_dir():
+            raise UserError(
+                f"{folder / MODEL_INDEX} names {name}, which is not there: get the whole folder"
+            )
+    files_to_copy(folder, leave_out=_left_out(folder, kept))
+    read_autoencoder(folder / "vae")
+    return kept
+
+
+def _can_be_loaded(part: epath.Path) -> bool:
+    """Whether a component that isn't read is there, with weights if its kind has any."""
+    return part.is_dir() and (part.name == "feature_extractor" or bool(weights_files(part)))
+
+
+def _left_out(folder: epath.Path, index: Mapping[str, Any]) -> list[str]:
+    return [
+        path.name
+        for path in folder.iterdir()
+        if path.name != MODEL_INDEX and (path.name in DENOISERS or not _in_use(index, path.name))
+    ]
+
+
+def _in_use(index: Mapping[str, Any], name: str) -> bool:
+    """Whether model_index.json has a component of that name; it writes [null, null] for none."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and None not in entry

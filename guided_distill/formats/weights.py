@@ -1,0 +1,131 @@
+"""A run's results as a run of their own, or one of them in a file: what sampling and training on need."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.formats.companions import COMPANIONS, bring_companions, check_companions
+from guided_distill.runs.folder import claim, finished_stages, folder_of, read_config
+from guided_distill.runs.model_file import (
+    DTYPES,
+    SUFFIX,
+    is_model_file,
+    write_model_file,
+)
+from guided_distill.runs.trained import Trained, load_finished
+from guided_distill.storage import is_there, storage_error, whole, write_text
+from guided_distill.training.checkpoints import StageCheckpoints
+from guided_distill.training.metrics import read_metrics
+
+
+def export_weights(
+    workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
+) -> list[epath.Path]:
+    """Copy a run to `out` with each stage's result alone: no optimizer, no older checkpoints.
+
+    `out` is then a run like any other: it can be sampled, evaluated, and trained on from its last
+    stage. workdir: a run, or a model's file, of which this makes one. stages: folders of finished stages
+    in the workdir; None for all of them. Returns the folders written. Raises UserError if a stage isn't
+    finished, and as `new_folder`.
+    """
+    paths = _paths(workdir, stages)
+    if not paths:
+        raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
+    models = {path: load_finished(path) for path in paths}
+    if is_model_file(workdir):
+        about = models[workdir].description
+        experiment, names = about.experiment, [about.stage_name]
+    else:
+        experiment, names = read_config(workdir), [path.name for path in paths]
+    with new_folder(out) as folder:
+        claim(folder, experiment)
+        bring_companions(folder_of(workdir), folder)
+        for name, (path, each) in zip(names, models.items(), strict=True):
+            with StageCheckpoints(folder / name, keep=1) as checkpoints:
+                checkpoints.save_result(each.step, each.params, about=each.description.to_json())
+                checkpoints.wait()
+            rows = "".join(f"{json.dumps(row)}\n" for row in read_metrics(path))
+            write_text(folder / name / "metrics.jsonl", rows)
+    return [out / name for name in names]
+
+
+def export_safetensors(
+    workdir: epath.Path,
+    out: epath.Path,
+    *,
+    stages: Sequence[str] | None = None,
+    dtype: str = DTYPES[0],
+) -> list[epath.Path]:
+    """Write one finished stage to the file `out`, and the companions of a run of latents beside it.
+
+    stages: the one stage; None for the last finished one. dtype: of the file's weights, one of DTYPES.
+    Returns what was written. Raises UserError as `load_one_stage`, for another dtype or a file of another
+    kind, and if other companions than the run's lie beside it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if out.suffix != SUFFIX:
+        raise UserError(
+            f"--out is {out}, and this format is one file: let its name end in {SUFFIX}"
+        )
+    trained = load_one_stage(workdir, out, stages)
+    about = trained.description
+    written = [out]
+    if about.latent:
+        check_companions(folder_of(workdir), out.parent)
+    write_model_file(out, trained.params, about=about.to_json(), dtype=dtype)
+    if about.latent:
+        bring_companions(folder_of(workdir), out.parent)
+        written.append(out.parent / COMPANIONS)
+    return written
+
+
+def _paths(workdir: epath.Path, stages: Sequence[str] | None) -> list[epath.Path]:
+    """Where the named stages lie, or all finished ones of a run; or a model's file itself."""
+    if not is_model_file(workdir):
+        return [workdir / name for name in stages or finished_stages(workdir)]
+    if stages:
+        raise UserError(f"--stages is given, but {workdir} is one model's file: leave it out")
+    return [workdir]
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.Path) -> Iterator[epath.Path]:
+    """Yields a place for an export, which becomes the folder `out` after the block.
+
+    If the block raises, nothing is written. Raises UserError if `out` is not empty, or can't be written.
+    """
+    _check_empty(out)
+    part = out
+    try:
+        with whole(out) as part:
+            part.mkdir()
+            yield part
+    except OSError as error:
+        raise storage_error(out, error) from error
+    except UserError as error:
+        # The place is gone by now.
+        raise UserError(str(error).replace(str(part), str(out))) from error
+
+
+def _check_empty(out: epath.Path) -> None:
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty: choose another place")
+
+
+def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
+    """The stage to write to `out`: the one that is named, or the last finished one.
+
+    Raises UserError unless it is one, and if `out` holds anything.
+    """
+    paths = _paths(workdir, stages)
+    paths = paths if stages else paths[-1:]
+    if len(paths) != 1:
+        raise UserError(
+            f"this format holds one finished stage, and there are {len(paths)}: name one with --stages"
+        )
+    _check_empty(out)
+    return load_finished(paths[0])

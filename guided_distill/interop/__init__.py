@@ -1,1 +1,0 @@
-"""Trained stages in and out of a run's folder."""

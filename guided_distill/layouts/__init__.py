@@ -1,1 +1,0 @@
-"""Weights and configs as other programs keep them on disk, and what they are here."""

@@ -1,0 +1,1 @@
+"""A run on disk: its folder, what a checkpoint says of itself, models in one file."""

@@ -1,0 +1,142 @@
+"""A run's folder: its config, whose it is, and which of its stages are finished. Nothing here trains."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+from etils import epath
+
+from guided_distill.config import Experiment, changed_keys, parse_recorded
+from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.errors import UserError
+from guided_distill.objectives.stage import Stage
+from guided_distill.places import path_named
+from guided_distill.runs.model_file import is_model_file
+from guided_distill.stages import all_stages, chains
+from guided_distill.storage import (
+    check_writable,
+    first_line,
+    is_there,
+    persistently,
+    write_text,
+)
+from guided_distill.training.checkpoints import latest_step
+
+
+def is_finished(workdir: epath.Path, stage: Stage) -> bool:
+    """Whether the run has the stage's last checkpoint, without opening it."""
+    return latest_step(workdir / stage.name) == stage.total_steps
+
+
+def read_config(workdir: epath.Path) -> Experiment:
+    """The config of a run. Raises UserError if the folder holds none."""
+    if is_model_file(workdir):
+        raise UserError(
+            f"{workdir} is one model's file, and this takes a run's folder: make one of it by "
+            f"`guided-distill export --workdir {workdir} --out FOLDER`"
+        )
+    path = workdir / "config.json"
+    if not is_there(path):
+        raise UserError(
+            f"{workdir} holds no run (config.json is missing): give the --workdir of a "
+            f"`guided-distill train`"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}): remove it, and run `guided-distill train` with "
+            f"the run's --config, which writes it anew"
+        ) from error
+    return parse_recorded(values)
+
+
+def finished_stages(workdir: epath.Path) -> list[str]:
+    """Folders of the run's finished stages, in the order of training, without opening them."""
+    return [stage.name for stage in all_stages(read_config(workdir)) if is_finished(workdir, stage)]
+
+
+def folder_of(workdir: epath.Path) -> epath.Path:
+    """Where companions and results lie: the run's folder, or the folder of a model's file."""
+    return workdir.parent if is_model_file(workdir) else workdir
+
+
+def stage_to_sample(workdir: epath.Path, stage: str | None) -> epath.Path:
+    """Where the model to sample from lies.
+
+    workdir: a run's folder, in which `stage` names a stage's folder, None for the last finished one that
+    samples; or a model's file. Raises UserError if there is none, or for a stage of a file.
+    """
+    if not is_model_file(workdir):
+        return workdir / (stage or finished_samplers(workdir)[-1])
+    if stage is not None:
+        raise UserError(f"--stage is {stage}, but {workdir} is one model's file: leave it out")
+    return workdir
+
+
+def finished_samplers(workdir: epath.Path) -> list[str]:
+    """Folders of the finished stages that sample, in the order of training.
+
+    Raises UserError if there is none.
+    """
+    encoders = {stage.name for stage in all_stages(read_config(workdir)) if stage.sampler == ENCODE}
+    names = [name for name in finished_stages(workdir) if name not in encoders]
+    if not names:
+        raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
+    return names
+
+
+def claim(workdir: epath.Path, experiment: Experiment) -> None:
+    """Write the config to the workdir. Raises UserError if one that differs is there already."""
+    check_unclaimed(workdir, experiment)
+    write_text(workdir / "config.json", json.dumps(dataclasses.asdict(experiment), indent=2))
+
+
+def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
+    """Raises UserError if the workdir holds a config that differs in more than where it started from.
+
+    That may be spelled in another way, or have moved, and is of no account to a run that has a result.
+    """
+    if is_there(workdir / "config.json"):
+        changes = changed_keys(read_config(workdir), experiment)
+        needed = bool(unbegun(workdir, experiment))
+        for key in ("start_from", "teacher.initial"):
+            old, new = changes.get(key, (None, None))
+            if old and new and not (needed and _differ(path_named(old), path_named(new))):
+                del changes[key]
+        if changes:
+            listed = "; ".join(
+                f"config.{key} is {old!r} there and {new!r} here"
+                for key, (old, new) in changes.items()
+            )
+            raise UserError(
+                f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
+                f"the same values to go on"
+            )
+
+
+def _differ(old: epath.Path, new: epath.Path) -> bool:
+    """Whether two paths name two stages; one that is gone may have become the other."""
+    return is_there(old) and old.resolve() != new.resolve()
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises UserError unless this process sees the run's folder and can write to it."""
+    if not is_there(workdir / "config.json"):
+        raise UserError(
+            f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
+            f"--workdir that all of them share"
+        )
+    persistently(partial(check_writable, workdir), workdir)
+
+
+def unbegun(workdir: epath.Path, experiment: Experiment) -> list[list[Stage]]:
+    """The chains without a finished stage: they alone need the run that another one starts from."""
+    return [
+        chain
+        for chain in chains(experiment)
+        if not any(is_finished(workdir, stage) for stage in chain)
+    ]

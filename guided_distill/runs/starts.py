@@ -1,0 +1,97 @@
+"""Runs that begin with another run's result: config.start_from and config.teacher.initial."""
+
+from typing import Any
+
+from etils import epath
+
+from guided_distill.config import STAGES, Experiment
+from guided_distill.data.source import Source
+from guided_distill.errors import UserError
+from guided_distill.formats.companions import bring_companions
+from guided_distill.models.registry import Network
+from guided_distill.objectives.stage import Stage
+from guided_distill.places import path_named
+from guided_distill.runs.folder import unbegun
+from guided_distill.runs.trained import Description, read_finished
+
+_Pairs = dict[str, tuple[Any, Any]]
+"""(there, needed here), by name."""
+
+
+def check_starts(
+    workdir: epath.Path, experiment: Experiment, source: Source, network: Network
+) -> None:
+    """Raises UserError if a chain that has yet to begin can't start from what the config names.
+
+    network: the run's teacher's, for the data of `source`.
+    """
+    chains = unbegun(workdir, experiment)
+    if chains and (path := experiment.teacher.initial):
+        about = read_finished(path_named(path))
+        if about.stage != "teacher":
+            raise UserError(
+                f"config.teacher.initial={path} is a {about.stage} stage: give a teacher"
+            )
+        _check_same("teacher.initial", path, _differences(about, source, network))
+    if chains and (path := experiment.start_from):
+        about = read_finished(path_named(path))
+        for chain in chains:
+            fixed = _differences(about, source, network) | _distilled(about, experiment, chain)
+            _check_same("start_from", path, fixed)
+
+
+def bring_from_origins(workdir: epath.Path, experiment: Experiment) -> None:
+    """Copy the companions of the runs that the experiment starts from, if it has yet to start."""
+    for origin in (experiment.start_from, experiment.teacher.initial):
+        if origin and unbegun(workdir, experiment):
+            bring_companions(path_named(origin).parent, workdir)
+
+
+def left_after(kind: str, chain: list[Stage]) -> list[Stage]:
+    """What a chain still has to do after a stage of another run; its halving rounds after any round."""
+    after = STAGES.index(kind) + (kind != "halving")
+    return [stage for stage in chain if STAGES.index(stage.kind) >= after]
+
+
+def _differences(about: Description, source: Source, network: Network) -> _Pairs:
+    """What makes a network other than this run's teacher."""
+    theirs = {
+        **about.network().options,
+        "data_shape": about.data_shape,
+        "condition": dict(about.condition_shapes),
+        "number of classes": len(about.class_names),
+    }
+    ours = {
+        **network.options,
+        "data_shape": source.shape,
+        "condition": dict(source.condition_shapes),
+        "number of classes": source.num_classes,
+    }
+    return {name: (theirs.get(name), needed) for name, needed in ours.items()}
+
+
+def _distilled(about: Description, ours: Experiment, chain: list[Stage]) -> _Pairs:
+    """What a distillation must have in common with the stage that it starts from."""
+    theirs = about.experiment
+    same: _Pairs = {
+        key: (getattr(about.model, key), getattr(ours.model, key))
+        for key in ("parameterization", "schedule", "schedule_options")
+    }
+    if about.stage != "teacher":
+        same["method"] = (theirs.method, ours.method)
+    if about.w_min is not None:
+        same["w range"] = ((about.w_min, about.w_max), ours.guidance.w_range)
+        same["w_embedding"] = (theirs.guidance.w_embedding, ours.guidance.w_embedding)
+    if about.stage == "halving":
+        first = chain[-1].sampler, 2 * ours.halving.first_num_steps
+        same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)
+    return same
+
+
+def _check_same(key: str, path: str, pairs: _Pairs) -> None:
+    for name, (theirs, needed) in pairs.items():
+        if theirs != needed:
+            raise UserError(
+                f"config.{key}={path} has another {name} ({theirs}) than this run needs ({needed}): "
+                f"start from a stage that fits, or change the config"
+            )
