@@ -16,7 +16,8 @@ from guided_distill.data.encode import EncodeRequest, check_image_shape, encode
 from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import COMPANIONS, autoencoder_config
+from guided_distill.formats.companions import COMPANIONS
+from guided_distill.formats.diffusers_autoencoder import autoencoder_config
 from guided_distill.formats.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
 from guided_distill.formats.diffusers_folder import (
     DIFFUSERS_VERSION,

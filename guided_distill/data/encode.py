@@ -26,8 +26,9 @@ from guided_distill.data.encoded import (
 )
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import fingerprint, read_autoencoder
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
+from guided_distill.models.weights import weights_fingerprint
 from guided_distill.places import local_path_named
 from guided_distill.prepare.masks import random_mask
 from guided_distill.storage import storage_error, whole, write_bytes, write_text
@@ -102,8 +103,8 @@ def encode(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) 
     encoding = Encoding(
         data=request.data,
         image_size=request.image_size,
-        autoencoder=fingerprint(module, params),
-        text_encoder=fingerprint(encoder.shape, encoder.params) if encoder else None,
+        autoencoder=weights_fingerprint(module, params),
+        text_encoder=weights_fingerprint(encoder.shape, encoder.params) if encoder else None,
         shape=latents.shape[1:],
         text_shape=encoder.shape if encoder else None,
         class_names=splits["train"].class_names,

@@ -1,1 +1,21 @@
-"""Layouts of other programs, import and export: tensors by name, diffusers folders, StableHLO."""
+"""Models of other programs, imported and exported: torch's tensors, diffusers folders, StableHLO.
+
+Which file knows which layout:
+
+| layout | file | who uses it |
+| --- | --- | --- |
+| .safetensors | `safetensors_file.py` | every reader of weights, our own model files too |
+| torch.save: .pth, .pt, .bin | `torch_file.py` | feature extractors of an evaluation |
+| names and axes of torch's tensors | `torch_layout.py` | import and export |
+| config.json and other JSON | `json_files.py` | import, text encoders, tokenizers |
+| a component of a diffusers folder | `diffusers_folder.py` | import and export |
+| config.json of a U-Net, DiT or scheduler | `diffusers_configs.py` | import and export |
+| an autoencoder: config.json and weights | `diffusers_autoencoder.py` | import, latents, `encode` |
+| one file of Stable Diffusion or an LDM | `single_file.py`, with its noise levels in `single_file_noise.py` and its names in `compvis_names.py` | import |
+
+`import_model.py` imports, from a diffusers folder, a single file or a hub. The exporters are
+`own_export.py` (a run or a model file of this package), `diffusers_export.py` and
+`stablehlo_export.py`; they share `exporting.py`. `companions.py` keeps what an imported latent model
+has beside its denoiser. Two files are copied into exports and import nothing of this package:
+`scheduling_guided_distill.py` and `run_stablehlo.py`.
+"""

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from guided_distill.errors import UserError
-from guided_distill.formats.config_keys import (
+from guided_distill.formats.diffusers_folder import DIFFUSERS_VERSION
+from guided_distill.formats.json_files import (
     a_list,
     divides,
     must,
@@ -21,7 +22,6 @@ from guided_distill.formats.config_keys import (
     whole_number,
     whole_numbers,
 )
-from guided_distill.formats.diffusers_folder import DIFFUSERS_VERSION
 
 log = logging.getLogger(__name__)
 

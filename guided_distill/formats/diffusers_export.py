@@ -10,7 +10,6 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
-from guided_distill.formats.cards import rendered
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.formats.diffusers_configs import (
     PARAMETERIZATIONS,
@@ -35,10 +34,10 @@ from guided_distill.formats.diffusers_folder import (
     weights_files,
     write_component,
 )
+from guided_distill.formats.exporting import load_one_stage, new_folder, render_card
 from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.formats.safetensors_file import is_floating, read_dtypes
 from guided_distill.formats.torch_layout import to_tensors
-from guided_distill.formats.weights import load_one_stage, new_folder
 from guided_distill.places import local_path_named
 from guided_distill.runs.folder import folder_of
 from guided_distill.runs.trained import Description, Trained
@@ -211,7 +210,7 @@ def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str
     if about.w_min is not None and about.w_max is not None:
         scales = (guidance_scale(about.w_min), guidance_scale(about.w_max))
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return rendered(
+    return render_card(
         "model_card",
         about=about,
         pipeline=index["_class_name"],

@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -14,7 +17,9 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.formats.safetensors_file import read_safetensors
-from guided_distill.formats.torch_layout import Tensors
+from guided_distill.formats.torch_layout import Tensors, canonical, to_tree
+from guided_distill.models.registry import Params
+from guided_distill.models.weights import weight_shapes
 from guided_distill.storage import storage_error, whole
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -106,6 +111,20 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
     raise UserError(
         f"{folder} has no weights: {stem}.safetensors is missing, so get the whole folder"
     )
+
+
+def read_params(
+    network: nn.Module, example: jax.ShapeDtypeStruct, folder: epath.Path, stem: str
+) -> Params:
+    """A component's weights as the params of `network`, which takes arrays like `example`.
+
+    stem: WEIGHTS or TEXT_WEIGHTS. Raises UserError unless names and shapes are those of the network.
+    """
+    template = weight_shapes(
+        lambda: network.init(jax.random.key(0), jnp.zeros(example.shape, example.dtype))["params"],
+        folder / "config.json",
+    )
+    return to_tree(canonical(read_weights(folder, stem)), template, source=folder)
 
 
 def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:

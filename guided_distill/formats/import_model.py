@@ -14,7 +14,8 @@ from etils import epath
 
 from guided_distill.config import Data, Experiment, Model, Teacher
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import COMPANIONS, read_autoencoder, shapes_of
+from guided_distill.formats.companions import COMPANIONS
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.formats.diffusers_configs import (
     Chain,
     Denoiser,
@@ -37,6 +38,7 @@ from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.formats.safetensors_file import read_metadata
 from guided_distill.formats.single_file import read_single_file, write_folder
 from guided_distill.formats.torch_layout import Tensors, canonical, to_tree
+from guided_distill.models.weights import weight_shapes
 from guided_distill.places import path_named
 from guided_distill.runs.folder import claim
 from guided_distill.runs.model_file import SUFFIX, is_own
@@ -113,7 +115,7 @@ def import_model(
         model = _read_model(folder, index)
         about = _describe(model, name=name)
         network = about.network()
-        template = shapes_of(lambda: network.init(jax.random.key(0)), folder)
+        template = weight_shapes(lambda: network.init(jax.random.key(0)), folder)
         params = to_tree(model.tensors, template, source=folder)
         kept = _checked_companions(folder, index)
         with StageCheckpoints(workdir / "teacher", keep=1) as checkpoints:

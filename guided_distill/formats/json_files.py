@@ -1,7 +1,8 @@
 """JSON files that others wrote, read with a sentence for every way in which they can be wrong."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -35,3 +36,54 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file as diffusers writes its own."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def must(value: Any, only: Any, key: str, where: object) -> None:
+    """The value has to be the only one that is supported."""
+    if value != only:
+        raise UserError(f"{where}: {key} is {value!r}, and only {only!r} is supported")
+
+
+def one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
+    """The value has to be one of a few."""
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
+
+
+def positive(value: Any, key: str, where: object) -> float:
+    """The value as a float, if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {value!r}, and must be a number above 0")
+    return float(value)
+
+
+def whole_number(value: Any, key: str, where: object) -> int:
+    """The value, if it is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
+    return value
+
+
+def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
+    """The values, if they are a list of whole numbers above 0."""
+    return tuple(whole_number(value, key, where) for value in a_list(values, key, where))
+
+
+def a_list(values: Any, key: str, where: object) -> Sequence[Any]:
+    """The values, if they are a list that isn't empty."""
+    if not isinstance(values, list | tuple) or not values:
+        raise UserError(f"{where}: {key} is {values!r}, and must be a list of at least one entry")
+    return values
+
+
+def an_object(value: Any, key: str, where: object) -> Mapping[str, Any]:
+    """The value, if it is an object, which is empty for null."""
+    if not isinstance(value, dict | None):
+        raise UserError(f"{where}: {key} is {value!r:.80}, and must be an object")
+    return value or {}
+
+
+def divides(parts: int, whole: int, key: str, of: str, where: object) -> None:
+    """`whole`, a value of the key `of`, has to be a multiple of `parts`, the key's value."""
+    if whole % parts:
+        raise UserError(f"{where}: {key} is {parts}, which doesn't divide {of}, {whole}")

@@ -15,8 +15,7 @@ from jax import export
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.formats.cards import rendered
-from guided_distill.formats.weights import load_one_stage, new_folder
+from guided_distill.formats.exporting import load_one_stage, new_folder, render_card
 from guided_distill.runs.trained import Description
 from guided_distill.sampling.programs import Inputs, run_sampler
 from guided_distill.storage import write_bytes, write_text
@@ -97,7 +96,7 @@ def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> exp
 def _card(about: Description) -> str:
     assert about.w_min is not None
     assert about.w_max is not None
-    return rendered(
+    return render_card(
         "stablehlo_card",
         about=about,
         labels=list(about.condition_shapes) == ["label"],

@@ -15,9 +15,9 @@ from guided_distill import kinds
 from guided_distill.config import AUTOENCODER, Experiment, Model, parse_recorded
 from guided_distill.diffusion.schedules import SCHEDULES
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import shapes_of
 from guided_distill.models.outline import LABEL, Outline
 from guided_distill.models.registry import Network, Params, build_network
+from guided_distill.models.weights import weight_shapes
 from guided_distill.objectives.stage import stage_name
 from guided_distill.runs.model_file import ModelFile, is_model_file
 from guided_distill.storage import first_line
@@ -180,7 +180,7 @@ def load_trained(
         if source is None or about is None:
             return None
         description = _described(about, path)
-        shapes = shapes_of(lambda: description.network().init(jax.random.key(0)), path)
+        shapes = weight_shapes(lambda: description.network().init(jax.random.key(0)), path)
         result = source.restore_result(abstract(shapes, mesh or data_mesh()))
     if result is None:
         return None

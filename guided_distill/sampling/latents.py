@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import COMPANIONS, read_autoencoder
+from guided_distill.formats.companions import COMPANIONS
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 

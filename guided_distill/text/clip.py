@@ -3,12 +3,26 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import read_text_encoder
+from guided_distill.formats.diffusers_folder import TEXT_WEIGHTS, read_params
+from guided_distill.formats.json_files import divides, must, one_of, read_json, whole_number
+from guided_distill.models.registry import Params
+from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.tokenizers import clip_tokenizer
+
+# transformers' defaults for keys that a config leaves out.
+CLIP_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+}
 
 
 def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
@@ -40,3 +54,24 @@ def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
         return states
 
     return TextEncoder(name, (tokenizer.length, network.hidden_size), tokenizer, hidden, params)
+
+
+def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
+    """The CLIP text encoder in a folder, most often `text_encoder`, and its weights.
+
+    Raises UserError, naming the key or the tensors, if it isn't one that is supported.
+    """
+    config, where = read_json(folder / "config.json"), folder / "config.json"
+    one_of(config.get("model_type"), ("clip_text_model",), "model_type", where)
+    must(config.get("layer_norm_eps", 1e-5), 1e-5, "layer_norm_eps", where)
+    activation = config.get("hidden_act", "quick_gelu")
+    one_of(activation, ACTIVATIONS, "hidden_act", where)
+    numbers: dict[str, Any] = {
+        key: whole_number(config.get(key, default), key, where)
+        for key, default in CLIP_TEXT_DEFAULTS.items()
+    }
+    module = CLIPTextEncoder(hidden_act=activation, **numbers)
+    heads = numbers["num_attention_heads"]
+    divides(heads, numbers["hidden_size"], "num_attention_heads", "hidden_size", where)
+    tokens = jax.ShapeDtypeStruct((1, numbers["max_position_embeddings"]), jnp.int32)
+    return module, read_params(module, tokens, folder, TEXT_WEIGHTS)

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.config_keys import divides, positive, whole_number
 from guided_distill.formats.diffusers_folder import read_tensors
-from guided_distill.formats.json_files import read_json
+from guided_distill.formats.json_files import divides, positive, read_json, whole_number
 from guided_distill.formats.torch_layout import to_tree
 from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.tokenizers import wordpiece_tokenizer

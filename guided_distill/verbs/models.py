@@ -84,8 +84,8 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.formats.diffusers_export import export_diffusers
+    from guided_distill.formats.own_export import export_safetensors, export_weights
     from guided_distill.formats.stablehlo_export import export_stablehlo
-    from guided_distill.formats.weights import export_safetensors, export_weights
 
     formats: dict[str, Callable[..., list[epath.Path]]] = {
         "checkpoint": export_weights,

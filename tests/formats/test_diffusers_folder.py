@@ -11,7 +11,7 @@ import tiny
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import read_autoencoder, read_text_encoder
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.formats.diffusers_folder import (
     TEXT_WEIGHTS,
     WEIGHTS,
@@ -23,6 +23,7 @@ from guided_distill.formats.diffusers_folder import (
 )
 from guided_distill.formats.json_files import read_json
 from guided_distill.formats.torch_layout import to_tensors
+from guided_distill.text.clip import read_text_encoder
 
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -12,11 +12,12 @@ from etils import epath
 
 from guided_distill import cli
 from guided_distill.errors import UserError
-from guided_distill.formats.companions import read_autoencoder, read_text_encoder
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.formats.diffusers_configs import read_denoiser
 from guided_distill.formats.single_file import read_single_file, write_folder
 from guided_distill.formats.torch_layout import canonical, to_tensors, to_tree
 from guided_distill.runs.trained import load_finished
+from guided_distill.text.clip import read_text_encoder
 
 NAMES = json.loads((Path(__file__).parents[1] / "parity" / "compvis_names.json").read_text())
 

@@ -24,7 +24,7 @@ from guided_distill.data.encode import write
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.results import COLUMNS, read_results
 from guided_distill.formats import import_model
-from guided_distill.formats.companions import read_autoencoder
+from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.formats.diffusers_configs import read_denoiser, read_scheduler
 from guided_distill.formats.diffusers_folder import read_json, read_weights
 from guided_distill.report import grids, page

@@ -18,10 +18,8 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.extractors.pretrained import check_images
 from guided_distill.evaluation.metrics.alignment import Align, Alignment, retrieval
-from guided_distill.formats.companions import CLIP_TEXT_DEFAULTS, fingerprint
-from guided_distill.formats.config_keys import an_object, one_of, whole_number
 from guided_distill.formats.diffusers_folder import TEXT_WEIGHTS, read_weights
-from guided_distill.formats.json_files import read_json
+from guided_distill.formats.json_files import an_object, one_of, read_json, whole_number
 from guided_distill.formats.torch_layout import to_tree
 from guided_distill.models.stable_diffusion.attention import attend
 from guided_distill.models.stable_diffusion.text_encoder import (
@@ -29,7 +27,9 @@ from guided_distill.models.stable_diffusion.text_encoder import (
     CLIPTextEncoder,
     Perceptron,
 )
+from guided_distill.models.weights import weights_fingerprint
 from guided_distill.places import path_named
+from guided_distill.text.clip import CLIP_TEXT_DEFAULTS
 from guided_distill.text.tokenizers import Tokenizer, clip_tokenizer
 
 # Mean and deviation of the pixels, in [0, 1], that all published weights were trained with.
@@ -264,7 +264,7 @@ def clip_extractor(shape: tuple[int, ...], path: str) -> ClipExtractor:
     network = CLIP(text=text, vision=vision, projection_dim=width)
     params = clip_params(network, read_weights(folder, TEXT_WEIGHTS), source=folder)
     return ClipExtractor(
-        name=f"clip-{fingerprint(network, params)[:8]}",
+        name=f"clip-{weights_fingerprint(network, params)[:8]}",
         width=network.projection_dim,
         own_classes=False,
         apply=functools.partial(_apply, network),

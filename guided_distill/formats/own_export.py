@@ -1,22 +1,22 @@
 """A run's results as a run of their own, or one of them in a file: what sampling and training on need."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.formats.companions import COMPANIONS, bring_companions, check_companions
-from guided_distill.runs.folder import claim, finished_stages, folder_of, read_config
+from guided_distill.formats.exporting import load_one_stage, new_folder, stage_paths
+from guided_distill.runs.folder import claim, folder_of, read_config
 from guided_distill.runs.model_file import (
     DTYPES,
     SUFFIX,
     is_model_file,
     write_model_file,
 )
-from guided_distill.runs.trained import Trained, load_finished
-from guided_distill.storage import is_there, storage_error, whole, write_text
+from guided_distill.runs.trained import load_finished
+from guided_distill.storage import write_text
 from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.metrics import read_metrics
 
@@ -31,7 +31,7 @@ def export_weights(
     in the workdir; None for all of them. Returns the folders written. Raises UserError if a stage isn't
     finished, and as `new_folder`.
     """
-    paths = _paths(workdir, stages)
+    paths = stage_paths(workdir, stages)
     if not paths:
         raise UserError(f"{workdir} has no finished stage: run `guided-distill train` on it first")
     models = {path: load_finished(path) for path in paths}
@@ -81,51 +81,3 @@ def export_safetensors(
         bring_companions(folder_of(workdir), out.parent)
         written.append(out.parent / COMPANIONS)
     return written
-
-
-def _paths(workdir: epath.Path, stages: Sequence[str] | None) -> list[epath.Path]:
-    """Where the named stages lie, or all finished ones of a run; or a model's file itself."""
-    if not is_model_file(workdir):
-        return [workdir / name for name in stages or finished_stages(workdir)]
-    if stages:
-        raise UserError(f"--stages is given, but {workdir} is one model's file: leave it out")
-    return [workdir]
-
-
-@contextlib.contextmanager
-def new_folder(out: epath.Path) -> Iterator[epath.Path]:
-    """Yields a place for an export, which becomes the folder `out` after the block.
-
-    If the block raises, nothing is written. Raises UserError if `out` is not empty, or can't be written.
-    """
-    _check_empty(out)
-    part = out
-    try:
-        with whole(out) as part:
-            part.mkdir()
-            yield part
-    except OSError as error:
-        raise storage_error(out, error) from error
-    except UserError as error:
-        # The place is gone by now.
-        raise UserError(str(error).replace(str(part), str(out))) from error
-
-
-def _check_empty(out: epath.Path) -> None:
-    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty: choose another place")
-
-
-def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
-    """The stage to write to `out`: the one that is named, or the last finished one.
-
-    Raises UserError unless it is one, and if `out` holds anything.
-    """
-    paths = _paths(workdir, stages)
-    paths = paths if stages else paths[-1:]
-    if len(paths) != 1:
-        raise UserError(
-            f"this format holds one finished stage, and there are {len(paths)}: name one with --stages"
-        )
-    _check_empty(out)
-    return load_finished(paths[0])

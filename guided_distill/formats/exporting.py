@@ -1,0 +1,77 @@
+"""What the exporters share: the stages to export, the new folder, its model card."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+
+from guided_distill.errors import UserError
+from guided_distill.runs.folder import finished_stages
+from guided_distill.runs.model_file import is_model_file
+from guided_distill.runs.trained import Trained, load_finished
+from guided_distill.storage import is_there, storage_error, whole
+
+
+def stage_paths(workdir: epath.Path, stages: Sequence[str] | None) -> list[epath.Path]:
+    """Where the named stages lie, or all finished ones of a run; or a model's file itself."""
+    if not is_model_file(workdir):
+        return [workdir / name for name in stages or finished_stages(workdir)]
+    if stages:
+        raise UserError(f"--stages is given, but {workdir} is one model's file: leave it out")
+    return [workdir]
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.Path) -> Iterator[epath.Path]:
+    """Yields a place for an export, which becomes the folder `out` after the block.
+
+    If the block raises, nothing is written. Raises UserError if `out` is not empty, or can't be written.
+    """
+    _check_empty(out)
+    part = out
+    try:
+        with whole(out) as part:
+            part.mkdir()
+            yield part
+    except OSError as error:
+        raise storage_error(out, error) from error
+    except UserError as error:
+        # The place is gone by now.
+        raise UserError(str(error).replace(str(part), str(out))) from error
+
+
+def _check_empty(out: epath.Path) -> None:
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty: choose another place")
+
+
+def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
+    """The stage to write to `out`: the one that is named, or the last finished one.
+
+    Raises UserError unless it is one, and if `out` holds anything.
+    """
+    paths = stage_paths(workdir, stages)
+    paths = paths if stages else paths[-1:]
+    if len(paths) != 1:
+        raise UserError(
+            f"this format holds one finished stage, and there are {len(paths)}: name one with --stages"
+        )
+    _check_empty(out)
+    return load_finished(paths[0])
+
+
+def render_card(template: str, **values: Any) -> str:
+    """The README.md of an exported folder: the template TEMPLATE.md.jinja beside this file, filled.
+
+    Raises an error of jinja2 if the template names a value that isn't among `values`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("guided_distill.formats", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(f"{template}.md.jinja").render(**values)
