@@ -8,7 +8,7 @@ Latents are the mean of a KL autoencoder's. A draw would need a random number on
 be one draw for good; the mean is neither, and takes half the space of mean and deviation. A mirrored
 image has latents of its own, since an autoencoder doesn't commute with mirroring: both are stored, as
 two examples one after the other. Numbers are half precision on disk and float32 in batches.
-`prepare/encode.py` writes such folders.
+`data/encode.py` writes such folders.
 """
 
 import json

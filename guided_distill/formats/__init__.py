@@ -11,7 +11,8 @@ Which file knows which layout:
 | a component of a diffusers folder | `diffusers_folder.py` | import and export |
 | config.json of a U-Net, DiT or scheduler | `diffusers_configs.py` | import and export |
 | an autoencoder: config.json and weights | `diffusers_autoencoder.py` | import, latents, `encode` |
-| one file of Stable Diffusion or an LDM | `single_file.py`, with its noise levels in `single_file_noise.py` and its names in `compvis_names.py` | import |
+| one file of Stable Diffusion or an LDM | `single_file.py` | import |
+| its noise levels; its tensors' names | `single_file_noise.py`; `compvis_names.py` | `single_file.py` |
 
 `import_model.py` imports, from a diffusers folder, a single file or a hub. The exporters are
 `own_export.py` (a run or a model file of this package), `diffusers_export.py` and
