@@ -16,7 +16,8 @@ from guided_distill.applications import style_transfer
 from guided_distill.data import sources
 from guided_distill.diffusion import samplers
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, comparable, read_results, write_results
+from guided_distill.evaluation.comparison import comparable
+from guided_distill.evaluation.results import COLUMNS, read_results, write_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.report import samples
 from guided_distill.report.page import headline, write_report

@@ -3,198 +3,178 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
 
-from guided_distill.config import Evaluation
+from guided_distill.config import Evaluation, Experiment
 from guided_distill.data.source import Source
-from guided_distill.evaluation.conditions import Subjects, captions_of, open_pixels, subjects
+from guided_distill.evaluation.captions import caption_alignment
+from guided_distill.evaluation.comparison import metric_name
+from guided_distill.evaluation.drawing import Drawing, subjects
 from guided_distill.evaluation.events import forget, log_rows
-from guided_distill.evaluation.extractors.clip import ClipExtractor, clip_scores
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.extractors.registry import load_extractor
-from guided_distill.evaluation.measures import caveats, measure, shortages
-from guided_distill.evaluation.metrics.alignment import Align, fit_alignment
-from guided_distill.evaluation.outputs import Outputs, RowOutputs
+from guided_distill.evaluation.measures import Measures, Yardstick, caveats, measure, shortages
+from guided_distill.evaluation.outputs import Outputs, row_outputs
 from guided_distill.evaluation.reference import (
     MAX_EXAMPLES,
-    Reference,
+    open_pixels,
     read_reference,
     training_reference,
 )
-from guided_distill.evaluation.results import (
-    Result,
-    add_result,
-    family,
-    metric_name,
-    read_results,
-)
+from guided_distill.evaluation.results import Result, add_result, read_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
 from guided_distill.evaluation.tasks import Row, Selection, Task, effective_settings, tasks_of
-from guided_distill.evaluation.trajectories import draw_path, has_path
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.runs.folder import read_config
 from guided_distill.runs.trained import Trained, load_finished
 from guided_distill.sampling.latents import load_latent_space
-from guided_distill.sampling.request import Request
-from guided_distill.sampling.sample import sample_batches
 from guided_distill.storage import write_bytes
-from guided_distill.text.encoder import SentenceEncoder
+from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.processes import is_first
 from guided_distill.training.progress import console, progress
 
+REAL = Row("real", None, None, None)
+
 
 def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Result]:
-    """Write `results.csv` and `round_trip.csv`, row by row, TensorBoard's events, and samples.
+    """Write `results.csv` and `round_trip.csv` row by row, TensorBoard's events, and samples.
 
-    Rows that are there already are kept, unless their stage was trained anew since, or the extractor or
-    the reference differs, or selection.again; a row of results.csv that was cut goes on where it was. Of
-    many processes, all sample, and each looks at its share of the samples.
+    A row that is in the file is kept, unless its stage was trained again since, the extractor or the
+    reference differs, or `selection.again` is set; a row of results.csv that was interrupted resumes.
+    With several processes, all sample, and each extracts features from its share of the samples.
 
-    Raises UserError if the folder holds no run or an unfinished one, or for what the selection names.
+    Raises UserError if the folder holds no run or an unfinished one, or for an invalid selection.
     """
     selection = selection or Selection()
     experiment = read_config(workdir)
     settings = effective_settings(experiment, selection)
     tasks = tasks_of(experiment, settings, selection, workdir)
     train, test, of_texts = open_pixels(experiment)
-    for line in shortages(train=train.size, test=test.size):
-        console.print(line, highlight=False, markup=False)
-    extractor = load_extractor(settings.extractor, train, workdir)
-    if selection.reference is None:
-        reference = training_reference(train, extractor, workdir / "reference")
-    else:
-        reference = read_reference(selection.reference, train, extractor)
-    for line in caveats(settings.num_samples, extractor.width, reference):
-        console.print(line, highlight=False, markup=False)
+    encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}") if of_texts else None
+    _print(shortages(train=train.size, test=test.size))
+    yardstick = _yardstick(workdir, settings, selection.reference, (train, test), encoder)
+    _print(caveats(settings.num_samples, yardstick))
+    table = Table(workdir, yardstick, settings.seed, again=selection.again)
+    _measure_real_images(test, table)
 
-    encoder = align = None
-    if of_texts:
-        encoder = load_text_encoder(f"companions:{workdir / COMPANIONS}")
-        if isinstance(extractor, ClipExtractor):
-            align = clip_scores(captions_of(test).tolist(), extractor)
-        elif isinstance(encoder, SentenceEncoder) and family(extractor.name) == "lite0":
-            align = fit_alignment(train, test, extractor, encoder)
-    table = Table(workdir, extractor, reference, settings.seed, align)
-    real, count = Row("real", None, None, None), min(test.size, MAX_EXAMPLES)
-    if count > 1 and (selection.again or not table.holds(real, count)):
-        captions = test.captions if count == test.size else None
-        table.add(real, _real_outputs(test, extractor), count, captions)
-    wanted = subjects(test, settings.num_samples, encoder)
-    labels = wanted.labels
-    latent = experiment.autoencoder.steps > 0 or experiment.data.name.startswith("encoded:")
-    to_pixels = load_latent_space(workdir).to_images if latent else lambda samples: samples
+    drawing = Drawing(
+        subjects(test, settings.num_samples, encoder), settings, _decoder(workdir, experiment)
+    )
     load = functools.lru_cache(maxsize=1)(load_finished)
     log_rows(workdir, table.results)
     with progress("evaluation", total=len(tasks), unit="rows") as advance:
         for done, task in enumerate(tasks, start=1):
-            words = ""
-            directory = workdir / task.stage.name
-            path = workdir / "samples" / f"{task.file_stem}_path.npz"
-            checkpoint = checkpoint_id(directory)
-            to_measure = selection.again or not table.holds(task.row, len(labels), checkpoint)
-            if has_path(task, settings) and (to_measure or not path.exists()):
-                drawn = draw_path(load(directory), task, wanted, settings, to_pixels)
-                write_bytes(path, drawn)
-            if to_measure:
-                outputs = RowOutputs(
-                    _drawing(load(directory), task, wanted, settings, to_pixels),
-                    labels,
-                    extractor,
-                    parts=table.parts(task, len(labels), checkpoint),
-                    pictures=workdir / "samples" / f"{task.file_stem}.npz",
-                )
-                result = table.add(
-                    task.row,
-                    outputs,
-                    len(labels),
-                    wanted.captions,
-                    network_calls=task.network_calls,
-                    checkpoint=checkpoint,
-                )
-                outputs.remove_parts()
-                log_rows(workdir, table.results)
-                words = (
-                    f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}: "
-                    f"{metric_name('fd', result.extractor)} {result.fd:.3f} of n={result.n}"
-                )
-            advance(done, words)
-    if not latent:
+            advance(done, _measure_task(task, drawing, table, load))
+    if not _is_latent(experiment):
         evaluate_round_trips(workdir, settings, selection.stages, again=selection.again)
     return table.results
 
 
 class Table:
-    """`results.csv`, while rows of one extractor, reference and seed are added."""
+    """`results.csv` while rows with one yardstick and one seed are added.
+
+    again: measure the rows that the file already holds.
+    """
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        extractor: Extractor,
-        reference: Reference,
-        seed: int,
-        align: Align | None,
+        self, workdir: epath.Path, yardstick: Yardstick, seed: int, *, again: bool = False
     ) -> None:
+        self.workdir = workdir
+        self.yardstick = yardstick
         self.results = read_results(workdir / "results.csv")
-        self._workdir = workdir
-        self._extractor = extractor
-        self._reference = reference
         self._seed = seed
-        self._align = align
-        self._name = f"{extractor.name}@{reference.of}" if reference.of else extractor.name
+        self._again = again
 
-    def holds(self, row: Row, count: int, checkpoint: str | None = None) -> bool:
-        """Whether the row was measured on `count` samples of the checkpoint."""
-        key, against = (*row, count, self._seed, self._name), self._reference.fingerprint
-        return any(
-            result.key == key and result.made_of(checkpoint, against) for result in self.results
+    def lacks(self, row: Row, count: int, checkpoint: str | None = None) -> bool:
+        """Whether the row has yet to be measured on `count` samples of the checkpoint."""
+        key = (*row, count, self._seed, self.yardstick.name)
+        against = self.yardstick.reference.fingerprint
+        return self._again or not any(
+            each.key == key and each.made_of(checkpoint, against) for each in self.results
         )
 
     def parts(self, task: Task, count: int, checkpoint: str) -> epath.Path:
-        """The folder for what the extractor says of these samples, and of no others."""
-        of = (*task.row, count, self._seed, self._name, checkpoint, self._reference.fingerprint)
+        """The folder for the extractor's outputs for exactly these samples."""
+        yardstick = self.yardstick
+        against = yardstick.reference.fingerprint
+        of = (*task.row, count, self._seed, yardstick.name, checkpoint, against)
         name = f"{task.file_stem}_{hashlib.sha256(repr(of).encode()).hexdigest()[:8]}"
-        return self._workdir / "evaluation" / self._extractor.name / name
+        return self.workdir / "evaluation" / yardstick.extractor.name / name
 
     def add(
         self,
         row: Row,
-        outputs: Iterable[Outputs],
-        count: int,
-        captions: np.ndarray | None,
+        measures: Measures,
+        *,
         network_calls: int | None = None,
         checkpoint: str | None = None,
     ) -> Result:
-        """Measure a row and write it. captions: what the samples show, where they are of texts."""
-        align = None
-        if self._align is not None and captions is not None:
-            align = functools.partial(self._align, captions=captions)
-        measures = measure(
-            outputs,
-            count=count,
-            extractor=self._extractor,
-            reference=self._reference,
-            align=align,
-        )
+        """Write a measured row. With several processes, process 0 writes it."""
         result = Result(
             **row._asdict(),
             **dataclasses.asdict(measures),
             seed=self._seed,
-            seconds=outputs.seconds if isinstance(outputs, RowOutputs) else None,
             network_calls=network_calls,
-            extractor=self._name,
+            extractor=self.yardstick.name,
             checkpoint=checkpoint,
-            against=self._reference.fingerprint,
+            against=self.yardstick.reference.fingerprint,
         )
         self.results = [each for each in self.results if each.key != result.key] + [result]
         if is_first():
-            add_result(self._workdir / "results.csv", result)
-            forget(self._workdir, result)
+            add_result(self.workdir / "results.csv", result)
+            forget(self.workdir, result)
         return result
+
+
+def _measure_task(
+    task: Task, drawing: Drawing, table: Table, load: Callable[[epath.Path], Trained]
+) -> str:
+    """Measure a task's samples unless the table holds its row; returns a few words on the outcome."""
+    workdir, subjects = table.workdir, drawing.subjects
+    folder, count = workdir / task.stage.name, len(subjects.labels)
+    checkpoint = checkpoint_id(folder)
+    lacking = table.lacks(task.row, count, checkpoint)
+    path = workdir / "samples" / f"{task.file_stem}_path.npz"
+    if drawing.has_path(task) and (lacking or not path.exists()):
+        write_bytes(path, drawing.path(load(folder), task))
+    if not lacking:
+        return ""
+    parts = table.parts(task, count, checkpoint)
+    outputs = row_outputs(
+        functools.partial(drawing.draw, load(folder), task),
+        subjects.labels,
+        table.yardstick.extractor,
+        parts=parts,
+        pictures=workdir / "samples" / f"{task.file_stem}.npz",
+    )
+    result = table.add(
+        task.row,
+        measure(outputs, table.yardstick, count=count, captions=subjects.captions),
+        network_calls=task.network_calls,
+        checkpoint=checkpoint,
+    )
+    if is_first() and parts.exists():
+        parts.rmtree()
+    log_rows(workdir, table.results)
+    return (
+        f"{task.stage.name} {task.sampler} N={task.num_steps} w={task.w:g}: "
+        f"{metric_name('fd', result.extractor)} {result.fd:.3f}, n={result.n}"
+    )
+
+
+def _measure_real_images(test: Source, table: Table) -> None:
+    """Measure the test split unless the table holds its row, or it has no two images."""
+    count = min(test.size, MAX_EXAMPLES)
+    if count < 2 or not table.lacks(REAL, count):
+        return
+    captions = test.captions if count == test.size else None
+    outputs = _real_outputs(test, table.yardstick.extractor)
+    table.add(REAL, measure(outputs, table.yardstick, count=count, captions=captions))
 
 
 def _real_outputs(source: Source, extractor: Extractor) -> Iterator[Outputs]:
@@ -202,29 +182,36 @@ def _real_outputs(source: Source, extractor: Extractor) -> Iterator[Outputs]:
         yield Outputs(*extractor(examples["image"]), examples["label"])
 
 
-def _drawing(
-    trained: Trained,
-    task: Task,
-    wanted: Subjects,
+def _yardstick(
+    workdir: epath.Path,
     settings: Evaluation,
-    to_pixels: Callable[[np.ndarray], np.ndarray],
-) -> Callable[[int], Iterator[np.ndarray]]:
-    """f(start): the task's samples from that index on, by a sampler that is compiled by then."""
-    request = Request(
-        condition=wanted.condition,
-        null=wanted.null,
-        w=task.w,
-        num_steps=task.num_steps,
-        sampler=task.sampler,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        allow_untrained=True,
+    reference: epath.Path | None,
+    splits: tuple[Source, Source],
+    encoder: TextEncoder | None,
+) -> Yardstick:
+    """The config's extractor, and the reference from a file or from the training split."""
+    train, test = splits
+    extractor = load_extractor(settings.extractor, train, workdir)
+    return Yardstick(
+        extractor,
+        training_reference(train, extractor, workdir / "reference")
+        if reference is None
+        else read_reference(reference, train, extractor),
+        caption_alignment(train, test, extractor, encoder) if encoder else None,
     )
 
-    def draw_from(start: int) -> Iterator[np.ndarray]:
-        one = {name: each[:1] for name, each in wanted.condition.items()}
-        first = dataclasses.replace(request, condition=one, num_steps=1)
-        to_pixels(next(sample_batches(trained, first)))
-        return map(to_pixels, sample_batches(trained, dataclasses.replace(request, start=start)))
 
-    return draw_from
+def _is_latent(experiment: Experiment) -> bool:
+    return experiment.autoencoder.steps > 0 or experiment.data.name.startswith("encoded:")
+
+
+def _decoder(workdir: epath.Path, experiment: Experiment) -> Callable[[np.ndarray], np.ndarray]:
+    """From what the run's samplers return to pixels."""
+    if _is_latent(experiment):
+        return load_latent_space(workdir).to_images
+    return lambda samples: samples
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False)

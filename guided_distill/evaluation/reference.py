@@ -17,12 +17,16 @@ import jax
 import numpy as np
 from etils import epath
 
+from guided_distill.config import Experiment
+from guided_distill.data import sources
+from guided_distill.data.encoded import read_about
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.metrics.frechet import FeatureStatistics
 from guided_distill.evaluation.metrics.precision_recall import Manifold
 from guided_distill.files import regular_file
+from guided_distill.places import local_path_named
 from guided_distill.storage import write_bytes
 from guided_distill.training.progress import progress
 
@@ -51,6 +55,28 @@ class Reference:
         """The features, of which there have to be some, with the balls around them."""
         assert self.features is not None
         return Manifold.from_features(self.features)
+
+
+def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
+    """The pixels of the training and of the test split, and whether the run is conditioned on texts.
+
+    For encoded data they are the images that were encoded. Raises UserError for an in-painting run.
+    """
+    data, of_texts = experiment.data, experiment.data.text_encoder is not None
+    name, image_size = data.name, data.image_size
+    if name.startswith("encoded:"):
+        encoding = read_about(local_path_named(name.removeprefix("encoded:"), "encoded data"))
+        name, image_size = encoding.data, encoding.image_size
+        of_texts = encoding.text_shape is not None
+        if encoding.inpaint:
+            raise UserError(
+                "evaluate can't measure in-painting: look at images by `guided-distill inpaint` instead"
+            )
+    train, test = (
+        sources.load(name, split=split, image_size=image_size, seed=experiment.seed)
+        for split in sources.SPLITS
+    )
+    return train, test, of_texts
 
 
 def training_reference(source: Source, extractor: Extractor, folder: epath.Path) -> Reference:

@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from guided_distill.evaluation.results import Result, at_weights, metric_name, shared_weights
+from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
+from guided_distill.evaluation.results import Result
 from guided_distill.report.figures import (
     mean_over_w,
     plain_log_axis,

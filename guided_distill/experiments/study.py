@@ -12,8 +12,9 @@ from etils import epath
 from guided_distill import pipeline
 from guided_distill.config import Experiment, changed_keys
 from guided_distill.errors import Interrupted, UserError
+from guided_distill.evaluation.comparison import comparable
 from guided_distill.evaluation.evaluate import evaluate
-from guided_distill.evaluation.results import COLUMNS, Result, comparable, read_results
+from guided_distill.evaluation.results import COLUMNS, Result, read_results
 from guided_distill.experiments.sweeps import Point
 from guided_distill.runs import folder as runs
 from guided_distill.storage import write_text

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from guided_distill.config import Data, Experiment, differences
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import COLUMNS, Result, at_weights, metric_name, read_results
+from guided_distill.evaluation.comparison import at_weights, metric_name
+from guided_distill.evaluation.results import COLUMNS, Result, read_results
 from guided_distill.experiments.studies import shared_by_all, study_figure, without_shared_parts
 from guided_distill.report.figures import mean_over_w, words_of_weights
 from guided_distill.report.grids import frames

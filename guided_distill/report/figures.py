@@ -8,12 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from guided_distill.evaluation.results import (
-    Result,
-    at_weights,
-    metric_name,
-    shared_weights,
-)
+from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
+from guided_distill.evaluation.results import Result
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pictures import image_grid
 

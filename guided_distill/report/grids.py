@@ -7,8 +7,9 @@ import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import Result, metric_name
-from guided_distill.evaluation.trajectories import MOST_STEPS, middle
+from guided_distill.evaluation.comparison import metric_name
+from guided_distill.evaluation.drawing import PATH_STEPS, middle
+from guided_distill.evaluation.results import Result
 from guided_distill.files import regular_file
 from guided_distill.pictures import grid_or_plot, point_plots
 from guided_distill.report.figures import WORDS
@@ -183,7 +184,7 @@ def _path_strip(result: Result, file: epath.Path) -> Strip:
         image=picture,
         alt=f"{count} samples on their way at t = {listed}: {title}; {_listed(labels)}",
         points=False,
-        share=steps / MOST_STEPS,
+        share=steps / PATH_STEPS,
     )
 
 

@@ -9,16 +9,8 @@ from etils import epath
 
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
-from guided_distill.evaluation.results import (
-    COLUMNS,
-    Result,
-    at_weights,
-    comparable,
-    metric_name,
-    read_results,
-    read_rows,
-    shared_weights,
-)
+from guided_distill.evaluation.comparison import at_weights, comparable, metric_name, shared_weights
+from guided_distill.evaluation.results import COLUMNS, Result, read_results, read_rows
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.report.figures import (
     faithfulness_column,

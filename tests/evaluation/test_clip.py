@@ -10,7 +10,9 @@ from text_models import write_clip_of_both
 
 from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
+from guided_distill.evaluation.captions import against
 from guided_distill.evaluation.extractors import clip
+from guided_distill.evaluation.metrics.alignment import retrieval
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_every_image_is_held_against_its_own_caption(extractor):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     cosines = features @ texts.T
     assert cosines.std() > 0.01
-    align = clip.clip_scores([*captions, *captions], extractor)
+    align = against(np.tile(captions, 2), extractor.embed_texts, retrieval)
     order = np.arange(33)[::-1]
     for chosen in (np.arange(33), order):
         found = align(features[chosen], captions)

@@ -1,4 +1,4 @@
-"""All measures of a stream of outputs, and what is said of them."""
+"""All measures of a stream of outputs, and the caveats that go with them."""
 
 import itertools
 from dataclasses import replace
@@ -13,11 +13,11 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation import outputs as outputs_module
 from guided_distill.evaluation.evaluate import Table
 from guided_distill.evaluation.extractors.extractor import Extractor
-from guided_distill.evaluation.measures import caveats, measure, shortages
+from guided_distill.evaluation.measures import Yardstick, caveats, measure, shortages
 from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from guided_distill.evaluation.metrics.kid import kernel_distance
 from guided_distill.evaluation.metrics.precision_recall import Manifold, precision_recall
-from guided_distill.evaluation.outputs import Outputs, RowOutputs
+from guided_distill.evaluation.outputs import Outputs, row_outputs
 from guided_distill.evaluation.reference import Reference
 from guided_distill.evaluation.tasks import Task
 from guided_distill.stages import all_stages
@@ -43,6 +43,10 @@ def reference_of(features=REAL):
     return Reference(FeatureStatistics.from_features(REAL), features, fingerprint="0123abcd")
 
 
+def yardstick_of(reference, width=3):
+    return Yardstick(replace(extractor_of(), width=width), reference)
+
+
 def in_chunks(size, extractor):
     for start in range(0, len(SAMPLES), size):
         rows = slice(start, start + size)
@@ -50,10 +54,8 @@ def in_chunks(size, extractor):
 
 
 def test_a_stream_in_any_chunks_is_measured_as_the_whole():
-    extractor = extractor_of()
-    found = measure(
-        in_chunks(80, extractor), count=80, extractor=extractor, reference=reference_of()
-    )
+    yardstick = yardstick_of(reference_of())
+    found = measure(in_chunks(80, yardstick.extractor), yardstick, count=80)
     statistics = [FeatureStatistics.from_features(each) for each in (REAL, SAMPLES)]
     manifolds = [Manifold.from_features(each) for each in (REAL, SAMPLES)]
     assert found.n == 80
@@ -63,8 +65,7 @@ def test_a_stream_in_any_chunks_is_measured_as_the_whole():
     assert found.accuracy == np.mean((SAMPLES[:, 0] < 0) == LABELS)
     assert 1 < found.inception_score < 2
     for size in (7, 40):
-        chunks = in_chunks(size, extractor)
-        again = measure(chunks, count=80, extractor=extractor, reference=reference_of())
+        again = measure(in_chunks(size, yardstick.extractor), yardstick, count=80)
         assert again.fd == pytest.approx(found.fd)
         assert again.inception_score == pytest.approx(found.inception_score)
         assert (again.kid, again.recall, again.accuracy) == (
@@ -76,22 +77,17 @@ def test_a_stream_in_any_chunks_is_measured_as_the_whole():
 
 def test_what_cannot_be_told_is_none():
     extractor = extractor_of(own_classes=False)
-    found = measure(
-        in_chunks(30, extractor), count=80, extractor=extractor, reference=reference_of(None)
-    )
+    yardstick = Yardstick(extractor, reference_of(None))
+    found = measure(in_chunks(30, extractor), yardstick, count=80)
     assert (found.kid, found.precision, found.recall, found.accuracy) == (None,) * 4
     assert found.fd > 0
 
 
 @pytest.mark.parametrize(("count", "of_reference"), [(3, 90), (80, 3)])
 def test_of_few_images_all_but_precision_and_recall_is_measured(count, of_reference):
-    extractor = extractor_of()
-    found = measure(
-        itertools.islice(in_chunks(count, extractor), 1),
-        count=count,
-        extractor=extractor,
-        reference=reference_of(REAL[:of_reference]),
-    )
+    yardstick = yardstick_of(reference_of(REAL[:of_reference]))
+    chunks = itertools.islice(in_chunks(count, yardstick.extractor), 1)
+    found = measure(chunks, yardstick, count=count)
     assert (found.precision, found.recall) == (None, None)
     assert found.kid == pytest.approx(kernel_distance(REAL[:of_reference], SAMPLES[:count]).mean)
     assert found.fd > 0
@@ -100,9 +96,9 @@ def test_of_few_images_all_but_precision_and_recall_is_measured(count, of_refere
 def test_what_few_images_lack_is_said_first():
     assert shortages(train=4, test=4) == []
     (none,) = shortages(train=4, test=1)
-    assert "test split has 1 image: results.csv gets no row of real ones" in none
+    assert "test split has 1 image: results.csv gets no row of real images" in none
     (few,) = shortages(train=4, test=3)
-    assert "precision and recall need 4 and are left out of the row of real ones" in few
+    assert "precision and recall need 4 and are left out of the row of real images" in few
     (few,) = shortages(train=3, test=4)
     assert few.startswith("the training split has 3 images: precision and recall need 4")
     with pytest.raises(UserError, match="the training split has 1 image: an evaluation needs 2"):
@@ -111,9 +107,9 @@ def test_what_few_images_lack_is_said_first():
 
 @pytest.mark.parametrize("count", [79, 81])
 def test_another_number_of_samples_is_refused(count):
-    extractor, reference = extractor_of(), reference_of()
-    with pytest.raises(UserError, match=f"features of .* samples or more, and {count} are to be"):
-        measure(in_chunks(30, extractor), count=count, extractor=extractor, reference=reference)
+    yardstick = yardstick_of(reference_of())
+    with pytest.raises(UserError, match=f"features of .* samples or more, but {count} are to be"):
+        measure(in_chunks(30, yardstick.extractor), yardstick, count=count)
 
 
 def test_parts_are_of_one_row_alone(tmp_path):
@@ -121,7 +117,7 @@ def test_parts_are_of_one_row_alone(tmp_path):
     stages = [stage for stage in all_stages(experiment) if stage.num_steps]
     task = Task(stages[0], "ddim", 4, 1.0)
     tables = [
-        Table(epath.Path(tmp_path), extractor_of(), replace(reference_of(), **changes), seed, None)
+        Table(epath.Path(tmp_path), yardstick_of(replace(reference_of(), **changes)), seed)
         for changes, seed in (({}, 0), ({}, 1), ({"fingerprint": "ffffffff"}, 0))
     ]
     folders = [table.parts(task, 80, "0123abcd") for table in tables]
@@ -135,13 +131,14 @@ def test_parts_are_of_one_row_alone(tmp_path):
 
 
 def test_caveats_say_what_holds():
-    assert caveats(50_000, 2048, reference_of()) == []
-    (unnamed,) = caveats(50_000, 2048, replace(reference_of(None), of="adm"))
-    assert "statistics of adm don't say what made them" in unnamed
+    wide, wider = yardstick_of(reference_of(), 1280), yardstick_of(reference_of(), 2048)
+    assert caveats(50_000, wider) == []
+    (unnamed,) = caveats(50_000, yardstick_of(replace(reference_of(None), of="adm")))
+    assert "statistics of adm don't say how they were made" in unnamed
     assert "TensorFlow graph" in unnamed
-    (few,) = caveats(10_000, 1280, reference_of())
+    (few,) = caveats(10_000, wide)
     assert "published" in few
-    _, rank = caveats(1280, 1280, reference_of())
+    _, rank = caveats(1280, wide)
     assert "rank-deficient" in rank
     assert "unbiased" in rank
 
@@ -164,7 +161,7 @@ def drawing(drawn, *, batch, cut_at=None):
     return draw
 
 
-def test_a_cut_row_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_row_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs_module, "SECONDS_BETWEEN_PARTS", 0.0)
     monkeypatch.setattr(outputs_module, "KEPT_SAMPLES", 15)
     # A clock that is a second later whenever it is looked at.
@@ -176,16 +173,15 @@ def test_a_cut_row_goes_on_where_it_was(tmp_path, monkeypatch):
     drawn = []
 
     def row(**how):
-        return RowOutputs(drawing(drawn, **how), LABELS, extractor_of(), **places)
+        return row_outputs(drawing(drawn, **how), LABELS, extractor_of(), **places)
 
     for how in ({"batch": 10, "cut_at": 10}, {"batch": 10, "cut_at": 50}):
         with pytest.raises(Cut):
             list(row(**how))
     assert drawn == [*range(10), *range(50)], "the pictures' samples must be drawn again"
-    again = row(batch=13)
-    outputs = list(again)
+    outputs = list(row(batch=13))
     assert drawn[60:] == list(range(50, 80))
-    assert again.seconds == 5 + 4, "of five draws that were kept, three more and the end"
+    assert sum(each.seconds for each in outputs) == 5 + 3, "of five draws that were kept, and three"
     np.testing.assert_array_equal(np.concatenate([each.features for each in outputs]), SAMPLES)
     np.testing.assert_array_equal(np.concatenate([each.labels for each in outputs]), LABELS)
     assert all(len(each.logits) == len(each.labels) for each in outputs)
@@ -196,5 +192,3 @@ def test_a_cut_row_goes_on_where_it_was(tmp_path, monkeypatch):
     with np.load(places["pictures"]) as pictures:
         np.testing.assert_array_equal(pictures["image"], SAMPLES[:15])
         np.testing.assert_array_equal(pictures["label"], LABELS[:15])
-    again.remove_parts()
-    assert not places["parts"].exists()

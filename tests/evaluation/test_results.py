@@ -7,16 +7,13 @@ import pytest
 from etils import epath
 
 from guided_distill.errors import UserError
+from guided_distill.evaluation.comparison import at_weights, comparable, metric_name, shared_weights
 from guided_distill.evaluation.results import (
     COLUMNS,
     Result,
     add_result,
-    at_weights,
-    comparable,
-    metric_name,
     read_results,
     read_rows,
-    shared_weights,
     write_results,
 )
 

@@ -17,7 +17,6 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.extractors.pretrained import check_images
-from guided_distill.evaluation.metrics.alignment import Align, Alignment, retrieval
 from guided_distill.formats.diffusers_folder import TEXT_WEIGHTS, read_weights
 from guided_distill.formats.json_files import an_object, one_of, read_json, whole_number
 from guided_distill.formats.torch_layout import to_tree
@@ -208,20 +207,6 @@ class ClipExtractor(Extractor):
                 )
 
         return jax.jit(embed)
-
-
-def clip_scores(captions: Sequence[str], extractor: ClipExtractor) -> Align:
-    """The measure for samples of some of `captions`: its cosine is the CLIP score.
-
-    That is the mean cosine of a sample with the caption that it was made for; some report it times 100.
-    """
-    choices = np.unique(np.asarray(captions))
-    embeddings = extractor.embed_texts(choices.tolist())
-
-    def align(features: np.ndarray, captions: np.ndarray) -> Alignment:
-        return retrieval(features, embeddings, np.searchsorted(choices, captions))
-
-    return align
 
 
 def preprocess(images: jax.Array, side: int) -> jax.Array:

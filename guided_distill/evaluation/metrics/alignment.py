@@ -9,25 +9,18 @@ there are no CLIP weights, and isn't comparable with one; with them, see `clip.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from guided_distill.data.source import Source
 from guided_distill.errors import UserError
-from guided_distill.evaluation.conditions import captions_of
-from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.metrics.frechet import check_same_width, feature_matrix
-from guided_distill.text.encoder import SentenceEncoder
 
 RIDGE = 300.0
 """The penalty on the squared weights, chosen for Lite0's features."""
 
 TOP = 10
-
-MAX_EXAMPLES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,32 +107,3 @@ def retrieval(guesses: np.ndarray, embeddings: np.ndarray, captions: np.ndarray)
 def _unit(vectors: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
-
-
-Align = Callable[..., Alignment]
-"""f(features [n, D] of samples, their captions [n])."""
-
-
-def fit_alignment(
-    train: Source, test: Source, extractor: Extractor, encoder: SentenceEncoder
-) -> Align:
-    """The measure for samples of the test captions, fitted on up to MAX_EXAMPLES training images.
-
-    A sample's caption is looked for among all those of the test split.
-
-    Raises UserError if the data have no captions.
-    """
-    chosen = np.sort(np.random.default_rng(0).permutation(train.size)[:MAX_EXAMPLES])
-    features = np.concatenate(
-        [extractor(examples["image"])[0] for examples in train.chunks_of(chosen)]
-    )
-    texts, text_of = np.unique(captions_of(train)[chosen], return_inverse=True)
-    guess = CaptionGuess.fit(features, encoder.embed(texts.tolist())[text_of])
-
-    choices = np.unique(captions_of(test))
-    embeddings = encoder.embed(choices.tolist())
-
-    def align(features: np.ndarray, captions: np.ndarray) -> Alignment:
-        return guess.align(features, embeddings, np.searchsorted(choices, captions))
-
-    return align
