@@ -66,7 +66,7 @@ def trained(network: Network, data: dict[str, Any], updates: int) -> Params:
 
 
 def main() -> None:
-    source = sources.load("digits", split="train", image_size=None, seed=0)
+    source = sources.load_source("digits", split="train", image_size=None, seed=0)
     examples = source.read(range(source.size))
     data = {name: jnp.asarray(examples[name]) for name in ("image", "label")}
     networks = {

@@ -223,7 +223,7 @@ def _check_condition(experiment: Experiment) -> None:
     for name, value in experiment.data.condition.items():
         where = f"config.data.condition.{name}"
         kind = kinds.Count if name == "label" else tuple[kinds.Width, ...]
-        kinds.check(where, kinds.parse(where, value, kind), kind)
+        kinds.check(where, kinds.parse_value(where, value, kind), kind)
 
 
 def _check_guidance(experiment: Experiment) -> None:

@@ -1,8 +1,8 @@
-"""Kinds of values: what a key of a config, a flag or a field of the page may hold.
+"""Kinds of values: the type, range and names that a config key, a flag or a field of the page allows.
 
-A kind is a type, with its `Range` where it is of numbers, and with its `OneOf` where it is of names. They
-annotate the fields of a config and of a network. `parse` holds a value to its type and its names, `check`
-to its range, and `read` makes a number of a word of the command line.
+A kind is a type, annotated with a `Range` if it is a number and with a `OneOf` if it is a name. Kinds
+annotate the fields of configs and networks. `parse_value` checks a value's type and name, `check` checks
+its range, and `read_number` reads a number from the command line.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _FLOAT32 = 3.4e38
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; `low` itself unless `above`, `high` itself unless `below`."""
+    """Numbers from `low` to `high`. `above` excludes `low` itself, and `below` excludes `high`."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Range:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        """Whether `value` is in the range; NaN is in none."""
+        """Whether `value` is in the range; NaN never is."""
         return self.low <= value <= self.high and not (
             (self.above and value == self.low) or (self.below and value == self.high)
         )
@@ -42,7 +42,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """A name of these."""
+    """One of these names."""
 
     names: tuple[str, ...]
 
@@ -62,14 +62,14 @@ Fraction = Annotated[float, Range(0, 1, below=True)]
 Weight = Annotated[float, Range(-1000, 1000)]
 Strength = Annotated[float, Range(0, 1, above=True)]
 Port = Annotated[int, Range(1, 2**16 - 1)]
-"""Count, Whole: what an int32 of JAX holds. Seed: of 64 bits. Width: of an image or a layer.
-NumSteps: of a sampler. Positive, NotNegative: what a float32 holds. Weight: of guidance."""
+"""Count and Whole fit into an int32, Positive and NotNegative into a float32, and a Seed has 64 bits.
+Width is the width of an image or a layer, NumSteps a sampler's, and Weight the guidance weight w."""
 
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 
 
 def without_none(kind: Any) -> Any:
-    """The kind that a value has where it isn't None."""
+    """The kind without its None: X for X | None."""
     options = [each for each in typing.get_args(kind) if each is not type(None)]
     return options[0] if type(None) in typing.get_args(kind) else kind
 
@@ -80,12 +80,12 @@ def type_of(kind: Any) -> Any:
     return kind.__origin__ if typing.get_origin(kind) is Annotated else kind
 
 
-def parse(where: str, value: Any, kind: Any) -> Any:
-    """The value as its kind has it: numbers as floats where they are to be, lists as tuples.
+def parse_value(where: str, value: Any, kind: Any) -> Any:
+    """The value converted to its kind: an int to float where the kind is float, a list to a tuple.
 
-    kind: a type, annotated or not, a tuple of one, or dict, and whether it may be None. Raises UserError,
-    naming the key `where`, for a value of another type, and for a name that isn't among those there are.
-    What is no number, string or bool is left to who takes it.
+    kind: a type, annotated or not, a tuple of one, or dict; any of them may also allow None. Raises
+    UserError, naming the key `where`, for a value of another type or a name that the kind doesn't allow.
+    Values of other types than numbers, strings and bools are returned unchecked.
     """
     if value is None and without_none(kind) is not kind:
         return None
@@ -100,12 +100,12 @@ def parse(where: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} must be a tuple, not {value!r}")
-        return tuple(parse(where, each, typing.get_args(kind)[0]) for each in value)
+        return tuple(parse_value(where, each, typing.get_args(kind)[0]) for each in value)
     form = type_of(kind)
     if form not in _WORDS:
         return value
     if form is float and isinstance(value, int) and not isinstance(value, bool):
-        # A whole number that no float holds is in no range either.
+        # An integer too large for a float is outside every range.
         value = float(value) if abs(value) < _FLOAT32 else math.inf * (1 if value > 0 else -1)
     if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
         raise UserError(f"{where} must be {_WORDS[form]}, not {value!r}")
@@ -116,9 +116,9 @@ def parse(where: str, value: Any, kind: Any) -> Any:
 
 
 def parse_section(where: str, values: Mapping[str, Any], section: Any) -> Any:
-    """The dataclass `section` made of `values`, whose fields are kinds or dataclasses again.
+    """The dataclass `section` filled with `values`; its fields are kinds or dataclasses themselves.
 
-    Raises UserError, naming the key under `where`, as `parse` does, and for one that is no field.
+    Raises UserError, naming the key under `where`, for a key that isn't a field, and as `parse_value`.
     """
     fields = {field.name: field.type for field in dataclasses.fields(section)}
     parsed = {}
@@ -128,9 +128,9 @@ def parse_section(where: str, values: Mapping[str, Any], section: Any) -> Any:
             raise UserError(f"{key} is not a key; those of {where} are {', '.join(sorted(fields))}")
         kind = fields[name]
         if not dataclasses.is_dataclass(kind):
-            parsed[name] = parse(key, value, kind)
+            parsed[name] = parse_value(key, value, kind)
         else:
-            parsed[name] = parse_section(key, parse(key, value, dict[str, Any]), kind)
+            parsed[name] = parse_section(key, parse_value(key, value, dict[str, Any]), kind)
     return section(**parsed)
 
 
@@ -143,7 +143,7 @@ def kind_at(key: str, section: Any) -> Any:
 
 
 def check_section(where: str, section: Any) -> None:
-    """As `check`, for the fields of a dataclass and of those in it."""
+    """Like `check`, for every field of a dataclass and of the dataclasses in it."""
     for field in dataclasses.fields(section):
         key, value = f"{where}.{field.name}", getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -153,7 +153,7 @@ def check_section(where: str, section: Any) -> None:
 
 
 def range_of(kind: Any) -> Range | None:
-    """The range of a kind's numbers, also of those in a tuple; None for a kind without one."""
+    """The range of a number, or of the numbers in a tuple; None if the kind has no range."""
     own = [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Range)]
     return next((each for each in (*own, *map(range_of, typing.get_args(kind))) if each), None)
 
@@ -170,8 +170,8 @@ def check(where: str, value: Any, kind: Any) -> None:
             raise UserError(f"{where} {verb} {each}; make it {allowed}")
 
 
-def read(text: str, kind: Any) -> Any:
-    """The number of a kind that a text holds. Raises ValueError, whose words follow a flag's name."""
+def read_number(text: str, kind: Any) -> Any:
+    """Reads a number of this kind. Raises ValueError with a message to put after the flag's name."""
     form, allowed = type_of(kind), range_of(kind)
     try:
         value = form(text)

@@ -12,13 +12,17 @@ from etils import epath
 from guided_distill import draws
 from guided_distill.config import AUTOENCODER, Experiment
 from guided_distill.data import sources
-from guided_distill.data.encode import EncodeRequest, check_image_shape, encode
+from guided_distill.data.encode import EncodeRequest, check_image_shape, encode_data
 from guided_distill.data.outline import Outline, check_expected, expected_outline, outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.formats.diffusers_autoencoder import autoencoder_config
-from guided_distill.formats.diffusers_configs import PARAMETERIZATIONS, Chain, scheduler_config
+from guided_distill.formats.diffusers_configs import (
+    PARAMETERIZATIONS,
+    SchedulerSettings,
+    scheduler_config,
+)
 from guided_distill.formats.diffusers_folder import (
     DIFFUSERS_VERSION,
     MODEL_INDEX,
@@ -49,7 +53,7 @@ _SHARD = 4096
 def open_data(experiment: Experiment) -> Source:
     """The data that the config names. Raises UserError if they aren't what it says."""
     data = experiment.data
-    source = sources.load(data.name, image_size=data.image_size, seed=experiment.seed)
+    source = sources.load_source(data.name, image_size=data.image_size, seed=experiment.seed)
     if data.channels not in (None, source.shape[-1]):
         raise UserError(
             f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
@@ -144,9 +148,9 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
         shard_size=_SHARD,
     )
     first_alone(
-        lambda: encode(folder, request, autoencoder=autoencoder_folder(workdir)),
+        lambda: encode_data(folder, request, autoencoder=autoencoder_folder(workdir)),
     )
-    return sources.load(f"encoded:{folder}")
+    return sources.load_source(f"encoded:{folder}")
 
 
 def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:
@@ -227,7 +231,7 @@ def _write_companions(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if model.schedule != "cosine" and model.parameterization in PARAMETERIZATIONS.values():
-        chain = Chain(model.parameterization, model.schedule, model.schedule_options)
+        chain = SchedulerSettings(model.parameterization, model.schedule, model.schedule_options)
         scheduler = scheduler_config(chain, num_steps=None)
         write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler)
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]

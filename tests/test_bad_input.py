@@ -8,7 +8,7 @@ from PIL import Image
 
 from guided_distill import cli
 from guided_distill.errors import UserError
-from guided_distill.verbs.runs import read_config
+from guided_distill.verbs.runs import read_config_file
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DIGITS, OWN_IMAGES = CONFIGS / "digits.py", CONFIGS / "own_images.py"
@@ -85,11 +85,11 @@ def test_a_flag_out_of_its_range_is_one_sentence(capsys, verb, flag, value, said
 def test_none_is_a_value_where_a_key_may_be_none():
     overrides = ["data.image_size=None", "start_from=None", "data.text_encoder=None", "seed=3"]
     given = [f"--config.{override}" for override in ["start_from=a/teacher", *overrides]]
-    config = read_config(str(OWN_IMAGES), given)
+    config = read_config_file(str(OWN_IMAGES), given)
     assert (config.data.image_size, config.start_from, config.data.text_encoder) == (None,) * 3
     assert config.seed == 3
     with pytest.raises(UserError, match="an override doesn't fit"):
-        read_config(str(DIGITS), ["--config.teacher.steps=None"])
+        read_config_file(str(DIGITS), ["--config.teacher.steps=None"])
 
 
 def whole(path):

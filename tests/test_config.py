@@ -278,7 +278,7 @@ def test_autoencoders_that_cannot_be_made_name_the_option(options, said):
     small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     experiment = config.parse({"autoencoder": {"steps": 1, "options": small | options}})
     with pytest.raises(UserError) as caught:
-        outline_of_latents(sources.load("digits"), experiment)
+        outline_of_latents(sources.load_source("digits"), experiment)
     assert str(caught.value).startswith(f"config.autoencoder.options.{said}")
 
 

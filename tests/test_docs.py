@@ -24,7 +24,7 @@ from guided_distill.evaluation.extractors import registry
 from guided_distill.experiments.sweeps import name_of, with_overrides
 from guided_distill.training.checkpoints import latest_step
 from guided_distill.verbs import studies
-from guided_distill.verbs.runs import read_config
+from guided_distill.verbs.runs import read_config_file
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -64,7 +64,7 @@ def check_guided_distill(arguments, *, check_values=True):
     options, rest = cli._parser().parse_known_args(arguments)
     assert not [word for word in rest if not word.startswith("--config.")]
     if rest or "config" in options:
-        values = read_config(options.config, rest)
+        values = read_config_file(options.config, rest)
         if check_values:
             config.parse(values)
     return options
@@ -107,7 +107,7 @@ def test_overrides_within_sentences_fit_a_config():
     ]
     assert len(found) > 10
     for code in found:
-        read_config("configs/imagenet64.py", shlex.split(code))
+        read_config_file("configs/imagenet64.py", shlex.split(code))
 
 
 def leaves(parser):
@@ -251,7 +251,7 @@ def test_sweeps_of_the_page_fit_their_config(patched, monkeypatch):
         if program == "guided-distill":
             options, overrides = cli._parser().parse_known_args(words)
             studies._shard(options.shard)
-            base = read_config(options.config, overrides)
+            base = read_config_file(options.config, overrides)
             points = studies._points_of(options, base)
             for point in points:
                 config.parse(with_overrides(base, point))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guided_distill import cli
-from guided_distill.verbs.runs import read_config
+from guided_distill.verbs.runs import read_config_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,12 +45,12 @@ def test_a_checkout_is_small(folder, megabytes):
 def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.resources.files", lambda _: ROOT)
     monkeypatch.chdir(tmp_path)
-    assert read_config("configs/digits.py:runlocal", []).data.name == "digits"
+    assert read_config_file("configs/digits.py:runlocal", []).data.name == "digits"
 
 
 def test_a_checkout_finds_its_configs_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert read_config("configs/digits.py:runlocal", []).data.name == "digits"
+    assert read_config_file("configs/digits.py:runlocal", []).data.name == "digits"
 
 
 def test_version(capsys):

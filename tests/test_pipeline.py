@@ -351,7 +351,7 @@ def test_round_trips_are_measured_once_and_as_they_say(finished):
     path.unlink()
 
     encoder, decoder = (weights(finished, name) for name in students[1][:2])
-    test = sources.load("digits", split="test")
+    test = sources.load_source("digits", split="test")
     images, labels = test.read(
         np.sort(np.random.default_rng(0).permutation(test.size)[:32])
     ).values()
@@ -386,7 +386,7 @@ def test_transfer_carries_images_through_their_noise(finished, tmp_path):
     with Image.open(picture) as image:
         assert image.size == (3 * 64 + 2 * 8, 3 * 64 + 2 * 8)
     assert picture.stem[:-7] == "7_to_5_halving_encode_4_halving_ddim_4_w0_1_seed0"
-    test = sources.load("digits", split="test")
+    test = sources.load_source("digits", split="test")
     of_class = [image for image, label in zip(*test.arrays().values(), strict=True) if label == 7]
     for image in found["image"]:
         assert any(np.array_equal(image, each) for each in of_class)

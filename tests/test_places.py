@@ -39,18 +39,18 @@ def test_configs_and_data_know_the_home_folder(home):
     (home / "own.py").write_text("")
     assert find_config("~/own.py") == str(home / "own.py")
     np.savez(home / "data.npz", image=np.zeros((20, 4, 4), np.uint8))
-    assert sources.load("npz:~/data.npz").shape == (4, 4, 1)
+    assert sources.load_source("npz:~/data.npz").shape == (4, 4, 1)
     (home / "images").mkdir()
     for index in range(4):
         Image.new("RGB", (4, 4)).save(home / "images" / f"{index}.png")
-    assert sources.load("folder:~/images").shape == (4, 4, 3)
+    assert sources.load_source("folder:~/images").shape == (4, 4, 3)
     assert path_named("~/run/teacher") == epath.Path(home / "run" / "teacher")
 
 
 @pytest.mark.parametrize(
     ("read", "said"),
     [
-        (lambda: sources.load("encoded:~/none"), "none"),
+        (lambda: sources.load_source("encoded:~/none"), "none"),
         (lambda: load_text_encoder("minilm:~/none"), "none"),
         (lambda: inception_extractor((8, 8, 3), "~/none.pth"), "none.pth"),
         (lambda: lite0_extractor((8, 8, 3), "~/none.pth"), "none.pth"),
@@ -71,8 +71,8 @@ def without_clients(monkeypatch):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda: sources.load("npz:gs://bucket/x.npz"),
-        lambda: sources.load("folder:gs://bucket/x"),
+        lambda: sources.load_source("npz:gs://bucket/x.npz"),
+        lambda: sources.load_source("folder:gs://bucket/x"),
         lambda: inception_extractor((8, 8, 3), "gs://bucket/x.pth"),
         lambda: load_text_encoder("clip:gs://bucket/x"),
         lambda: guided_distill.load("gs://bucket/x"),
@@ -104,7 +104,7 @@ BUCKET = epath.Path("gs://bucket/x")
 @pytest.mark.parametrize(
     "work",
     [
-        lambda: sources.load("encoded:gs://bucket/x"),
+        lambda: sources.load_source("encoded:gs://bucket/x"),
         lambda: export_diffusers(epath.Path("run"), BUCKET),
     ],
 )

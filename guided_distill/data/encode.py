@@ -1,4 +1,4 @@
-"""From a data source, an autoencoder and a text encoder to the folders of `data/encoded.py`."""
+"""Encodes a data source, by an autoencoder and a text encoder, into the folders of `data/encoded.py`."""
 
 import contextlib
 import dataclasses
@@ -36,12 +36,12 @@ from guided_distill.text.registry import load_text_encoder
 from guided_distill.training.progress import progress
 
 ToLatents = Callable[[np.ndarray], np.ndarray]
-"""Images [B, H, W, C] in [-1, 1] -> latents [B, h, w, c]; one b at a time, B is always the same."""
+"""Images [B, H, W, C] in [-1, 1] -> latents [B, h, w, c]; B is the same in every call."""
 
 ToStates = Callable[[Sequence[str]], np.ndarray]
 """Prompts [n] -> states [n, L, D]."""
 
-# Latents and states don't compress, and are read one by one.
+# Latents and states don't compress, and readers access them one by one.
 _OPTIONS = "group_size:1,uncompressed"
 
 
@@ -49,10 +49,10 @@ _OPTIONS = "group_size:1,uncompressed"
 class EncodeRequest:
     """What to encode, and how.
 
-    data, image_size: as of `data.sources.load`. text_encoder: as of `load_text_encoder`; without one,
-    labels are the condition. mirrored: encode every training image in both orientations. batch_size:
-    images encoded at once. shard_size: examples in a file. inpaint: encode every image without what a
-    random mask hides, too.
+    data, image_size: see `load_source`. text_encoder: see `load_text_encoder`; with None, the condition
+    is the label. mirrored: also encode the mirror image of every training image. batch_size: images
+    encoded per call. shard_size: examples per file. inpaint: also encode every image with a random
+    region masked out.
     """
 
     data: str
@@ -64,25 +64,25 @@ class EncodeRequest:
     inpaint: bool = False
 
 
-def encode(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) -> None:
-    """Encode both splits of the data into the folder `out`; the same call resumes.
+def encode_data(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) -> None:
+    """Encodes both splits of the data into the folder `out`; the same call resumes.
 
-    autoencoder: folder of a diffusers autoencoder. Raises UserError for bad sizes, and what the parts
-    raise.
+    autoencoder: folder of a diffusers autoencoder. Raises UserError if a size is below 1, if the data,
+    the autoencoder or the text encoder can't be read, or if they don't fit each other.
     """
     local_path_named(str(out), "encoded data")
     for flag, value in (("--batch_size", request.batch_size), ("--shard_size", request.shard_size)):
         if value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     splits = {
-        split: sources.load(request.data, split=split, image_size=request.image_size)
+        split: sources.load_source(request.data, split=split, image_size=request.image_size)
         for split in sources.SPLITS
     }
     shape = splits["train"].shape
     if request.text_encoder and splits["train"].captions is None:
         raise UserError(
-            f"{request.data} has no captions to encode: leave --text_encoder out, or add a field "
-            "`caption` to an npz file"
+            f"{request.data} has no captions to encode: leave out --text_encoder, or add the field "
+            "`caption` to the npz file"
         )
     module, params = read_autoencoder(autoencoder)
     if len(shape) != 3 or shape[-1] != module.image_channels:
@@ -113,7 +113,7 @@ def encode(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) 
         shard_size=request.shard_size,
         inpaint=request.inpaint,
     )
-    write(
+    write_encoding(
         out,
         encoding,
         splits,
@@ -124,7 +124,7 @@ def encode(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.Path) 
 
 
 def check_image_shape(module: AutoencoderKL | VQModel, source: Source) -> None:
-    """Raises UserError unless the autoencoder can halve the images, which have to be squares."""
+    """Raises UserError unless the images are squares whose side the autoencoder can halve."""
     halvings = len(module.block_out_channels) - 1
     height, width, *_ = (*source.shape, 0)
     if len(source.shape) != 3 or height != width or height % 2**halvings:
@@ -134,7 +134,7 @@ def check_image_shape(module: AutoencoderKL | VQModel, source: Source) -> None:
         )
 
 
-def write(
+def write_encoding(
     out: epath.Path,
     encoding: Encoding,
     splits: Mapping[str, Source],
@@ -143,16 +143,16 @@ def write(
     to_states: ToStates | None,
     batch_size: int,
 ) -> None:
-    """Encodes all splits into the folder `out`; finished shards are left as they are.
+    """Encodes all splits into the folder `out`; finished shards are kept.
 
     Args:
-      encoding: what will be there.
-      splits: the source of each, with captions.
-      to_states: encodes captions; without it, labels are the condition.
-      batch_size: images of one call of to_latents.
+      encoding: describes the data to write.
+      splits: the source of each split, with captions where to_states is given.
+      to_states: encodes captions; with None, the condition is the label.
+      batch_size: images per call of to_latents.
 
     Raises:
-      UserError: out holds another encoding, or latents are not finite.
+      UserError: out holds another encoding, or latents are not finite in half precision.
     """
     _write_about(out, encoding)
     for split, source in splits.items():
@@ -173,7 +173,7 @@ def write(
 
 @dataclass(frozen=True)
 class _Latents:
-    """The records of a split, some at a time."""
+    """The image records of a split, a batch at a time."""
 
     encoding: Encoding
     source: Source
@@ -195,7 +195,7 @@ class _Latents:
             records["image"], records["label"] = self._latents(images), examples["label"]
             if self.encoding.inpaint:
                 masks = np.stack([self._mask(int(number)) for number in numbers])[..., None]
-                # The nearest pixel of the mask, as diffusers takes it.
+                # diffusers resizes a mask to its nearest pixels.
                 size = images.shape[1] // self.encoding.shape[0]
                 around = self._latents(np.where(masks, 0.0, images).astype(np.float32))
                 records[INPAINT] = np.concatenate([masks[:, ::size, ::size], around], axis=-1)
@@ -206,8 +206,8 @@ class _Latents:
         latents = self.to_latents(np.pad(images, padding))[: len(images)]
         if not np.all(np.abs(latents) <= np.finfo(NUMBERS).max):
             raise UserError(
-                f"{self.encoding.autoencoder} makes latents of {self.source.name} that are not "
-                "finite in half precision: it is damaged, or its scaling_factor is wrong"
+                f"the autoencoder {self.encoding.autoencoder} encodes {self.source.name} to latents that "
+                "are not finite in half precision: check its weights and its scaling_factor"
             )
         return latents
 
@@ -218,7 +218,7 @@ class _Latents:
 
 @dataclass(frozen=True)
 class _States:
-    """The records of captions, some at a time."""
+    """The text records of a split, a batch at a time."""
 
     captions: list[str]
     to_states: ToStates
@@ -256,7 +256,7 @@ def _write_shards(folder: epath.Path, kind: str, records: _Latents | _States, si
 def _storing(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # The writer's own is a RuntimeError.
+    except (OSError, RuntimeError) as error:  # ArrayRecordWriter raises RuntimeError.
         raise storage_error(path, error) from error
 
 
@@ -268,18 +268,18 @@ def _write_about(out: epath.Path, encoding: Encoding) -> None:
             old, new = getattr(found, field.name), getattr(encoding, field.name)
             if old != new:
                 raise UserError(
-                    f"{out} holds an encoding whose {field.name} is {old}, not {new}: give another "
+                    f"{out} holds an encoding whose {field.name} is {old}, not {new}: choose another "
                     "--out, or remove that folder"
                 )
     write_text(path, json.dumps(dataclasses.asdict(encoding), indent=2))
 
 
 def _write_captions(path: epath.Path, captions: list[str]) -> None:
-    """Raises UserError if others are there: finished shards hold the states of those."""
+    """Raises UserError if the folder holds other captions, whose states finished shards contain."""
     content = json.dumps(captions)
     if path.exists() and path.read_text() != content:
         raise UserError(
-            f"{path} holds other captions than the data have now: remove the folder {path.parent.parent} "
-            f"to encode them anew, or give another --out"
+            f"{path} holds captions that differ from the data's: remove the folder {path.parent.parent} "
+            f"to encode again, or choose another --out"
         )
     write_text(path, content)

@@ -80,7 +80,7 @@ class Encoding:
         return height, width, 1 + channels
 
 
-def load(path: str, *, split: str) -> Source:
+def load_encoded(path: str, *, split: str) -> Source:
     """Opens one split of such a folder.
 
     Its examples are "image", latents [B, h, w, c], and "text" [B, L, D] or "label" [B]; null is the

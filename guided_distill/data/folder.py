@@ -32,7 +32,7 @@ class _Listing:
     skipped: tuple[epath.Path, ...]
 
 
-def load(path: str, *, split: str, image_size: int | None) -> Source:
+def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
     """RGB images; a class is a sub-folder, by sorted name, or all images directly in `path`.
 
     With image_size, images are centre-cropped to squares and resized; without, all must be of one

@@ -82,7 +82,7 @@ class _Examples:
     captions: np.ndarray | None
 
 
-def load(path: str, *, split: str, image_size: int | None) -> Source:
+def load_npz(path: str, *, split: str, image_size: int | None) -> Source:
     """Reads `image` and, where there, `label`; both may also be plural.
 
     Images are uint8, or floats already in [-1, 1], [N, H, W, C] of 1 or 3 channels or [N, H, W]; or, in

@@ -1,13 +1,18 @@
 """Data sources by name."""
 
-from guided_distill.data import builtin, encoded, folder, npz, photo10, tfds
+from guided_distill.data.builtin import digits, mixture2d
+from guided_distill.data.encoded import load_encoded
+from guided_distill.data.folder import load_folder
+from guided_distill.data.npz import load_npz
+from guided_distill.data.photo10 import photo10
 from guided_distill.data.source import SPLITS, Source, check_image_size
+from guided_distill.data.tfds import load_tfds
 from guided_distill.errors import UserError
 
 KNOWN = ("digits", "photo10", "mixture2d", "npz:PATH", "folder:PATH", "tfds:NAME", "encoded:PATH")
 
 
-def load(
+def load_source(
     name: str, *, split: str = "train", image_size: int | None = None, seed: int = 0
 ) -> Source:
     """Opens one split of a data source.
@@ -26,19 +31,19 @@ def load(
         raise UserError(f"unknown split {split!r} of data source {name!r}: use train or test")
     kind, _, place = name.partition(":")
     if kind == "folder" and place:
-        return folder.load(place, split=split, image_size=image_size)
+        return load_folder(place, split=split, image_size=image_size)
     if kind == "tfds" and place:
-        return tfds.load(place, split=split, image_size=image_size)
+        return load_tfds(place, split=split, image_size=image_size)
     if kind == "npz" and place:
-        source = npz.load(place, split=split, image_size=image_size)
+        source = load_npz(place, split=split, image_size=image_size)
     elif kind == "encoded" and place:
-        source = encoded.load(place, split=split)
+        source = load_encoded(place, split=split)
     elif name == "digits":
-        source = builtin.digits(split)
+        source = digits(split)
     elif name == "photo10":
-        source = photo10.photo10(split)
+        source = photo10(split)
     elif name == "mixture2d":
-        source = builtin.mixture2d(split, seed=seed)
+        source = mixture2d(split, seed=seed)
     else:
         raise UserError(f"unknown data source {name!r}: use one of {', '.join(KNOWN)}")
     check_image_size(source, image_size)

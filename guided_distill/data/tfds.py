@@ -8,7 +8,7 @@ from guided_distill.data.source import Examples, Source
 from guided_distill.errors import UserError
 
 
-def load(name: str, *, split: str, image_size: int | None) -> Source:
+def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
     """Reads features `image`, uint8 with 1 or 3 channels, and, where there, `label`.
 
     The test split is the set's `test`, or else its `validation`. With image_size, images are

@@ -151,7 +151,7 @@ def check_schedule(name: str, options: Mapping[str, float]) -> None:
         if option not in parameters:
             raise UserError(f"{where} is not an option of {name}; it has {', '.join(parameters)}")
         kind = parameters[option].annotation
-        kinds.check(where, kinds.parse(where, value, kind), kind)
+        kinds.check(where, kinds.parse_value(where, value, kind), kind)
     knots = _knots(name, options)
     if not np.all(np.diff(knots) < 0):
         raise UserError(

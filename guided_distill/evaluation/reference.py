@@ -73,7 +73,7 @@ def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
                 "evaluate can't measure in-painting: look at images by `guided-distill inpaint` instead"
             )
     train, test = (
-        sources.load(name, split=split, image_size=image_size, seed=experiment.seed)
+        sources.load_source(name, split=split, image_size=image_size, seed=experiment.seed)
         for split in sources.SPLITS
     )
     return train, test, of_texts

@@ -160,7 +160,7 @@ def _row(kind: type[Row], texts: Mapping[str, str]) -> Row:
         if not text and kinds.without_none(field.type) is field.type:
             raise ValueError(f"a row has no {field.name}")
         try:
-            values[field.name] = kinds.read(text, field.type) if text else None
+            values[field.name] = kinds.read_number(text, field.type) if text else None
         except ValueError as error:
             raise ValueError(f"{field.name} {error}") from None
     return kind(**values)

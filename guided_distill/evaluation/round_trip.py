@@ -86,7 +86,9 @@ def evaluate_round_trips(
     if not trips:
         return []
     data = experiment.data
-    test = sources.load(data.name, split="test", image_size=data.image_size, seed=experiment.seed)
+    test = sources.load_source(
+        data.name, split="test", image_size=data.image_size, seed=experiment.seed
+    )
     count = min(settings.num_samples, test.size, MAX_IMAGES)
     chosen = np.sort(np.random.default_rng(settings.seed).permutation(test.size)[:count])
     path = workdir / "round_trip.csv"

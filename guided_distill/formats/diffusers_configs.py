@@ -116,7 +116,7 @@ _DIT_IGNORED = ("norm_num_groups", "upcast_attention")
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class DenoiserSettings:
     """What a denoiser's config.json says. num_classes: 0 where the condition is a text.
 
     inpaint: whether the network takes a mask and the masked image's latents beside its own.
@@ -130,7 +130,7 @@ class Denoiser:
 
 
 @dataclass(frozen=True)
-class Chain:
+class SchedulerSettings:
     """What a scheduler's config says of the network: what it predicts, and of which betas."""
 
     parameterization: str
@@ -138,7 +138,7 @@ class Chain:
     schedule_options: Mapping[str, float]
 
 
-def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
+def read_scheduler(config: Mapping[str, Any], where: object) -> SchedulerSettings:
     """The chain of a scheduler_config.json. Raises UserError, naming the key, for any other kind.
 
     How the pipeline sampled (steps_offset, timestep_spacing, ...) isn't part of it. clip_sample, which
@@ -165,10 +165,10 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> Chain:
     }
     if not betas["beta_start"] <= betas["beta_end"] < 1:
         raise UserError(f"{where}: beta_start and beta_end must rise between 0 and 1")
-    return Chain(PARAMETERIZATIONS[prediction], schedule, betas)
+    return SchedulerSettings(PARAMETERIZATIONS[prediction], schedule, betas)
 
 
-def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
+def scheduler_config(chain: SchedulerSettings, *, num_steps: int | None) -> dict[str, Any]:
     """The stock sampler that takes the steps of a deterministic student, num_steps of them or any.
 
     Trailing spacing from index 999 down, and a last step to clean data, alpha = 1. diffusers' DDIM goes
@@ -207,7 +207,9 @@ def scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
     }
 
 
-def stochastic_scheduler_config(chain: Chain, *, num_steps: int | None) -> dict[str, Any]:
+def stochastic_scheduler_config(
+    chain: SchedulerSettings, *, num_steps: int | None
+) -> dict[str, Any]:
     """That of formats/scheduling_guided_distill.py. num_steps: the only number that it takes, or None."""
     stock = scheduler_config(chain, num_steps=num_steps)
     shared = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "prediction_type")
@@ -235,7 +237,7 @@ def ignored_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in (*_UNET_IGNORED, *_DIT_IGNORED) if key in config}
 
 
-def read_denoiser(config: Mapping[str, Any], where: object) -> Denoiser:
+def read_denoiser(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     """The network of a U-Net's or a DiT's config.json. Raises UserError, naming the key, for others."""
     readers = {
         "UNet2DConditionModel": _read_unet,
@@ -247,7 +249,7 @@ def read_denoiser(config: Mapping[str, Any], where: object) -> Denoiser:
     return readers[name](config, where)
 
 
-def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
+def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     if config.get("time_cond_proj_dim") is not None:
         raise UserError(
             f"{where}: time_cond_proj_dim is set, so this U-Net has guidance inside already: give the "
@@ -287,7 +289,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
         if attending:
             divides(count, width, "attention_head_dim", "block_out_channels", where)
     size = _sample_size(config, where)
-    return Denoiser(
+    return DenoiserSettings(
         name="sd_unet",
         options={
             "block_out_channels": widths,
@@ -303,7 +305,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> Denoiser:
     )
 
 
-def unet_config(denoiser: Denoiser, *, w_embedding_width: int | None) -> dict[str, Any]:
+def unet_config(denoiser: DenoiserSettings, *, w_embedding_width: int | None) -> dict[str, Any]:
     """The config.json of a U-Net; `read_denoiser` is its inverse. w_embedding_width: None without w."""
     options = denoiser.options
     size, _, channels = denoiser.data_shape
@@ -346,7 +348,7 @@ def _attending(types: Any, key: str, way: str, where: object) -> list[bool]:
     return [kinds[each] for each in types]
 
 
-def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
+def _read_dit(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     read = _read_keys(config, _DIT_MUST, _DIT_DEFAULTS, _DIT_IGNORED, where)
     channels = whole_number(read["in_channels"], "in_channels", where)
     numbers = {key: whole_number(read[key], key, where) for key in _DIT_NUMBERS}
@@ -356,7 +358,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
         raise UserError(
             f"{where}: out_channels is {read['out_channels']}, and can be in_channels or twice as many"
         )
-    return Denoiser(
+    return DenoiserSettings(
         name="dit",
         options={**numbers, "learned_sigma": read["out_channels"] == 2 * channels},
         data_shape=(size, size, channels),
@@ -365,7 +367,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> Denoiser:
     )
 
 
-def dit_config(denoiser: Denoiser) -> dict[str, Any]:
+def dit_config(denoiser: DenoiserSettings) -> dict[str, Any]:
     """The config.json of a DiT without w; `read_denoiser` is its inverse."""
     size, _, channels = denoiser.data_shape
     options = denoiser.options

@@ -13,8 +13,8 @@ from guided_distill.errors import UserError
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.formats.diffusers_configs import (
     PARAMETERIZATIONS,
-    Chain,
-    Denoiser,
+    DenoiserSettings,
+    SchedulerSettings,
     dit_config,
     ignored_keys,
     read_scheduler,
@@ -73,8 +73,8 @@ def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
     _write_denoiser(trained, companions, out, index)
     if about.sampler == "stochastic":
         _write_stochastic_scheduler(about, out, index)
-    elif about.stage != "teacher" or _scheduler_chain(companions) != _chain(about):
-        config = scheduler_config(_chain(about), num_steps=about.num_steps)
+    elif about.stage != "teacher" or _teachers_scheduler(companions) != _scheduler_settings(about):
+        config = scheduler_config(_scheduler_settings(about), num_steps=about.num_steps)
         write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
         index["scheduler"] = ["diffusers", config["_class_name"]]
     if about.w_min is not None:
@@ -129,22 +129,22 @@ def _companions(workdir: epath.Path) -> epath.Path:
     )
 
 
-def _scheduler_chain(companions: epath.Path) -> Chain:
+def _teachers_scheduler(companions: epath.Path) -> SchedulerSettings:
     path = companions / "scheduler" / SCHEDULER_CONFIG
     return read_scheduler(read_json(path), path)
 
 
-def _chain(about: Description) -> Chain:
+def _scheduler_settings(about: Description) -> SchedulerSettings:
     model = about.model
-    return Chain(model.parameterization, model.schedule, model.schedule_options)
+    return SchedulerSettings(model.parameterization, model.schedule, model.schedule_options)
 
 
-def _denoiser(about: Description) -> Denoiser:
+def _denoiser_settings(about: Description) -> DenoiserSettings:
     """The stage's network, with every option at its value, given or default."""
     height, width, channels = about.data_shape
     module = about.network().module
     options = {name: getattr(module, name) for name in module.__dataclass_fields__}
-    return Denoiser(
+    return DenoiserSettings(
         name=about.model.name,
         options=options,
         data_shape=(height, width, channels),
@@ -157,7 +157,7 @@ def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict
     """No class of diffusers takes its steps: the folder brings one, as pipelines load components."""
     script = importlib.resources.files("guided_distill.formats") / f"{STOCHASTIC_SCHEDULER}.py"
     write_bytes(out / "scheduler" / f"{STOCHASTIC_SCHEDULER}.py", script.read_bytes())
-    config = stochastic_scheduler_config(_chain(about), num_steps=about.num_steps)
+    config = stochastic_scheduler_config(_scheduler_settings(about), num_steps=about.num_steps)
     write_json(out / "scheduler" / SCHEDULER_CONFIG, config)
     index["scheduler"] = [STOCHASTIC_SCHEDULER, config["_class_name"]]
 
@@ -181,7 +181,7 @@ def _kept_keys(companions: epath.Path, part: str) -> dict[str, Any]:
 def _write_denoiser(
     trained: Trained, companions: epath.Path, out: epath.Path, index: dict[str, Any]
 ) -> None:
-    denoiser = _denoiser(trained.description)
+    denoiser = _denoiser_settings(trained.description)
     tensors = to_tensors(jax.device_get(trained.params))
     if denoiser.name == "dit":
         index["transformer"] = ["diffusers", "DiTTransformer2DModel"]

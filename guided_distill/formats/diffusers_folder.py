@@ -62,7 +62,9 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
     return read_json(folder / MODEL_INDEX)
 
 
-def read_tensors(path: epath.Path, wanted: Callable[[str], bool] = bool) -> dict[str, np.ndarray]:
+def read_weights_file(
+    path: epath.Path, wanted: Callable[[str], bool] = bool
+) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file whose names are `wanted`.
 
     Raises UserError if the file is a pickle, which is never read, or is damaged.
@@ -102,7 +104,7 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
     """
     files = weights_files(folder)
     if path := files.get(f"{stem}.safetensors"):
-        return read_tensors(path)
+        return read_weights_file(path)
     if index := files.get(f"{stem}.safetensors.index.json"):
         return _read_shards(index)
     pickles = sorted(path for path in folder.glob("*") if path.suffix in _PICKLES)
@@ -133,7 +135,7 @@ def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
             raise UserError(f"{index} names a shard {name} that is not there: get the whole folder")
-        shard = read_tensors(path)
+        shard = read_weights_file(path)
         if twice := sorted(shard.keys() & tensors.keys()):
             raise UserError(f"{path} holds {twice[0]}, which another shard holds too: get it again")
         tensors |= shard

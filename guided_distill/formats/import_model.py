@@ -17,8 +17,8 @@ from guided_distill.errors import UserError
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.formats.diffusers_autoencoder import read_autoencoder
 from guided_distill.formats.diffusers_configs import (
-    Chain,
-    Denoiser,
+    DenoiserSettings,
+    SchedulerSettings,
     read_denoiser,
     read_scheduler,
 )
@@ -86,8 +86,8 @@ class SingleFile:
 class _Model:
     """A denoiser, read and checked. condition_shapes: of one example's condition, by name."""
 
-    denoiser: Denoiser
-    chain: Chain
+    denoiser: DenoiserSettings
+    chain: SchedulerSettings
     tensors: Tensors
     class_names: tuple[str, ...]
     condition_shapes: Mapping[str, tuple[int, ...]]

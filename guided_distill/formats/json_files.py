@@ -11,7 +11,7 @@ from guided_distill.errors import UserError
 from guided_distill.storage import write_text
 
 
-def read_text(path: epath.Path) -> str:
+def read_model_text(path: epath.Path) -> str:
     """A text file's content. Raises UserError if it is missing or can't be read as UTF-8."""
     try:
         return path.read_text()
@@ -24,7 +24,7 @@ def read_text(path: epath.Path) -> str:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON file's object. Raises UserError if the file is missing or holds anything else."""
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(read_model_text(path))
     # A file nested deeper than any real one runs into the parser's limit.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): is the file whole?") from error

@@ -22,7 +22,7 @@ from guided_distill.formats.diffusers_folder import (
     TEXT_WEIGHTS,
     WEIGHTS,
     copy_folder,
-    read_tensors,
+    read_weights_file,
     write_component,
 )
 from guided_distill.formats.json_files import write_json
@@ -99,7 +99,7 @@ def read_single_file(
     def wanted(name: str) -> bool:
         return not _LEFT_OUT.fullmatch(name) and (averaged or not name.startswith(_AVERAGES))
 
-    tensors = read_tensors(path, wanted)
+    tensors = read_weights_file(path, wanted)
     buffers = {name: tensors.pop(name) for name in BUFFERS | MARKERS if name in tensors}
     averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_AVERAGES)}
     parts = _parts(tensors, path)

@@ -92,7 +92,7 @@ class _View:
         )
 
 
-def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: epath.Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, or of a file that torch.save wrote, by name.
 
     Takes the memory of the file's numbers, once. Raises UserError if the file is missing, damaged, or

@@ -16,7 +16,7 @@ from guided_distill.models.embeddings import W_FEATURES, EmbeddingMLP, Features
 from guided_distill.models.patches import from_patches
 from guided_distill.models.remat import Remat, rematerialized
 from guided_distill.models.sizes import sides, undivided
-from guided_distill.models.stable_diffusion.attention import Attention, FeedForward
+from guided_distill.models.stable_diffusion.attention import FeedForward, MultiHeadAttention
 from guided_distill.models.stable_diffusion.embeddings import (
     TimestepEmbedding,
     check_w,
@@ -109,7 +109,9 @@ class DiTBlock(nn.Module):
         )
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, use_scale=False, use_bias=False, dtype=self.dtype)
-        attention = Attention(self.num_heads, qkv_bias=True, dtype=self.dtype, name="attn1")
+        attention = MultiHeadAttention(
+            self.num_heads, qkv_bias=True, dtype=self.dtype, name="attn1"
+        )
         feed_forward = FeedForward(4 * width, nn.gelu, self.dropout, self.dtype, name="ff")
         tokens += gate_a * attention(norm(epsilon=1e-6)(tokens) * (1.0 + scale_a) + shift_a)
         branch = norm(epsilon=1e-5)(tokens) * (1.0 + scale_m) + shift_m

@@ -214,7 +214,7 @@ def check_options(
         )
     for option, field in fields.items():
         if option in options:
-            kinds.parse(f"{key}.{option}", options[option], field.type)
+            kinds.parse_value(f"{key}.{option}", options[option], field.type)
         elif field.default is MISSING:
             raise UserError(f"{key}.{option} is missing: {kind.__name__} needs it")
 

@@ -62,7 +62,7 @@ def transfer_to_files(
     if images == "data":
         experiment = read_config(workdir)
         data = experiment.data
-        test = sources.load(
+        test = sources.load_source(
             data.name, split="test", image_size=data.image_size, seed=experiment.seed
         )
         originals = images_of_class(test, own, count=count, seed=seed)

@@ -92,13 +92,17 @@ class Description:
             raise UserError(f"{name} is not known here")
         shapes = values.get("condition_shapes", dict(LABEL))
         given = {
-            **{name: kinds.parse(name, value, fields[name]) for name, value in values.items()},
+            **{
+                name: kinds.parse_value(name, value, fields[name]) for name, value in values.items()
+            },
             "experiment": parse_recorded(
-                kinds.parse("config", values["experiment"], dict[str, Any])
+                kinds.parse_value("config", values["experiment"], dict[str, Any])
             ),
             "condition_shapes": {
-                name: kinds.parse(f"condition_shapes.{name}", shape, tuple[int, ...])
-                for name, shape in kinds.parse("condition_shapes", shapes, dict[str, Any]).items()
+                name: kinds.parse_value(f"condition_shapes.{name}", shape, tuple[int, ...])
+                for name, shape in kinds.parse_value(
+                    "condition_shapes", shapes, dict[str, Any]
+                ).items()
             },
         }
         for name, value in given.items():

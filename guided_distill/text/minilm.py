@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.diffusers_folder import read_tensors
+from guided_distill.formats.diffusers_folder import read_weights_file
 from guided_distill.formats.json_files import divides, positive, read_json, whole_number
 from guided_distill.formats.torch_layout import to_tree
 from guided_distill.text.encoder import SentenceEncoder
@@ -27,7 +27,7 @@ def _normalized(epsilon: float) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name="LayerNorm")
 
 
-class Attention(nn.Module):
+class BertAttention(nn.Module):
     """From every token to those that the mask lets through."""
 
     num_heads: int
@@ -74,7 +74,7 @@ class _Intermediate(nn.Module):
         return nn.gelu(nn.Dense(self.width, name="dense")(states), approximate=False)
 
 
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """Attention and a perceptron, each residual and normalized after."""
 
     num_heads: int
@@ -84,7 +84,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
         """states [B, L, D], mask [B, L] -> [B, L, D]."""
-        states = Attention(self.num_heads, self.epsilon, name="attention")(states, mask)
+        states = BertAttention(self.num_heads, self.epsilon, name="attention")(states, mask)
         branch = _Intermediate(self.intermediate_size, name="intermediate")(states)
         return _Output(states.shape[-1], self.epsilon, name="output")(branch, states)
 
@@ -143,7 +143,7 @@ class Bert(nn.Module):
             name="embeddings",
         )(tokens)
         layer = functools.partial(
-            Layer, self.num_attention_heads, self.intermediate_size, self.layer_norm_eps
+            BertLayer, self.num_attention_heads, self.intermediate_size, self.layer_norm_eps
         )
         return _Layers(self.num_hidden_layers, layer, name="encoder")(states, mask)
 
@@ -169,7 +169,7 @@ def load_minilm(
     network = _network(folder / "config.json")
     tokenizer = wordpiece_tokenizer(vocabulary or folder / "vocab.txt", length)
     weights = folder / "model.safetensors"
-    params = bert_params(network, read_tensors(weights), source=weights)
+    params = bert_params(network, read_weights_file(weights), source=weights)
 
     def hidden(params: Mapping[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):

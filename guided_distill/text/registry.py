@@ -13,7 +13,7 @@ from guided_distill.text.minilm import LENGTH, load_minilm
 KNOWN = ("minilm:DIR", "clip:DIR")
 """What a config may name."""
 
-COMPANIONS = "companions:"
+COMPANIONS_PREFIX = "companions:"
 
 
 def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
@@ -52,7 +52,7 @@ def load_text_encoder(name: str) -> TextEncoder:
     Raises UserError if there is no such encoder, or for what is in DIR.
     """
     kind, _, folder = name.partition(":")
-    if name.startswith(COMPANIONS):
+    if name.startswith(COMPANIONS_PREFIX):
         parts = path_named(folder)
         config = read_json(parts / "text_encoder" / "config.json")
         if config.get("model_type") == "bert":

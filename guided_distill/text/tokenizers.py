@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from guided_distill.errors import UserError
 from guided_distill.files import is_text
-from guided_distill.formats.json_files import read_json, read_text
+from guided_distill.formats.json_files import read_json, read_model_text
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
 
     Raises UserError if the file can't be read or lacks BERT's own tokens.
     """
-    words = read_text(file).splitlines()
+    words = read_model_text(file).splitlines()
     numbers = {word: number for number, word in enumerate(words)}
     vocabulary = tokenizers.Tokenizer(
         models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=100)
@@ -126,14 +126,14 @@ def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
 def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
         try:
-            vocabulary = tokenizers.Tokenizer.from_str(read_text(folder / "tokenizer.json"))
+            vocabulary = tokenizers.Tokenizer.from_str(read_model_text(folder / "tokenizer.json"))
         except Exception as error:  # The library's errors have no class of their own.
             raise UserError(f"{folder}/tokenizer.json can't be read: {error}") from error
         vocabulary.no_padding()
         vocabulary.no_truncation()
         return vocabulary
     numbers = read_json(folder / "vocab.json")
-    lines = read_text(folder / "merges.txt").splitlines()
+    lines = read_model_text(folder / "merges.txt").splitlines()
     pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     try:
         merges = [(first, second) for first, second in pairs]

@@ -137,7 +137,7 @@ def _prepare_fashion_mnist(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _encode(options: argparse.Namespace, _: list[str]) -> None:
-    from guided_distill.data.encode import EncodeRequest, encode
+    from guided_distill.data.encode import EncodeRequest, encode_data
 
     request = EncodeRequest(
         data=options.data,
@@ -148,5 +148,5 @@ def _encode(options: argparse.Namespace, _: list[str]) -> None:
         shard_size=options.shard_size,
         inpaint=options.inpaint,
     )
-    encode(options.out, request, autoencoder=options.autoencoder)
+    encode_data(options.out, request, autoencoder=options.autoencoder)
     print(options.out)

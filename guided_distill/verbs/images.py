@@ -17,7 +17,7 @@ from guided_distill.verbs.shared import (
     number,
     path,
     several,
-    stage_name,
+    stage_folder,
 )
 
 
@@ -66,12 +66,12 @@ def add_verbs(verbs: Any) -> None:
     )
     transfer.add_argument(
         "--encoder",
-        type=stage_name,
+        type=stage_folder,
         help="folder of the encoder (default: the round nearest to 8 steps)",
     )
     transfer.add_argument(
         "--decoder",
-        type=stage_name,
+        type=stage_folder,
         help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
     )
     transfer.add_argument(

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.verbs.shared import RUN_OR_FILE, command_of_run, path, several, stage_name
+from guided_distill.verbs.shared import RUN_OR_FILE, command_of_run, path, several, stage_folder
 
 
 def add_verbs(verbs: Any) -> None:
@@ -59,7 +59,7 @@ def add_verbs(verbs: Any) -> None:
     )
     export.add_argument(
         "--stages",
-        type=several(stage_name),
+        type=several(stage_folder),
         help="folders of stages, separated by commas (default: all finished ones; for the other "
         "formats, the last one)",
     )

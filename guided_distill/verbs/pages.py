@@ -13,7 +13,7 @@ from guided_distill.verbs.shared import (
     keep_compiled_programs,
     number,
     path,
-    stage_name,
+    stage_folder,
 )
 
 
@@ -28,7 +28,7 @@ def add_verbs(verbs: Any) -> None:
     )
     serve.add_argument(
         "--stage",
-        type=stage_name,
+        type=stage_folder,
         help="stage that the page opens with (default: the last finished one)",
     )
     serve.add_argument(

@@ -27,7 +27,7 @@ from guided_distill.verbs.shared import (
     number,
     path,
     several,
-    stage_name,
+    stage_folder,
 )
 
 
@@ -104,7 +104,7 @@ def add_verbs(verbs: Any) -> None:
     )
     evaluate.add_argument(
         "--stages",
-        type=several(stage_name),
+        type=several(stage_folder),
         help="folders of stages in the workdir, separated by commas (default: all)",
     )
     evaluate.add_argument(
@@ -154,7 +154,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.run_data import outline_for
     from guided_distill.training.preemption import stopping_at_once
 
-    experiment = config.parse(read_config(options.config, overrides))
+    experiment = config.parse(read_config_file(options.config, overrides))
     topology = find_topology(options.topology, slices=options.slices)
     level = options.optimization_level
     with stopping_at_once():
@@ -184,7 +184,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     with connected(timeout=options.start_timeout), stopping_at_once():
         check_same_options(options)
         with together():
-            experiment = config.parse(read_config(options.config, overrides))
+            experiment = config.parse(read_config_file(options.config, overrides))
         pipeline.run(experiment, options.workdir or _default_workdir(options.config))
 
 
@@ -235,7 +235,7 @@ def find_config(file: str) -> str:
     raise UserError(f"--config names {file}, which is not a file: try configs/digits.py")
 
 
-def read_config(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
+def read_config_file(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does.
 
     For a key that may be None, the value None means None.

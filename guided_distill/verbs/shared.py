@@ -61,7 +61,7 @@ def path(text: str) -> epath.Path:
         raise argparse.ArgumentTypeError(str(error).removeprefix(f"{text} ")) from error
 
 
-def stage_name(text: str) -> str:
+def stage_folder(text: str) -> str:
     """The name of a stage's folder within its run."""
     if text in ("", ".", "..") or set(text) & {"/", "\\"}:
         raise argparse.ArgumentTypeError(
@@ -75,7 +75,7 @@ def number(kind: Any) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            return kinds.read(text, kind)
+            return kinds.read_number(text, kind)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -139,7 +139,7 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
     """Adds the flags of every verb that samples."""
     verb.add_argument(
         "--stage",
-        type=stage_name,
+        type=stage_folder,
         help="folder of the stage in the workdir (default: the last finished one)",
     )
     verb.add_argument(

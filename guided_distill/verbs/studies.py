@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from guided_distill.errors import UserError
-from guided_distill.verbs.runs import add_config, find_config, read_config
+from guided_distill.verbs.runs import add_config, find_config, read_config_file
 from guided_distill.verbs.shared import CACHE, command, keep_compiled_programs, path
 
 _CONFIG = "config_file"
@@ -72,7 +72,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill.training.preemption import stopping_at_once
 
     index, count = _shard(options.shard)
-    base = read_config(options.config, overrides)
+    base = read_config_file(options.config, overrides)
     points = _points_of(options, base)
     runs = [
         Run(name_of(point), point, config.parse(with_overrides(base, point))) for point in points

@@ -146,7 +146,7 @@ def test_unreadable_examples_surface_as_user_errors(tmp_path):
         Image.fromarray(noise).save(tmp_path / f"{name}.png")
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:3000])
-    iterator = pipeline.batches(sources.load(f"folder:{tmp_path}"), batch_size=2, seed=0)
+    iterator = pipeline.batches(sources.load_source(f"folder:{tmp_path}"), batch_size=2, seed=0)
     with pytest.raises(UserError, match=r"\.png cannot be read"):
         next(iterator)
     iterator.close()

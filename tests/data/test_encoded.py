@@ -9,7 +9,7 @@ from text_models import random_params, write_clip
 
 from guided_distill import cli
 from guided_distill.data import sources
-from guided_distill.data.encode import write
+from guided_distill.data.encode import write_encoding
 from guided_distill.data.encoded import Encoding
 from guided_distill.data.pipeline import batches
 from guided_distill.data.source import from_arrays
@@ -79,7 +79,7 @@ def encode(out, *, latents=None, words=None, **changes):
         "shard_size": 3,
         **changes,
     }
-    write(
+    write_encoding(
         epath.Path(out),
         Encoding(**values),
         {split: data(split, captions=not labelled) for split in sources.SPLITS},
@@ -92,7 +92,7 @@ def encode(out, *, latents=None, words=None, **changes):
 @pytest.mark.parametrize("split", sources.SPLITS)
 def test_labels_and_latents_of_every_example(tmp_path, split):
     encode(tmp_path)
-    source = sources.load(f"encoded:{tmp_path}", split=split)
+    source = sources.load_source(f"encoded:{tmp_path}", split=split)
     assert (len(source), source.shape, source.latent) == (COUNTS[split], (2, 2, 1), True)
     assert (source.class_names, source.null) == (("a", "b"), None)
     found, plain = source.arrays(), data(split).arrays()
@@ -112,7 +112,7 @@ def test_captions_are_encoded_once_each_and_go_with_their_images(tmp_path):
         *("test ", "test x", "test xx"),
         *("train ", "train x", "train xx"),
     ]
-    source = sources.load(f"encoded:{tmp_path}")
+    source = sources.load_source(f"encoded:{tmp_path}")
     assert dict(source.condition_shapes) == {"text": (2, 3)}
     np.testing.assert_array_equal(source.null["text"], np.zeros((2, 3)))
     np.testing.assert_array_equal(source.captions, data("train").captions)
@@ -125,7 +125,7 @@ def test_captions_are_encoded_once_each_and_go_with_their_images(tmp_path):
 
 def test_mirrored_images_are_encoded_themselves(tmp_path):
     encode(tmp_path, words=Words(), mirrored=True)
-    source = sources.load(f"encoded:{tmp_path}")
+    source = sources.load_source(f"encoded:{tmp_path}")
     images = data("train").arrays()["image"]
     assert len(source) == 14
     found = source.arrays()
@@ -134,7 +134,7 @@ def test_mirrored_images_are_encoded_themselves(tmp_path):
     np.testing.assert_allclose(mirrored, 2 * images[:, ::2, ::-1][:, :, ::2, :1], atol=1e-3)
     np.testing.assert_array_equal(found["text"][::2], found["text"][1::2])
     np.testing.assert_array_equal(source.captions[1::2], data("train").captions)
-    assert len(sources.load(f"encoded:{tmp_path}", split="test")) == 3
+    assert len(sources.load_source(f"encoded:{tmp_path}", split="test")) == 3
     with pytest.raises(UserError, match=r"data\.flip can't mirror latents.*encode --flip"):
         batches(source, batch_size=2, seed=0, flip=True)
 
@@ -146,7 +146,7 @@ def test_encoding_goes_on_where_it_was_cut(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(cut, latents=Quarters(allowed=2), words=Words())
     with pytest.raises(UserError, match=r"image-00002-of-00003.*isn't finished"):
-        sources.load(f"encoded:{cut}")
+        sources.load_source(f"encoded:{cut}")
     again = Quarters()
     encode(cut, latents=again, words=Words())
     assert again.calls == once.calls - 2
@@ -180,8 +180,8 @@ def test_another_encoding_is_never_mixed_in(tmp_path, changes, message):
 
 def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no encoded data.*guided-distill encode"):
-        sources.load(f"encoded:{tmp_path}")
-    with pytest.raises(UserError, match=r"quarters makes latents of toy that are not finite"):
+        sources.load_source(f"encoded:{tmp_path}")
+    with pytest.raises(UserError, match=r"quarters encodes toy to latents that are not finite"):
         encode(tmp_path / "nan", latents=lambda images: np.full((BATCH, 2, 2, 1), 1e6))
     encode(tmp_path, words=Words())
     shard = tmp_path / "train" / "image-00001-of-00003.array_record"
@@ -189,15 +189,15 @@ def test_damage_is_named(tmp_path):
     for damaged in (whole[:100], shard.with_name("image-00002-of-00003.array_record").read_bytes()):
         shard.write_bytes(damaged)
         with pytest.raises(UserError, match=r"image-00001-of-00003\.array_record is damaged"):
-            sources.load(f"encoded:{tmp_path}")
+            sources.load_source(f"encoded:{tmp_path}")
     shard.write_bytes(whole)
     (tmp_path / "null.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"null\.npy can't be read"):
-        sources.load(f"encoded:{tmp_path}")
+        sources.load_source(f"encoded:{tmp_path}")
     about = json.loads((tmp_path / "encoding.json").read_text())
     (tmp_path / "encoding.json").write_text(json.dumps({**about, "format": 2}))
     with pytest.raises(UserError, match=r"encoding\.json isn't what it should be \(format 2"):
-        sources.load(f"encoded:{tmp_path}")
+        sources.load_source(f"encoded:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, sai
         new = changes if isinstance(whole, list) else whole | changes
         (tmp_path / file).write_text(json.dumps(new))
     with pytest.raises(UserError, match=said):
-        sources.load(f"encoded:{tmp_path}")
+        sources.load_source(f"encoded:{tmp_path}")
 
 
 @pytest.fixture
@@ -263,8 +263,8 @@ def test_the_verb_encodes_by_an_autoencoder_and_a_text_encoder(
     command += ["--text_encoder", f"clip:{tmp_path}", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}\n")
-    source = sources.load(f"encoded:{tmp_path / 'out'}")
-    plain = sources.load(captioned)
+    source = sources.load_source(f"encoded:{tmp_path / 'out'}")
+    plain = sources.load_source(captioned)
     found = source.arrays()
     expected = module.apply({"params": params}, plain.arrays()["image"], method="to_latents")
     assert source.shape == (4, 4, 2)
@@ -294,14 +294,14 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     np.savez(tmp_path / "plain.npz", image=np.zeros((20, 8, 8, 3), np.uint8))
     command += ["--data", f"npz:{tmp_path}/plain.npz", "--text_encoder", f"clip:{tmp_path}"]
     assert cli.main(command) == 2
-    assert "has no captions to encode: leave --text_encoder out" in capsys.readouterr().err
+    assert "has no captions to encode: leave out --text_encoder" in capsys.readouterr().err
 
 
 def test_other_captions_are_not_read_by_the_states_of_the_old_ones(tmp_path):
     encode(tmp_path, words=Words())
     path = tmp_path / "train" / "captions.json"
     path.write_text(path.read_text().replace("train xx", "train zz"))
-    with pytest.raises(UserError, match=r"train/captions\.json holds other captions"):
+    with pytest.raises(UserError, match=r"train/captions\.json holds captions that differ"):
         encode(tmp_path, words=Words())
 
 
@@ -309,11 +309,12 @@ def test_masks_hide_the_same_of_mask_and_latents_and_differ_by_record(tmp_path):
     for name in ("one", "other"):
         encode(tmp_path / name, inpaint=True, mirrored=True)
     one, other = (
-        sources.load(f"encoded:{tmp_path / name}").arrays()["inpaint"] for name in ("one", "other")
+        sources.load_source(f"encoded:{tmp_path / name}").arrays()["inpaint"]
+        for name in ("one", "other")
     )
     np.testing.assert_array_equal(one, other)
     assert one.shape == (14, 2, 2, 2)
-    source = sources.load(f"encoded:{tmp_path / 'one'}")
+    source = sources.load_source(f"encoded:{tmp_path / 'one'}")
     assert source.condition_shapes == {"label": (), "inpaint": (2, 2, 2)}
     mask, around = one[..., 0], one[..., 1]
     assert set(np.unique(mask)) == {0, 1}

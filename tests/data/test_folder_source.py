@@ -27,7 +27,7 @@ def colour_folder(tmp_path):
 
 
 def load(path, **options):
-    return sources.load(f"folder:{path}", **options)
+    return sources.load_source(f"folder:{path}", **options)
 
 
 def test_classes_are_the_sorted_folders_and_labels_match(colour_folder):

@@ -19,7 +19,7 @@ def pixels(count, *, size=4, channels=3, start=0):
 
 
 def both_splits(name):
-    return [sources.load(name, split=split) for split in sources.SPLITS]
+    return [sources.load_source(name, split=split) for split in sources.SPLITS]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def save(tmp_path):
 
 def test_a_tenth_is_held_out_and_labels_stay_with_their_images(save):
     name = save(image=pixels(50), label=np.arange(50) % 7)
-    parts = {split: sources.load(name, split=split) for split in ("train", "test")}
+    parts = {split: sources.load_source(name, split=split) for split in ("train", "test")}
     assert (len(parts["train"]), len(parts["test"])) == (45, 5)
     seen = []
     for source in parts.values():
@@ -55,23 +55,26 @@ def test_own_test_arrays_and_names_are_used_as_they_are(save):
         test_labels=np.array([1, 0, 2]),
         class_names=np.array(["ant", "bee", "cow"]),
     )
-    assert len(sources.load(name)) == 6
-    test = sources.load(name, split="test")
+    assert len(sources.load_source(name)) == 6
+    test = sources.load_source(name, split="test")
     images, labels = test.arrays().values()
     np.testing.assert_array_equal(images, from_uint8(pixels(3, start=100)))
     np.testing.assert_array_equal(labels, [1, 0, 2])
-    assert test.class_names == sources.load(name).class_names == ("ant", "bee", "cow")
+    assert test.class_names == sources.load_source(name).class_names == ("ant", "bee", "cow")
 
 
 def test_both_splits_know_the_classes_of_either(save):
     labels = {"label": np.arange(3), "test_label": np.array([4])}
     name = save(image=pixels(3), test_image=pixels(1), **labels)
-    assert [sources.load(name, split=split).num_classes for split in sources.SPLITS] == [5, 5]
+    assert [sources.load_source(name, split=split).num_classes for split in sources.SPLITS] == [
+        5,
+        5,
+    ]
 
 
 def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
     gray = np.linspace(-1, 1, 10 * 25, dtype=np.float32).reshape(10, 5, 5)
-    source = sources.load(save(image=gray), image_size=5)
+    source = sources.load_source(save(image=gray), image_size=5)
     assert source.shape == (5, 5, 1)
     assert source.num_classes == 1
     found = {bytes(image) for image in source.arrays()["image"]}
@@ -80,7 +83,7 @@ def test_gray_images_gain_a_channel_and_float_images_are_kept(save):
 
 def test_float_images_are_never_resized(save):
     with pytest.raises(UserError, match=r"data.image_size is 8.*4 x 4 x 3"):
-        sources.load(save(image=from_uint8(pixels(20))), image_size=8)
+        sources.load_source(save(image=from_uint8(pixels(20))), image_size=8)
 
 
 def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
@@ -92,7 +95,7 @@ def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
     )
     groups = {}
     for split in sources.SPLITS:
-        source = sources.load(name, split=split)
+        source = sources.load_source(name, split=split)
         index = to_uint8(source.arrays()["image"])[:, 0, 0, 0]
         assert list(source.captions) == [f"number {each}" for each in index]
         groups[split] = set(group[index])
@@ -102,7 +105,7 @@ def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
 
     some = np.flatnonzero(np.arange(60) % 3)
     fewer = save(image=pixels(60)[some], group=np.array([f"group {each}" for each in group[some]]))
-    test = to_uint8(sources.load(fewer, split="test").arrays()["image"])[:, 0, 0, 0]
+    test = to_uint8(sources.load_source(fewer, split="test").arrays()["image"])[:, 0, 0, 0]
     assert set(group[test]) <= groups["test"]
 
 
@@ -168,7 +171,7 @@ def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
 )
 def test_bad_fields_are_named(save, fields, message):
     with pytest.raises(UserError, match=rf"images\.npz.*{message}"):
-        sources.load(save(**fields), split="test")
+        sources.load_source(save(**fields), split="test")
 
 
 def encoded(images, *, kind="png"):
@@ -194,12 +197,12 @@ def test_encoded_files_of_two_splits(tmp_path):
         np.savez(tmp_path / f"x_{split}.npz", **encoded(expected[split]), **fields)
     name = f"npz:{tmp_path}/x_{{split}}.npz"
     for split, images in expected.items():
-        source = sources.load(name, split=split)
+        source = sources.load_source(name, split=split)
         found, labels = source.arrays().values()
         np.testing.assert_array_equal(to_uint8(found), images)
         np.testing.assert_array_equal(labels, np.arange(len(images)))
         assert source.num_classes == 5
-    small = sources.load(name, image_size=2)
+    small = sources.load_source(name, image_size=2)
     assert small.shape == (2, 2, 3)
     # The middle 4 x 4 counts, its rows above and below don't.
     found = small.arrays()["image"].mean((1, 2))
@@ -211,7 +214,7 @@ def test_jpeg_files_and_a_held_out_tenth(save):
     shades = np.arange(20, dtype=np.uint8) * 10
     images = np.broadcast_to(shades[:, None, None, None], (20, 8, 8, 3))
     name = save(**encoded(images, kind="jpeg"), label=np.arange(20))
-    parts = [sources.load(name, split=split) for split in sources.SPLITS]
+    parts = [sources.load_source(name, split=split) for split in sources.SPLITS]
     assert [len(part) for part in parts] == [18, 2]
     for part in parts:
         found, labels = part.arrays().values()
@@ -244,12 +247,12 @@ def test_bad_encoded_files_are_named(save, images, message):
 def test_offsets_are_integers(save):
     fields = encoded([WHOLE])
     with pytest.raises(UserError, match=r"offset must be integers.*float64 \[2\]"):
-        sources.load(save(jpeg=fields["jpeg"], offset=fields["offset"].astype(float)))
+        sources.load_source(save(jpeg=fields["jpeg"], offset=fields["offset"].astype(float)))
 
 
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*none\.npz"):
-        sources.load(f"npz:{tmp_path}/none.npz")
+        sources.load_source(f"npz:{tmp_path}/none.npz")
     damaged = {"text.npz": b"not an archive", "cut.npz": b"PK\x03\x04 cut", "empty.npz": b""}
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
@@ -257,12 +260,12 @@ def test_unreadable_files_are_named(tmp_path):
     np.savez(tmp_path / "objects.npz", image=np.array([{}], dtype=object))
     for name in (*damaged, "single.npy", "objects.npz"):
         with pytest.raises(UserError, match=rf"{name} cannot be read"):
-            sources.load(f"npz:{tmp_path}/{name}")
+            sources.load_source(f"npz:{tmp_path}/{name}")
 
 
 def test_strings_may_be_bytes(save):
     fields = {"class_names": np.array([b"caf\xc3\xa9", b"bar"]), "caption": np.array([b"a"] * 5)}
-    source = sources.load(save(image=pixels(5), label=np.array([0, 0, 0, 1, 1]), **fields))
+    source = sources.load_source(save(image=pixels(5), label=np.array([0, 0, 0, 1, 1]), **fields))
     assert source.class_names == ("caf\u00e9", "bar")
     assert list(source.captions) == ["a"] * 4
 
@@ -270,7 +273,7 @@ def test_strings_may_be_bytes(save):
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
 def test_floats_of_any_precision_are_read_as_single(save, kind):
     values = np.linspace(-1, 1, 20 * 25).reshape(20, 5, 5).astype(kind)
-    found = sources.load(save(image=values)).arrays()["image"]
+    found = sources.load_source(save(image=values)).arrays()["image"]
     assert found.dtype == np.float32
     assert set(found.ravel()) < set(values.astype(np.float32).ravel())
 
@@ -300,7 +303,10 @@ def test_classes_of_both_files_are_known(tmp_path, caplog):
     for split, count in (("train", 3), ("test", 5)):
         np.savez(tmp_path / f"x_{split}.npz", image=pixels(count), label=np.arange(count))
     name = f"npz:{tmp_path}/x_{{split}}.npz"
-    assert [sources.load(name, split=split).num_classes for split in sources.SPLITS] == [5, 5]
+    assert [sources.load_source(name, split=split).num_classes for split in sources.SPLITS] == [
+        5,
+        5,
+    ]
     assert not caplog.messages
 
 
@@ -312,7 +318,7 @@ def test_encoded_images_are_flattened_turned_and_scaled(save):
     clear = np.zeros((2, 2, 4), np.uint8)
     deep = np.full((2, 2), 257 * 30, np.uint16)
     files = [turned.getvalue(), clear, deep] * 10
-    source = sources.load(save(**encoded(files), label=np.arange(30) % 3))
+    source = sources.load_source(save(**encoded(files), label=np.arange(30) % 3))
     images, labels = source.arrays().values()
     expected = np.array([[[0, 9], [0, 9]], np.full((2, 2), 255), np.full((2, 2), 30)])
     np.testing.assert_array_equal(to_uint8(images)[..., 0], expected[labels])
@@ -320,7 +326,7 @@ def test_encoded_images_are_flattened_turned_and_scaled(save):
 
 def test_encoded_images_of_many_sizes_are_resized(save):
     files = [np.full((4 + i, 9, 3), 10 * i, np.uint8) for i in range(10)]
-    source = sources.load(save(**encoded(files), label=np.arange(10)), image_size=4)
+    source = sources.load_source(save(**encoded(files), label=np.arange(10)), image_size=4)
     images, labels = source.arrays().values()
     np.testing.assert_array_equal(to_uint8(images)[:, 0, 0, 0], 10 * labels)
 
@@ -352,7 +358,7 @@ def test_both_splits_share_what_is_read(save, monkeypatch):
     both_splits(name)
     assert len(read) == 1
     save(image=pixels(10, start=100))
-    assert sources.load(name).arrays()["image"].min() > -0.5
+    assert sources.load_source(name).arrays()["image"].min() > -0.5
 
 
 def zip_of(path, method, shape, *, written=0):
@@ -370,13 +376,13 @@ def test_fields_larger_than_the_memory_are_refused_unread(tmp_path, monkeypatch)
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (4 << 10, 32, 32), written=4 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
     with pytest.raises(UserError, match=r"a\.npz takes 0\.0 GiB of memory, and there are 0\.0"):
-        sources.load(name)
+        sources.load_source(name)
 
 
 def test_decoded_images_larger_than_the_memory_are_refused(save, monkeypatch):
     monkeypatch.setattr(fields, "_memory", lambda: 10_000)
     with pytest.raises(UserError, match="`jpeg`, decoded, takes"):
-        sources.load(save(**encoded([np.zeros((32, 32, 3), np.uint8)] * 20)))
+        sources.load_source(save(**encoded([np.zeros((32, 32, 3), np.uint8)] * 20)))
 
 
 def test_bombs_are_refused_unread(tmp_path, monkeypatch):
@@ -384,14 +390,14 @@ def test_bombs_are_refused_unread(tmp_path, monkeypatch):
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (8 << 10, 32, 32), written=8 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
     with pytest.raises(UserError, match=r"a\.npz cannot be read.*as no images do"):
-        sources.load(name)
+        sources.load_source(name)
 
 
 def test_fields_that_are_shorter_than_they_say_are_refused_unread(tmp_path, monkeypatch):
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_STORED, (1 << 40, 32, 32))
     monkeypatch.setattr(np.lib.format, "read_array", None)
     with pytest.raises(UserError, match=r"a\.npz cannot be read.*isn't as long as its header says"):
-        sources.load(name)
+        sources.load_source(name)
 
 
 def test_encrypted_files_and_pipes_are_refused(tmp_path):
@@ -402,7 +408,7 @@ def test_encrypted_files_and_pipes_are_refused(tmp_path):
         content[content.index(mark) + place] |= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.npz cannot be read.*encrypted"):
-        sources.load(f"npz:{path}")
+        sources.load_source(f"npz:{path}")
     os.mkfifo(tmp_path / "b.npz")
     with pytest.raises(UserError, match=r"no file .*b\.npz"):
-        sources.load(f"npz:{tmp_path}/b.npz")
+        sources.load_source(f"npz:{tmp_path}/b.npz")

@@ -23,7 +23,7 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
     monkeypatch.setattr(photo10, "_half_size", coded_photo)
     seen = {}
     for split in sources.SPLITS:
-        source = sources.load("photo10", split=split)
+        source = sources.load_source("photo10", split=split)
         pixels = to_uint8(source.read(np.arange(0, len(source), 10))["image"]).astype(int)
         x = pixels[..., 0] + 256 * (pixels[..., 2] % 128 // 64)
         y = pixels[..., 1] + 256 * (pixels[..., 2] // 128)
@@ -38,7 +38,7 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
 
 
 def test_classes_are_dealt_evenly_and_every_patch_is_dealt():
-    source = sources.load("photo10", split="test")
+    source = sources.load_source("photo10", split="test")
     labels = source.arrays()["label"]
     np.testing.assert_array_equal(labels, np.arange(len(source)) % 10)
     for label in (1, 6):
@@ -57,7 +57,7 @@ def test_there_are_thousands_of_patches_and_none_is_flat():
 
 
 def test_photographs_have_their_colours():
-    source = sources.load("photo10", split="train")
+    source = sources.load_source("photo10", split="train")
     images, labels = source.arrays(limit=5000).values()
     colour = {
         name: images[labels == i].mean(axis=(0, 1, 2)) for i, name in enumerate(source.class_names)
@@ -72,4 +72,4 @@ def test_photographs_have_their_colours():
 def test_a_missing_photograph_is_named(monkeypatch, fresh_photos):
     monkeypatch.setitem(photo10.PHOTOS, "cat", ("skimage", "data/no_cat.png"))
     with pytest.raises(UserError, match=r"no_cat\.png.*reinstall scikit-image"):
-        sources.load("photo10")
+        sources.load_source("photo10")

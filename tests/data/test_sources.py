@@ -26,7 +26,7 @@ def test_to_uint8_clips_and_rounds_half_to_even():
 
 @pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
 def test_source_contract(name):
-    source = sources.load(name, split="test")
+    source = sources.load_source(name, split="test")
     example = source[3]
     assert example["image"].shape == source.shape
     assert example["image"].dtype == np.float32
@@ -54,9 +54,9 @@ def test_source_contract(name):
 
 @pytest.mark.parametrize("name", ["digits", "photo10", "mixture2d"])
 def test_repr_is_short_and_stable(name):
-    text = repr(sources.load(name))
-    assert text == repr(sources.load(name))
-    assert text != repr(sources.load(name, split="test"))
+    text = repr(sources.load_source(name))
+    assert text == repr(sources.load_source(name))
+    assert text != repr(sources.load_source(name, split="test"))
     assert len(text) < 120
 
 
@@ -64,7 +64,9 @@ def test_digits_are_all_there_once_in_balanced_splits():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    splits = {split: sources.load("digits", split=split).arrays() for split in ("train", "test")}
+    splits = {
+        split: sources.load_source("digits", split=split).arrays() for split in ("train", "test")
+    }
     images = np.concatenate([splits[split]["image"] for split in sources.SPLITS])
     labels = np.concatenate([splits[split]["label"] for split in sources.SPLITS])
     seen = sorted(zip(labels, map(bytes, to_gray(images)), strict=True))
@@ -79,7 +81,7 @@ def to_gray(images):
 
 def test_splits_ignore_the_seed_except_for_drawn_points():
     def images(name, seed):
-        return sources.load(name, seed=seed).arrays(limit=100)["image"]
+        return sources.load_source(name, seed=seed).arrays(limit=100)["image"]
 
     np.testing.assert_array_equal(images("digits", 1), images("digits", 2))
     np.testing.assert_array_equal(images("mixture2d", 1), images("mixture2d", 1))
@@ -87,8 +89,8 @@ def test_splits_ignore_the_seed_except_for_drawn_points():
 
 
 def test_mixture_points_are_balanced_and_follow_the_mixture():
-    train, train_labels = sources.load("mixture2d").arrays().values()
-    test, _ = sources.load("mixture2d", split="test").arrays().values()
+    train, train_labels = sources.load_source("mixture2d").arrays().values()
+    test, _ = sources.load_source("mixture2d", split="test").arrays().values()
     assert (train.shape, test.shape) == ((50_000, 2), (10_000, 2))
     assert not set(map(bytes, train)) & set(map(bytes, test))
     np.testing.assert_array_equal(np.bincount(train_labels), 12_500)
@@ -117,24 +119,24 @@ def test_split_indices_partition_every_group():
 @pytest.mark.parametrize("name", ["digitz", "npz", "npz:", "folder:", "tfds:", "", "digits:x"])
 def test_unknown_names_list_the_known_ones(name):
     with pytest.raises(UserError, match=r"digits.*photo10.*mixture2d.*npz:PATH.*folder.*tfds"):
-        sources.load(name)
+        sources.load_source(name)
 
 
 def test_unknown_split_is_refused():
     with pytest.raises(UserError, match=r"'valid'.*train or test"):
-        sources.load("digits", split="valid")
+        sources.load_source("digits", split="valid")
 
 
 @pytest.mark.parametrize(("name", "right"), [("digits", 8), ("photo10", 32)])
 def test_fixed_sizes_are_checked(name, right):
-    assert sources.load(name, image_size=right).shape[0] == right
+    assert sources.load_source(name, image_size=right).shape[0] == right
     with pytest.raises(UserError, match=rf"data.image_size is 64.*{name}.*{right} x {right}"):
-        sources.load(name, image_size=64)
+        sources.load_source(name, image_size=64)
 
 
 def test_points_have_no_image_size():
     with pytest.raises(UserError, match=r"data.image_size is 2.*mixture2d"):
-        sources.load("mixture2d", image_size=2)
+        sources.load_source("mixture2d", image_size=2)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_large_images_are_read_a_few_at_a_time(shape, most, count):
 
 def test_chunks_hold_no_more_than_they_may(monkeypatch):
     monkeypatch.setattr(source, "_BYTES", 64 * 4 * 10)
-    read = sources.load("digits")
+    read = sources.load_source("digits")
     whole, chunks = read.arrays(), list(read.chunks())
     assert {len(chunk["label"]) for chunk in chunks[:-1]} == {8}
     for name, expected in whole.items():
@@ -163,7 +165,7 @@ def test_chunks_hold_no_more_than_they_may(monkeypatch):
 @pytest.mark.parametrize("at_hand", [True, False])
 def test_labels_are_had_without_images_where_they_are_known(monkeypatch, at_hand):
     monkeypatch.setattr(source, "_BYTES", 64 * 4 * 50)
-    digits, sizes = sources.load("digits"), []
+    digits, sizes = sources.load_source("digits"), []
 
     def read(indices):
         sizes.append(len(indices))

@@ -62,7 +62,7 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize(("split", "start"), [("train", 0), ("test", 50)])
 def test_prepared_sets_are_read_without_tensorflow(prepared, split, start):
-    source = sources.load("tfds:tiny_squares/even", split=split)
+    source = sources.load_source("tfds:tiny_squares/even", split=split)
     assert source.shape == (8, 12, 3)
     assert source.class_names == ("even", "odd")
     images, labels = source.arrays().values()
@@ -74,8 +74,8 @@ def test_prepared_sets_are_read_without_tensorflow(prepared, split, start):
 
 def test_images_of_many_sizes_are_resized_and_batched(prepared):
     with pytest.raises(UserError, match=r"tiny_squares/ragged differ.*data\.image_size"):
-        sources.load("tfds:tiny_squares/ragged")
-    source = sources.load("tfds:tiny_squares/ragged", image_size=4)
+        sources.load_source("tfds:tiny_squares/ragged")
+    source = sources.load_source("tfds:tiny_squares/ragged", image_size=4)
     iterator = pipeline.batches(source, batch_size=10, seed=0)
     batch = next(iterator)
     iterator.close()
@@ -85,7 +85,7 @@ def test_images_of_many_sizes_are_resized_and_batched(prepared):
 
 
 def test_gray_images_keep_one_channel(prepared):
-    source = sources.load("tfds:tiny_squares/gray", image_size=5)
+    source = sources.load_source("tfds:tiny_squares/gray", image_size=5)
     assert source.shape == (5, 5, 1)
     shades = to_uint8(source.arrays()["image"])
     assert sorted(shades[:, 2, 2, 0]) == list(range(10))
@@ -93,13 +93,13 @@ def test_gray_images_keep_one_channel(prepared):
 
 def test_sets_not_prepared_say_how_to_prepare(prepared):
     with pytest.raises(UserError, match=r"tfds:cifar10 is not prepared.*download_and_prepare"):
-        sources.load("tfds:cifar10")
+        sources.load_source("tfds:cifar10")
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "tiny_squares/odd", "tiny_squares/even:7.0.0"])
 def test_unknown_sets_are_named(prepared, name):
     with pytest.raises(UserError, match=f"tfds:{name} cannot be opened"):
-        sources.load(f"tfds:{name}")
+        sources.load_source(f"tfds:{name}")
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split):
     builder.download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
 
-    source = sources.load(f"tfds:{name}", image_size=side)
+    source = sources.load_source(f"tfds:{name}", image_size=side)
     assert (source.shape, source.num_classes) == ((side, side, 3), last + 1)
     found, labels = source.arrays().values()
     assert sorted(labels) == wanted
     places = [wanted.index(label) for label in labels]
     np.testing.assert_array_equal(to_uint8(found), images[places])
-    assert len(sources.load(f"tfds:{name}", split="test")) == 1
+    assert len(sources.load_source(f"tfds:{name}", split="test")) == 1
 
 
 def test_splits_without_labels_are_refused(prepared, monkeypatch):
-    source = sources.load("tfds:tiny_squares/even")
+    source = sources.load_source("tfds:tiny_squares/even")
     for bad in (-1, 2):
         monkeypatch.setattr(
             tfds.features.ClassLabel, "decode_example_np", lambda *_, bad=bad: np.int64(bad)

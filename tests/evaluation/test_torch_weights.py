@@ -14,7 +14,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractors import lite0
 from guided_distill.evaluation.extractors.pretrained import tensor_shapes
-from guided_distill.formats.torch_file import read_tensors
+from guided_distill.formats.torch_file import read_state_dict
 
 FILES = Path(__file__).parents[1] / "parity"
 
@@ -28,7 +28,7 @@ def assert_same_tensors(found, expected):
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_both_formats_of_torch(kind):
-    found = read_tensors(epath.Path(FILES / f"tensors_{kind}.pth"))
+    found = read_state_dict(epath.Path(FILES / f"tensors_{kind}.pth"))
     whole = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert found["brain"].dtype == "bfloat16"
     found["brain"] = found["brain"].astype(np.float32)
@@ -50,7 +50,7 @@ def test_safetensors(tmp_path):
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2])}
     file = tmp_path / "weights.safetensors"
     safetensors.numpy.save_file(tensors, file)
-    assert_same_tensors(read_tensors(epath.Path(file)), tensors)
+    assert_same_tensors(read_state_dict(epath.Path(file)), tensors)
 
 
 class Touch:
@@ -80,7 +80,7 @@ def test_a_pickle_that_runs_a_command_is_refused(tmp_path, write):
     file, touched = tmp_path / "weights.pth", tmp_path / "touched"
     file.write_bytes(write({"a": Touch(touched)}))
     with pytest.raises(UserError, match=r"more than tensors \(it asks for 'posix\.system'\)"):
-        read_tensors(epath.Path(file))
+        read_state_dict(epath.Path(file))
     assert not touched.exists()
 
 
@@ -93,7 +93,7 @@ def test_anything_but_tensors_is_refused(tmp_path, write, content, said):
     file = tmp_path / "weights.pth"
     file.write_bytes(write(content))
     with pytest.raises(UserError, match=said):
-        read_tensors(epath.Path(file))
+        read_state_dict(epath.Path(file))
 
 
 @pytest.mark.parametrize("name", ["tensors_zip.pth", "tensors_legacy.pth", "a.safetensors"])
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, name, cut):
         whole = safetensors.numpy.save({"a": np.zeros(20)})
     file.write_bytes(whole[:cut])
     with pytest.raises(UserError, match="is the file whole"):
-        read_tensors(epath.Path(file))
+        read_state_dict(epath.Path(file))
 
 
 def write_lite0(file, **changes):
@@ -140,11 +140,11 @@ def test_weights_of_another_network_name_a_tensor(tmp_path, changes, said):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="no weights file"):
-        read_tensors(epath.Path(tmp_path / "nothing.pth"))
+        read_state_dict(epath.Path(tmp_path / "nothing.pth"))
 
 
 @pytest.mark.parametrize("name", ["pipe.pth", "pipe.safetensors"])
 def test_a_pipe_is_no_weights_file(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="there is no weights file"):
-        read_tensors(epath.Path(tmp_path / name))
+        read_state_dict(epath.Path(tmp_path / name))

@@ -6,7 +6,7 @@ import tiny
 
 from guided_distill.errors import UserError
 from guided_distill.formats.diffusers_configs import (
-    Chain,
+    SchedulerSettings,
     read_denoiser,
     read_scheduler,
     scheduler_config,
@@ -159,7 +159,7 @@ def test_a_scheduler_says_what_the_network_predicts(name, prediction, parameteri
     config = {**tiny.SCHEDULER, "_class_name": name, "prediction_type": prediction}
     chain = read_scheduler(config, "F")
     betas = {"beta_start": 0.00085, "beta_end": 0.012}
-    assert chain == Chain(parameterization, "scaled_linear", betas)
+    assert chain == SchedulerSettings(parameterization, "scaled_linear", betas)
     assert read_scheduler(scheduler_config(chain, num_steps=4), "F") == chain
 
 
@@ -177,7 +177,7 @@ def test_where_diffusers_calls_a_network():
 
 def test_keys_that_old_files_leave_out():
     old = {key: tiny.SCHEDULER[key] for key in ("_class_name", "beta_start", "beta_end")}
-    assert read_scheduler(old, "F") == Chain(
+    assert read_scheduler(old, "F") == SchedulerSettings(
         "eps", "linear", {"beta_start": 0.00085, "beta_end": 0.012}
     )
 

@@ -17,8 +17,8 @@ from guided_distill.formats.diffusers_folder import (
     WEIGHTS,
     copy_folder,
     read_model_index,
-    read_tensors,
     read_weights,
+    read_weights_file,
     write_component,
 )
 from guided_distill.formats.json_files import read_json
@@ -109,7 +109,7 @@ def test_pickles_are_never_read(folder, name):
     with pytest.raises(UserError, match="safe_serialization=True"):
         read_weights(folder, WEIGHTS)
     with pytest.raises(UserError, match="never read"):
-        read_tensors(folder / name)
+        read_weights_file(folder / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"not a file of tensors" * 9])

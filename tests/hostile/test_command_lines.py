@@ -225,7 +225,7 @@ def no_work(monkeypatch):
     """What compiles, trains, fetches or waits for a browser is left out; all checks before it are not."""
     for owner, name in (
         *((pipeline.Pipeline, "train"), (pipeline, "latents_of"), (study.pipeline, "run")),
-        *((evaluate, "load_extractor"), (encode, "write"), (doctor, "check_yourself")),
+        *((evaluate, "load_extractor"), (encode, "write_encoding"), (doctor, "check_yourself")),
         *(
             (packages, "_download"),
             (minilm, "_download"),

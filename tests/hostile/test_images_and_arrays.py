@@ -161,7 +161,7 @@ def folder_of_images(case):
 
 def all_of(name, split, image_size):
     """All examples of a split."""
-    source = sources.load(name, split=split, image_size=image_size)
+    source = sources.load_source(name, split=split, image_size=image_size)
     return source.read(np.arange(len(source)))
 
 
@@ -315,7 +315,7 @@ def statistics(case):
     path = epath.Path(case.folder / "statistics.npz")
     put(case, case.folder / path.name, file.getvalue())
     extractor = Extractor("e", width, False, apply=lambda *_: None, params={}, batch_size=8)
-    digits = sources.load("digits")
+    digits = sources.load_source("digits")
     found = attempt(lambda: read_reference(path, digits, extractor))
     if not isinstance(found, Refusal):
         with np.load(path) as arrays:

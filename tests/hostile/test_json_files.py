@@ -20,7 +20,7 @@ from test_configs import TINY
 
 from guided_distill import pipeline
 from guided_distill.data import encoded, sources
-from guided_distill.data.encode import write
+from guided_distill.data.encode import write_encoding
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.results import COLUMNS, read_results
 from guided_distill.formats import import_model
@@ -201,7 +201,7 @@ def write_images(folder):
 
 def write_encoded(folder):
     """Encoded digits, whose latents are zero."""
-    splits = {split: sources.load("digits", split=split) for split in sources.SPLITS}
+    splits = {split: sources.load_source("digits", split=split) for split in sources.SPLITS}
     for split, source in splits.items():
         captions = np.array([f"a {index % 3}" for index in range(9)])
         splits[split] = encoded.Source(**(vars(source) | {"size": 9, "captions": captions}))
@@ -217,7 +217,7 @@ def write_encoded(folder):
         sizes=dict.fromkeys(splits, 9),
         shard_size=5,
     )
-    write(
+    write_encoding(
         folder,
         about,
         splits,
@@ -340,7 +340,7 @@ def captions(case, whole):
     folder = copied(case, whole / "images")
     path = folder / "metadata.jsonl"
     mutate(case.rng, path)
-    found = attempt(lambda: sources.load(f"folder:{folder}").captions)
+    found = attempt(lambda: sources.load_source(f"folder:{folder}").captions)
     if not isinstance(found, Refusal):
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         assert set(found.tolist()) <= {row["text"] for row in rows}
@@ -351,7 +351,7 @@ def encoding(case, whole):
     """The files of encoded data: examples are those that were encoded."""
     folder = copied(case, whole / "encoded")
     mutate(case.rng, case.rng.choice(json_files(folder)))
-    found = attempt(lambda: sources.load(f"encoded:{folder}").read(np.arange(9)))
+    found = attempt(lambda: sources.load_source(f"encoded:{folder}").read(np.arange(9)))
     if not isinstance(found, Refusal):
         assert found["image"].shape == (9, 4, 4, 1)
         np.testing.assert_array_equal(found["image"], 0)

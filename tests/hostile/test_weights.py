@@ -12,7 +12,7 @@ from harness import Case, Refusal, attempt
 from test_json_files import changed_tree
 
 from guided_distill.formats import diffusers_folder
-from guided_distill.formats.torch_file import read_tensors as read_torch
+from guided_distill.formats.torch_file import read_state_dict
 from guided_distill.formats.torch_layout import to_tensors, to_tree
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -154,9 +154,9 @@ def test_weights(case: Case) -> None:
     path = epath.Path(case.folder / f"weights.{'pth' if make in TORCH.values() else 'safetensors'}")
     path.write_bytes(content)
     print(content[:300])
-    check(read_torch, path, content)
+    check(read_state_dict, path, content)
     if make in SAFETENSORS.values():
-        check(diffusers_folder.read_tensors, path, content)
+        check(diffusers_folder.read_weights_file, path, content)
 
 
 def check(read, path, content):

@@ -15,7 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.torch_file import read_tensors
+from guided_distill.formats.torch_file import read_state_dict
 
 MEMORY = 200 * 2**20
 SECONDS = 20
@@ -24,7 +24,7 @@ SECONDS = 20
 def outcome(path):
     """What reading a file came to, in words."""
     try:
-        return f"read { ({name: each.tolist() for name, each in read_tensors(path).items()}) }"
+        return f"read { ({name: each.tolist() for name, each in read_state_dict(path).items()}) }"
     except UserError as error:
         return f"refused: {error}"
     except BaseException as error:

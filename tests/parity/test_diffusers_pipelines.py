@@ -28,7 +28,7 @@ from guided_distill.diffusion.guidance import guidance_scale  # noqa: E402
 from guided_distill.diffusion.process import prediction_from  # noqa: E402
 from guided_distill.diffusion.schedules import scaled_linear, timestep_index  # noqa: E402
 from guided_distill.formats.diffusers_configs import (  # noqa: E402
-    Chain,
+    SchedulerSettings,
     read_denoiser,
     scheduler_config,
     visited_by_diffusers,
@@ -254,7 +254,7 @@ def test_a_folder_in_half_precision_goes_out_as_its_card_loads_it(tmp_path):
 def test_where_schedulers_call_a_network():
     for num_steps in (1, 2, 4, 16, 48, 61, 103, 250, 512):
         config = scheduler_config(
-            Chain("eps", "scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+            SchedulerSettings("eps", "scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
             num_steps=num_steps,
         )
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)

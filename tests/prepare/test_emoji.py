@@ -131,7 +131,7 @@ def test_drawings_and_captions_go_together(tmp_path, registry, capsys):
     assert len(registry.requests) == 3
     with np.load(out) as archive:
         assert list(archive["name"]) == ["red heart", "two runners"] * 2 + ["red heart"]
-    assert sources.load(f"npz:{out}").shape == (16, 16, 3)
+    assert sources.load_source(f"npz:{out}").shape == (16, 16, 3)
 
 
 def test_a_drawing_that_is_no_square_is_centred(tmp_path):

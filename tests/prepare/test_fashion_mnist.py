@@ -51,7 +51,9 @@ def test_the_source_reads_what_the_command_writes(folder, tmp_path, capsys):
         "class_names": ("U", (10,)),
     }
     for split, count in (("train", 20), ("test", 10)):
-        source = sources.load(f"npz:{tmp_path}/data/fashion_mnist_{{split}}.npz", split=split)
+        source = sources.load_source(
+            f"npz:{tmp_path}/data/fashion_mnist_{{split}}.npz", split=split
+        )
         images, labels = source.arrays().values()
         np.testing.assert_array_equal(to_uint8(images).ravel(), np.arange(count * 4))
         np.testing.assert_array_equal(labels, np.arange(count) % 10)

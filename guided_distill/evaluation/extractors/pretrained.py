@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from guided_distill.errors import UserError
 from guided_distill.formats.safetensors_file import is_floating
-from guided_distill.formats.torch_file import read_tensors
+from guided_distill.formats.torch_file import read_state_dict
 
 NORM_EPSILON = 1e-3
 """Of the batch norms of both networks, Lite0 and Inception."""
@@ -45,7 +45,7 @@ def read_params(
     Raises UserError if the file can't be read, or naming the first tensor that is missing, of
     another shape, not floating-point, or not of this network.
     """
-    tensors = read_tensors(path)
+    tensors = read_state_dict(path)
     _check_layout(path, tensors, tensor_shapes(shapes, source))
     params: dict[tuple[str, ...], np.ndarray] = {}
     for layer in _kernels(shapes):

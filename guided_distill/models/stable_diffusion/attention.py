@@ -30,7 +30,7 @@ def attend(
     return jax.nn.dot_product_attention(*heads, is_causal=is_causal).reshape(queries.shape)
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """From tokens to a context, or to themselves."""
 
     num_heads: int
@@ -62,7 +62,7 @@ class PixelAttention(nn.Module):
     def setup(self) -> None:
         """Normalization and attention, one layer in the names of the weights."""
         self.group_norm = nn.GroupNorm(self.norm_num_groups, epsilon=1e-6, dtype=self.dtype)
-        self.attention = Attention(num_heads=1, qkv_bias=True, dtype=self.dtype)
+        self.attention = MultiHeadAttention(num_heads=1, qkv_bias=True, dtype=self.dtype)
         nn.share_scope(self, self.attention)
 
     def __call__(self, image: jax.Array, context: None = None) -> jax.Array:
@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
         return nn.Dense(tokens.shape[-1], dtype=self.dtype, name="net_2")(hidden)
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """Attention to the tokens themselves, attention to the context, and a gated perceptron."""
 
     num_heads: int
@@ -111,7 +111,7 @@ class TransformerBlock(nn.Module):
     def __call__(self, tokens: jax.Array, context: jax.Array) -> jax.Array:
         """tokens [B, T, C], context [B, S, D] -> [B, T, C]."""
         norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
-        attention = functools.partial(Attention, self.num_heads, dtype=self.dtype)
+        attention = functools.partial(MultiHeadAttention, self.num_heads, dtype=self.dtype)
         tokens += attention(name="attn1")(norm(name="norm1")(tokens))
         tokens += attention(name="attn2")(norm(name="norm2")(tokens), context)
         feed_forward = FeedForward(
@@ -145,6 +145,6 @@ class SpatialTransformer(nn.Module):
             image
         )
         tokens = project(name="proj_in")(branch).reshape(batch, -1, channels)
-        block = TransformerBlock(self.num_heads, self.dtype, name="transformer_blocks_0")
+        block = BasicTransformerBlock(self.num_heads, self.dtype, name="transformer_blocks_0")
         branch = block(tokens, context).reshape(image.shape)
         return image + project(kernel_init=nn.initializers.zeros, name="proj_out")(branch)

@@ -21,7 +21,7 @@ from guided_distill.models.stable_diffusion.blocks import (
 )
 
 
-class Half(nn.Module):
+class CoderBase(nn.Module):
     """What the encoder and the decoder have in common.
 
     attention_levels: indices into block_out_channels, from full resolution down.
@@ -66,7 +66,7 @@ class Half(nn.Module):
         return functools.partial(PixelAttention, self.norm_num_groups, self.dtype)
 
 
-class Encoder(Half):
+class Encoder(CoderBase):
     """Each level halves the resolution, but the last."""
 
     @nn.compact
@@ -88,7 +88,7 @@ class Encoder(Half):
         return self.convolved_out(self.middle(image))
 
 
-class Decoder(Half):
+class Decoder(CoderBase):
     """The encoder's levels in reverse, each with one residual block more."""
 
     @nn.compact
@@ -111,7 +111,7 @@ class Decoder(Half):
         return self.convolved_out(image)
 
 
-class Autoencoder(nn.Module):
+class AutoencoderBase(nn.Module):
     """Images in [-1, 1] to latents at 1/2^(levels-1) of the resolution, and back.
 
     The diffusion's latents are the autoencoder's times scaling_factor; to_latents and to_images alone
@@ -163,7 +163,7 @@ class Autoencoder(nn.Module):
         return self.to_images(self.to_latents(images))
 
 
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(AutoencoderBase):
     """Latents are normal numbers around what the encoder says."""
 
     def setup(self) -> None:
@@ -206,7 +206,7 @@ class VectorQuantizer(nn.Module):
         return self.embedding(distances.argmin(axis=-1))
 
 
-class VQModel(Autoencoder):
+class VQModel(AutoencoderBase):
     """Latents become the nearest of num_vq_embeddings codes as they are decoded, and not before."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
