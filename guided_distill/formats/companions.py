@@ -11,14 +11,14 @@ COMPANIONS = "companions"
 
 
 def bring_companions(source: epath.Path, workdir: epath.Path) -> None:
-    """Copy the companions of the run in `source`, if it has any, to a run that lacks them."""
+    """Copy the companions of the run `source`, if it has any, to the run `workdir` if it has none."""
     if (source / COMPANIONS / MODEL_INDEX).exists() and not (workdir / COMPANIONS).exists():
         with whole(workdir / COMPANIONS) as part:
             copy_folder(source / COMPANIONS, part)
 
 
 def check_companions(source: epath.Path, folder: epath.Path) -> None:
-    """Raises UserError unless `folder` has no companions, or those of the run in `source`."""
+    """Raises UserError if `folder` has companions that aren't those of the run `source`."""
     theirs, ours = folder / COMPANIONS, source / COMPANIONS
     if theirs.exists() and not _same_autoencoder(theirs, ours):
         raise UserError(f"{theirs} belongs to another model: choose another folder for --out")

@@ -36,9 +36,9 @@ _VAE_MUST = {
 
 
 def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Params]:
-    """The autoencoder in a folder, most often `vae`, and its weights.
+    """The autoencoder in a folder, usually `vae`, and its weights.
 
-    Raises UserError, naming the key or the tensors, if it isn't one that is supported.
+    Raises UserError, naming the key or the tensors, if it isn't supported.
     """
     config, where = read_json(folder / "config.json"), folder / "config.json"
     kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -74,7 +74,7 @@ def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Param
 
 
 def autoencoder_config(module: AutoencoderKL, *, sample_size: int) -> dict[str, Any]:
-    """The config.json of an autoencoder of sample_size squares; `read_autoencoder` reads it."""
+    """The config.json of an autoencoder; `read_autoencoder` reads it. sample_size: pixels per side."""
     levels = range(len(module.block_out_channels))
     attention = ["Attn" if level in module.attention_levels else "" for level in levels]
     return {
@@ -105,5 +105,7 @@ def _attention_levels(config: Mapping[str, Any], where: epath.Path) -> tuple[int
             one_of(each, (kind, f"Attn{kind}"), key, where)
         levels.append(tuple(i for i, each in enumerate(types) if each.startswith("Attn")))
     if levels[0] != levels[1]:
-        raise UserError(f"{where}: up_block_types must have attention where down_block_types have")
+        raise UserError(
+            f"{where}: up_block_types must have attention at the levels where down_block_types have it"
+        )
     return levels[0]

@@ -15,19 +15,22 @@ from guided_distill.storage import is_there, storage_error, whole
 
 
 def stage_paths(workdir: epath.Path, stages: Sequence[str] | None) -> list[epath.Path]:
-    """Where the named stages lie, or all finished ones of a run; or a model's file itself."""
+    """The folders of the named stages, or of all finished ones (None); a model file's own path.
+
+    Raises UserError if stages are named for a model's file.
+    """
     if not is_model_file(workdir):
         return [workdir / name for name in stages or finished_stages(workdir)]
     if stages:
-        raise UserError(f"--stages is given, but {workdir} is one model's file: leave it out")
+        raise UserError(f"--stages is given, but {workdir} is one model's file: leave out --stages")
     return [workdir]
 
 
 @contextlib.contextmanager
 def new_folder(out: epath.Path) -> Iterator[epath.Path]:
-    """Yields a place for an export, which becomes the folder `out` after the block.
+    """Yields a temporary folder for an export, and renames it to `out` after the block.
 
-    If the block raises, nothing is written. Raises UserError if `out` is not empty, or can't be written.
+    If the block raises, nothing is left. Raises UserError if `out` isn't empty or can't be written.
     """
     _check_empty(out)
     part = out
@@ -38,25 +41,25 @@ def new_folder(out: epath.Path) -> Iterator[epath.Path]:
     except OSError as error:
         raise storage_error(out, error) from error
     except UserError as error:
-        # The place is gone by now.
+        # The temporary folder no longer exists.
         raise UserError(str(error).replace(str(part), str(out))) from error
 
 
 def _check_empty(out: epath.Path) -> None:
     if is_there(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty: choose another place")
+        raise UserError(f"--out {out} is not empty: choose another path")
 
 
 def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] | None) -> Trained:
-    """The stage to write to `out`: the one that is named, or the last finished one.
+    """Loads the stage to export to `out`: the one in `stages`, or the last finished one (None).
 
-    Raises UserError unless it is one, and if `out` holds anything.
+    Raises UserError if there are several or none, or if `out` isn't empty.
     """
     paths = stage_paths(workdir, stages)
     paths = paths if stages else paths[-1:]
     if len(paths) != 1:
         raise UserError(
-            f"this format holds one finished stage, and there are {len(paths)}: name one with --stages"
+            f"this format holds one finished stage, and {len(paths)} are given: name one with --stages"
         )
     _check_empty(out)
     return load_finished(paths[0])

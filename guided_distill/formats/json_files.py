@@ -1,4 +1,7 @@
-"""JSON files that others wrote, read with a sentence for every way in which they can be wrong."""
+"""JSON files of other programs: reads them, and checks the values of their keys.
+
+The checks raise UserError, naming the file `where` and the key.
+"""
 
 import json
 import math
@@ -12,78 +15,80 @@ from guided_distill.storage import write_text
 
 
 def read_model_text(path: epath.Path) -> str:
-    """A text file's content. Raises UserError if it is missing or can't be read as UTF-8."""
+    """The content of a model's text file. Raises UserError if it is missing or isn't UTF-8."""
     try:
         return path.read_text()
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give the whole folder of the model") from error
+        raise UserError(f"{path} is missing: give the model's complete folder") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
+        raise UserError(
+            f"{path} can't be read ({error}): check that the file is complete"
+        ) from error
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON file's object. Raises UserError if the file is missing or holds anything else."""
+    """The object of a JSON file. Raises UserError if the file is missing or holds anything else."""
     try:
         values = json.loads(read_model_text(path))
-    # A file nested deeper than any real one runs into the parser's limit.
+    # A file that is nested too deeply exceeds the parser's recursion limit.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): is the file whole?") from error
+        raise UserError(f"{path} is not JSON ({error}): check that the file is complete") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, and should hold an object")
     return values
 
 
 def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as diffusers writes its own."""
+    """Write a JSON file in the format of diffusers' own."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def must(value: Any, only: Any, key: str, where: object) -> None:
-    """The value has to be the only one that is supported."""
+    """Raises UserError unless the value is `only`, the one that is supported."""
     if value != only:
         raise UserError(f"{where}: {key} is {value!r}, and only {only!r} is supported")
 
 
 def one_of(value: Any, choices: Collection[str], key: str, where: object) -> None:
-    """The value has to be one of a few."""
+    """Raises UserError unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise UserError(f"{where}: {key} is {value!r}; supported are {', '.join(choices)}")
 
 
 def positive(value: Any, key: str, where: object) -> float:
-    """The value as a float, if it is a finite number above 0."""
+    """The value as a float. Raises UserError unless it is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{where}: {key} is {value!r}, and must be a number above 0")
     return float(value)
 
 
 def whole_number(value: Any, key: str, where: object) -> int:
-    """The value, if it is a whole number above 0."""
+    """The value. Raises UserError unless it is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
     return value
 
 
 def whole_numbers(values: Any, key: str, where: object) -> tuple[int, ...]:
-    """The values, if they are a list of whole numbers above 0."""
+    """The values. Raises UserError unless they are a list of whole numbers above 0."""
     return tuple(whole_number(value, key, where) for value in a_list(values, key, where))
 
 
 def a_list(values: Any, key: str, where: object) -> Sequence[Any]:
-    """The values, if they are a list that isn't empty."""
+    """The values. Raises UserError unless they are a list with at least one entry."""
     if not isinstance(values, list | tuple) or not values:
         raise UserError(f"{where}: {key} is {values!r}, and must be a list of at least one entry")
     return values
 
 
 def an_object(value: Any, key: str, where: object) -> Mapping[str, Any]:
-    """The value, if it is an object, which is empty for null."""
+    """The value, or an empty object for null. Raises UserError for anything else."""
     if not isinstance(value, dict | None):
         raise UserError(f"{where}: {key} is {value!r:.80}, and must be an object")
     return value or {}
 
 
 def divides(parts: int, whole: int, key: str, of: str, where: object) -> None:
-    """`whole`, a value of the key `of`, has to be a multiple of `parts`, the key's value."""
+    """Raises UserError unless `parts`, the value of `key`, divides `whole`, the value of the key `of`."""
     if whole % parts:
         raise UserError(f"{where}: {key} is {parts}, which doesn't divide {of}, {whole}")

@@ -1,4 +1,4 @@
-"""A run's results as a run of their own, or one of them in a file: what sampling and training on need."""
+"""Exports in this package's own formats: a run without optimizer states, or one stage as one file."""
 
 import json
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from guided_distill.training.metrics import read_metrics
 def export_weights(
     workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
 ) -> list[epath.Path]:
-    """Copy a run to `out` with each stage's result alone: no optimizer, no older checkpoints.
+    """Copy a run to `out` with the final weights of each stage: no optimizer states or older checkpoints.
 
-    `out` is then a run like any other: it can be sampled, evaluated, and trained on from its last
-    stage. workdir: a run, or a model's file, of which this makes one. stages: folders of finished stages
-    in the workdir; None for all of them. Returns the folders written. Raises UserError if a stage isn't
+    `out` is a run like any other: it can be sampled and evaluated, and training can start from its last
+    stage. workdir: a run, or a model's file, which becomes a run. stages: folders of finished stages in
+    the workdir; None for all of them. Returns the folders written. Raises UserError if a stage isn't
     finished, and as `new_folder`.
     """
     paths = stage_paths(workdir, stages)
@@ -59,17 +59,17 @@ def export_safetensors(
     stages: Sequence[str] | None = None,
     dtype: str = DTYPES[0],
 ) -> list[epath.Path]:
-    """Write one finished stage to the file `out`, and the companions of a run of latents beside it.
+    """Write one finished stage to the file `out`, and a latent model's companions beside it.
 
-    stages: the one stage; None for the last finished one. dtype: of the file's weights, one of DTYPES.
-    Returns what was written. Raises UserError as `load_one_stage`, for another dtype or a file of another
-    kind, and if other companions than the run's lie beside it.
+    stages: the folder of the stage; None for the last finished one. dtype: the dtype of the file's
+    weights, one of DTYPES. Returns the paths written. Raises UserError as `load_one_stage`, for another
+    dtype or suffix, and if companions of another model lie beside `out`.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.suffix != SUFFIX:
         raise UserError(
-            f"--out is {out}, and this format is one file: let its name end in {SUFFIX}"
+            f"--out is {out}, and this format is one file: give a name that ends in {SUFFIX}"
         )
     trained = load_one_stage(workdir, out, stages)
     about = trained.description

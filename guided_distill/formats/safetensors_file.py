@@ -1,8 +1,8 @@
-"""Tensors of a safetensors file, of every kind of number that ml_dtypes knows, on any storage.
+"""Reads the tensors of a safetensors file, with every dtype of ml_dtypes, from any storage.
 
-The format: the header's length in 8 bytes, a JSON object that places each tensor, and the numbers
-(github.com/huggingface/safetensors). The library of that name has no arrays for float8 and reads local
-files alone.
+The format: the header's length in 8 bytes; the header, a JSON object that gives the dtype, shape and
+place of each tensor; and the numbers (github.com/huggingface/safetensors). The library of that name
+returns no float8 arrays and reads only local files.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from etils import epath
 from guided_distill.errors import UserError
 
 _LONGEST_HEADER = 2**22
-"""In bytes, of which Python makes about 100 MB of objects at most; a tensor takes about 100."""
+"""The most bytes in a header: at most 100 MB of Python objects. A tensor takes about 100."""
 
 _DTYPES = {
     "BOOL": np.dtype("?"),
@@ -49,7 +49,7 @@ _MOST_AXES = 32
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is: `start` and `end` in bytes from the end of the header."""
+    """A tensor's place in the file: `start` and `end` in bytes after the header."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -60,10 +60,10 @@ class _Place:
 def read_safetensors(
     path: epath.Path, wanted: Callable[[str], bool] = bool
 ) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file whose names are `wanted`.
+    """The tensors, by name, of a safetensors file whose names are `wanted`; by default all.
 
-    Takes the memory of those tensors, and of the header. Raises UserError if the file is missing or
-    damaged, or holds numbers of a kind that NumPy and ml_dtypes have not.
+    Reading takes the memory of those tensors and of the header. Raises UserError if the file is missing
+    or damaged, or has a dtype that neither NumPy nor ml_dtypes has.
     """
     with _opened(path) as (file, size):
         places = _places(_header(file, size), size - file.tell())
@@ -72,7 +72,7 @@ def read_safetensors(
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
-    """What a safetensors file says of itself. Raises UserError if it is missing or damaged."""
+    """The metadata of a safetensors file. Raises UserError if the file is missing or damaged."""
     with _opened(path) as (file, size):
         metadata = _header(file, size).get("__metadata__", {})
         if not isinstance(metadata, dict):
@@ -81,7 +81,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
 
 
 def read_dtypes(path: epath.Path) -> set[np.dtype]:
-    """The types of a safetensors file's tensors. Raises UserError if it is missing or damaged."""
+    """The dtypes of a safetensors file's tensors. Raises UserError if it is missing or damaged."""
     with _opened(path) as (file, size):
         places = _places(_header(file, size), size - file.tell())
         return {place.dtype for place in places.values()}
@@ -89,23 +89,23 @@ def read_dtypes(path: epath.Path) -> set[np.dtype]:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, int]]:
-    """The file and its length. Raises UserError for an error of the storage or of what is read."""
+    """Yields the file and its length in bytes. Raises UserError if the block fails to read it."""
     try:
         with path.open("rb") as file:
             yield file, path.stat().length
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} can't be read as safetensors ({str(error)[:200]}): is the file whole?"
+            f"{path} can't be read as safetensors ({str(error)[:200]}): check that the file is complete"
         ) from error
 
 
 def is_floating(dtype: np.dtype) -> bool:
-    """Whether it is one of the real types that weights are kept in, float8 to float64."""
+    """Whether the dtype is one that weights are stored in, from float8 to float64."""
     return dtype in _FLOATS
 
 
 def _header(file: BinaryIO, size: int) -> dict[str, Any]:
-    """The header's object; `file` ends behind it."""
+    """The header, read from the start of `file`."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size - 8, _LONGEST_HEADER):
         raise ValueError(f"its header is {length} bytes long, in a file of {size}")
@@ -116,7 +116,7 @@ def _header(file: BinaryIO, size: int) -> dict[str, Any]:
 
 
 def _places(header: dict[str, Any], size: int) -> dict[str, _Place]:
-    """The places of all tensors, which fill `size` bytes without a gap."""
+    """The places of all tensors, which must fill `size` bytes without a gap."""
     places = {name: _place(name, at) for name, at in header.items() if name != "__metadata__"}
     end = 0
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -142,12 +142,12 @@ def _place(name: str, at: Any) -> _Place:
         case _:
             raise ValueError(f"its header has no place for {name!r:.80}")
     if kind not in _DTYPES:
-        raise ValueError(f"{name!r:.80} holds numbers of the kind {kind!r:.20}")
+        raise ValueError(f"{name!r:.80} has the unknown dtype {kind!r:.20}")
     numbers = (*shape, start, end)
     if len(shape) > _MOST_AXES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"its header has no place for {name!r:.80}")
     if math.prod(shape) * _DTYPES[kind].itemsize != end - start:
-        raise ValueError(f"{name!r:.80} isn't as long as its shape")
+        raise ValueError(f"{name!r:.80} doesn't have the length of its shape")
     return _Place(_DTYPES[kind], tuple(shape), start, end)
 
 

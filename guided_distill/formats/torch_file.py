@@ -1,9 +1,9 @@
-"""Tensors of a weights file, read without torch and without running what a pickle asks for.
+"""Reads the tensors of a weights file without torch, and without executing a pickle.
 
-Three formats: safetensors, and both of torch.save, the zip archive and the older stream of pickles.
-A pickle is a program for a small machine, which could call any function. The machine here has only the
-instructions that a dictionary of tensors needs, it calls only functions of this module, and these check
-the types of their arguments. Anything else that a file asks for is refused.
+It reads three formats: safetensors, and both formats of torch.save, the zip archive and the older stream
+of pickles. A pickle is a program for a stack machine, and can call any function. The machine here has
+only the instructions that a dictionary of tensors needs. It calls only functions of this module, which
+check the types of their arguments, and refuses everything else.
 """
 
 import collections
@@ -26,7 +26,7 @@ from guided_distill.formats.safetensors_file import read_safetensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_INDEX = 2**20
-"""Bytes of a file's pickles, of which Python makes about 70 MB of objects at most; a tensor takes 160."""
+"""The most bytes of pickles in a file: at most 70 MB of Python objects. A tensor takes about 160."""
 
 _MOST_AXES = 8
 
@@ -43,7 +43,7 @@ _STORAGES = {
 
 
 class _Refused(Exception):
-    """The file asks for something that no tensor needs."""
+    """The file requests something that no tensor needs."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class _Storage:
-    """A run of `count` numbers in the file; `key` says which."""
+    """An array of `count` numbers in the file, which `key` identifies."""
 
     key: str
     dtype: np.dtype
@@ -61,13 +61,13 @@ class _Storage:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The storage's length in bytes."""
         return self.count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor before its numbers are at hand: a window on a storage, strides in elements."""
+    """A tensor before its numbers are read: a view of a storage, with strides in elements."""
 
     storage: _Storage
     offset: int
@@ -81,7 +81,7 @@ class _View:
             raise _Refused("a tensor that is larger than its storage")
 
     def array(self, data: bytes) -> np.ndarray:
-        """The tensor, on the storage's bytes themselves: tensors that share them take no more memory."""
+        """The tensor as a view of the storage's bytes: tensors with a common storage share its memory."""
         itemsize = self.storage.dtype.itemsize
         return np.ndarray(
             self.shape,
@@ -93,10 +93,10 @@ class _View:
 
 
 def read_state_dict(path: epath.Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, or of a file that torch.save wrote, by name.
+    """The tensors, by name, of a safetensors file or of a file that torch.save wrote.
 
-    Takes the memory of the file's numbers, once. Raises UserError if the file is missing, damaged, or
-    holds anything but a dictionary of tensors.
+    Reading takes as much memory as the file has numbers. Raises UserError if the file is missing or
+    damaged, or holds anything but a dictionary of tensors.
     """
     found = regular_file(path)
     if found is None:
@@ -110,13 +110,13 @@ def read_state_dict(path: epath.Path) -> dict[str, np.ndarray]:
             return read(file, found.length)
     except _Refused as error:
         raise UserError(
-            f"{path} is not read, for it holds more than tensors ({error}): give a file of weights "
-            f"alone, a state_dict"
+            f"{path} is not read because it holds more than tensors ({error}): give a file that holds "
+            f"only weights, a state_dict"
         ) from None
     except Exception as error:  # Whatever damaged bytes raise in a format's reader.
         raise UserError(
-            f"{path} can't be read as weights, of safetensors or torch.save "
-            f"({type(error).__name__}: {str(error)[:200]}): is the file whole?"
+            f"{path} can't be read as a safetensors or torch.save file "
+            f"({type(error).__name__}: {str(error)[:200]}): check that the file is complete"
         ) from error
 
 
@@ -148,7 +148,7 @@ def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
 def _read_legacy(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
     head = io.BytesIO(file.read(_LONGEST_INDEX))
     if _load(head) != _LEGACY_MAGIC:
-        raise ValueError("not a file of torch.save")
+        raise ValueError("torch.save didn't write it")
     _load(head)  # The protocol's version.
     about = _load(head)
     if type(about) is not dict or about.get("little_endian") is not True:
@@ -157,21 +157,21 @@ def _read_legacy(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
     storages = _storages(views.values(), size)
     keys = _load(head)
     if type(keys) is not list or any(type(key) is not str for key in keys):
-        raise _Refused("a list of storages that are not named by text")
+        raise _Refused("a storage whose name is not a string")
     if sorted(keys) != sorted(storages):
         raise ValueError("its storages are not those of its tensors")
     file.seek(head.tell())
     data = {}
     for key in keys:
         if int.from_bytes(file.read(8), "little") != storages[key].count:
-            raise ValueError("a storage has another length than its tensors say")
+            raise ValueError("the length of a storage isn't the one that its tensors give")
         data[key] = file.read(storages[key].size)
     return {name: view.array(data[view.storage.key]) for name, view in views.items()}
 
 
 def _views(content: Any) -> dict[str, _View]:
     if not isinstance(content, dict):
-        raise _Refused(f"a {type(content).__name__} in place of a dictionary")
+        raise _Refused(f"a {type(content).__name__} instead of a dictionary")
     for name, value in content.items():
         if not isinstance(value, _View):
             raise _Refused(f"{name!r:.80} is a {type(value).__name__}")
@@ -179,11 +179,11 @@ def _views(content: Any) -> dict[str, _View]:
 
 
 def _storages(views: Iterable[_View], size: int) -> dict[str, _Storage]:
-    """The storages by key, which must fit in a file of `size` bytes together."""
+    """The storages by key, which together must fit into a file of `size` bytes."""
     storages: dict[str, _Storage] = {}
     for view in views:
         if storages.setdefault(view.storage.key, view.storage) != view.storage:
-            raise _Refused("a storage of two types or lengths")
+            raise _Refused("a storage with two types or lengths")
     if sum(each.size for each in storages.values()) > size:
         raise ValueError("its tensors are longer than the file")
     return storages
@@ -195,7 +195,7 @@ def _whole_numbers(values: Any) -> bool:
 
 def _ordered_dict(*arguments: Any) -> dict[str, Any]:
     if arguments:
-        raise _Refused("a dictionary made of something")
+        raise _Refused("a dictionary made from arguments")
     return collections.OrderedDict()
 
 
@@ -226,16 +226,16 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | _StorageType] = {
 
 def _global(module: Any, name: Any) -> Any:
     if type(module) is not str or type(name) is not str:
-        raise _Refused("a name that is not text")
+        raise _Refused("a name that is not a string")
     if (module, name) not in _ALLOWED:
-        raise _Refused(f"it asks for {f'{module}.{name}'!r:.80}")
+        raise _Refused(f"it requests {f'{module}.{name}'!r:.80}")
     return _ALLOWED[module, name]
 
 
 def _storage(saved_id: Any) -> _Storage:
     match saved_id:
         case ("storage", _StorageType() as kind, str(key), _, int(count), *rest):
-            # The older format can name a part of another storage; torch has long not written any.
+            # The older format can name a part of another storage, which torch no longer writes.
             if _whole_numbers([count]) and rest in ([], [None]):
                 return _Storage(key, kind.dtype, count)
     raise _Refused("a reference to something that is not a storage")
@@ -307,10 +307,10 @@ class _Machine:
             case "BUILD":
                 self.build()
             case _:
-                raise _Refused(f"it asks for {name}")
+                raise _Refused(f"it requests {name}")
 
     def top(self, count: int) -> list[Any]:
-        """Pops the last `count` values."""
+        """Pop the last `count` values."""
         if len(self.stack) < count:
             raise ValueError("a pickle takes more than it has")
         values = self.stack[-count:]
@@ -318,38 +318,38 @@ class _Machine:
         return values
 
     def since_mark(self) -> list[Any]:
-        """Pops the values above the last mark."""
+        """Pop the values above the last mark."""
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
         return values
 
     def extend(self, values: list[Any]) -> None:
-        """Append to the list on top."""
+        """Append to the list on top of the stack."""
         if type(self.stack[-1]) is not list:
-            raise _Refused("something appended to what is not a list")
+            raise _Refused("values appended to something other than a list")
         self.stack[-1].extend(values)
 
     def update(self, values: list[Any]) -> None:
-        """Set items of the dictionary on top: keys and values in turn."""
+        """Set items of the dictionary on top of the stack: keys and values alternate."""
         keys = values[::2]
         if not isinstance(self.stack[-1], dict) or len(values) != 2 * len(keys):
-            raise _Refused("an item set in what is not a dictionary")
+            raise _Refused("an item set in something other than a dictionary")
         for key in keys:
             if type(key) is not str:
                 raise _Refused(f"a name that is a {type(key).__name__}")
         self.stack[-1].update(zip(keys, values[1::2], strict=True))
 
     def call(self, function: Any, arguments: Any) -> None:
-        """Push what one of the allowed functions returns."""
+        """Call an allowed function and push its result."""
         if not callable(function) or type(arguments) is not tuple:
-            raise _Refused("a call of something that is not a function")
+            raise _Refused("a call of something other than a function")
         self.stack.append(function(*arguments))
 
     def build(self) -> None:
-        """Drop the attributes of an ordered dictionary: torch keeps the versions of layers there."""
+        """Drop the attributes of an ordered dictionary, in which torch keeps the versions of layers."""
         if type(self.stack[-2]) is not collections.OrderedDict:
-            raise _Refused("attributes of what is not an ordered dictionary")
+            raise _Refused("attributes of something other than an ordered dictionary")
         self.stack.pop()
 
 

@@ -1,9 +1,9 @@
-"""Weights between torch's names and layouts and our parameter trees: one rule each way, exact.
+"""Converts weights between torch's names and layouts and our parameter trees, exactly.
 
-A path of our tree names its tensor. Entries of torch's lists carry their index behind an underscore,
-`down_blocks_0/resnets_1/conv1/kernel` being `down_blocks.0.resnets.1.conv1.weight`, and the leaf says how
-the numbers lie: a convolution's kernel is HWIO here and OIHW there, a matrix [in, out] here and
-[out, in] there, all else is the same.
+The path of a leaf gives its tensor's name. An entry of a torch list carries its index behind an
+underscore: `down_blocks_0/resnets_1/conv1/kernel` is `down_blocks.0.resnets.1.conv1.weight`. A
+convolution's kernel is HWIO here and OIHW in torch, and a matrix is [in, out] here and [out, in] in
+torch; all other weights have the same layout.
 """
 
 import re
@@ -18,7 +18,7 @@ from guided_distill.formats.safetensors_file import is_floating
 
 Tensors = Mapping[str, np.ndarray]
 
-# linear_1 and proj_out_2 are names of torch's own, and no entries of a list.
+# Names such as linear_1 and proj_out_2 are torch's own: they aren't entries of a list.
 _LISTS = (
     "attentions",
     "down_blocks",
@@ -35,7 +35,7 @@ _ENTRY = re.compile(rf"^({'|'.join(_LISTS)})_(\d+)$")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-# Transposing by these takes a kernel of so many axes to torch, and back.
+# The axes that transpose a kernel with so many dimensions to torch's layout, and back.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
@@ -50,16 +50,16 @@ _LEGACY_NAME = re.compile(
 )
 
 LISTED = 10
-"""How many tensors an error names."""
+"""The most tensors that an error names."""
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """The tensor's name for a path of our tree. Raises KeyError for a leaf that torch has no word for."""
+    """The tensor's name for a path of our tree. Raises KeyError for a leaf that isn't in `_LEAVES`."""
     return ".".join([*(_ENTRY.sub(r"\1.\2", part) for part in path[:-1]), _LEAVES[path[-1]]])
 
 
 def to_tensors(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tree's weights as torch keeps them, each array contiguous."""
+    """The tree's weights by torch's names, in torch's layout, each array contiguous."""
     return {
         torch_name(path): np.ascontiguousarray(_turned(path, np.asarray(leaf), _TO_TORCH))
         for path, leaf in flatten_dict(tree).items()
@@ -67,7 +67,7 @@ def to_tensors(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def torch_shapes(template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape in torch of every weight of a tree, whose leaves need only a shape."""
+    """The name and shape in torch of every weight of a tree, whose leaves need only a shape."""
     return {
         torch_name(path): _torch_shape(path, leaf.shape)
         for path, leaf in flatten_dict(template).items()
@@ -75,10 +75,10 @@ def torch_shapes(template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) -> dict[str, Any]:
-    """`tensors` as the tree `template`, whose leaves need only a shape; the inverse of `to_tensors`.
+    """The tensors as a tree like `template`, whose leaves need only a shape; inverts `to_tensors`.
 
-    Lower precision becomes float32, exactly. Raises UserError, naming `source` and up to ten tensors,
-    unless every tensor has a place of its shape, every place has its tensor, and all are floating-point.
+    Half precision is converted to float32, exactly. Raises UserError, naming `source` and up to LISTED
+    tensors, unless names and shapes are those of the template and all tensors are floating-point.
     """
     check_tensors(tensors, torch_shapes(template), source=source, described_by="this config.json")
     return unflatten_dict(
@@ -94,38 +94,42 @@ def to_tree(tensors: Tensors, template: Mapping[str, Any], *, source: object) ->
 def check_tensors(
     tensors: Tensors, needed: Mapping[str, tuple[int, ...]], *, source: object, described_by: str
 ) -> None:
-    """Raises UserError, naming `source` and up to ten tensors, unless these are those that are needed.
+    """Raises UserError unless the tensors are floating-point, with exactly the needed names and shapes.
 
-    needed: the shape of each, by name. described_by: what says so. All must be floating-point.
+    The error names `source` and up to LISTED tensors. needed: shapes by name. described_by: where the
+    names and shapes come from, in words.
     """
     faults = {
         "lacks": [name for name in needed if name not in tensors],
-        "has no place for": [name for name in tensors if name not in needed],
+        "holds what the network has no place for:": [
+            name for name in tensors if name not in needed
+        ],
         "has the wrong shape in": [
             f"{name} ({_size(tensors[name].shape)}, not {_size(shape)})"
             for name, shape in needed.items()
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    said = [f"{what} {_listed(names)}" for what, names in faults.items() if names]
-    if said:
+    found = [f"{fault} {_listed(names)}" for fault, names in faults.items() if names]
+    if found:
         raise UserError(
-            f"{source} {'; '.join(said)}: the weights don't belong to {described_by}, or the file is "
-            f"not whole".replace("has no place for", "holds what the network has no place for:")
+            f"{source} {'; '.join(found)}: the weights don't belong to {described_by}, or the file is "
+            f"incomplete"
         )
     for name in needed:
         if not is_floating(tensors[name].dtype):
             raise UserError(
-                f"{source} holds {name} as {tensors[name].dtype}, and weights are read from "
-                f"floating-point numbers alone: get the model as it was before it was quantized"
+                f"{source} holds {name} as {tensors[name].dtype}, and only floating-point weights can be "
+                f"read: get the model as it was before it was quantized"
             )
 
 
 def canonical(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Today's names for those of older files of autoencoders and text encoders.
+    """The tensors of an autoencoder or a text encoder, with the names of older files brought up to date.
 
-    The autoencoder's attention was made of 1x1 convolutions named query, key, value and proj_attn; the
-    text encoder's names began with `text_model.`, and its position_ids, a plain range, were kept.
+    In older files, the autoencoder's attention has 1x1 convolutions named query, key, value and
+    proj_attn; the text encoder's names begin with `text_model.`, and its position_ids, a range, are
+    stored.
     """
     today = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""CLIP's text encoder (Radford et al. 2021), as Stable Diffusion's folders hold it."""
+"""CLIP's text encoder (Radford et al. 2021), read from a folder of Stable Diffusion."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLI
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.tokenizers import clip_tokenizer
 
-# transformers' defaults for keys that a config leaves out.
+# transformers' defaults for keys that config.json omits.
 CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -28,8 +28,8 @@ CLIP_TEXT_DEFAULTS = {
 def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
     """The encoder in the folders `text_encoder` and `tokenizer` of a diffusers model.
 
-    Its states are those of the last layer, normalized; padding is attended to like any token, as
-    Stable Diffusion was trained.
+    It returns the normalized states of the last layer. Tokens also attend to padding, because Stable
+    Diffusion was trained with that. name: see `TextEncoder`.
 
     Raises UserError if a part is missing, can't be read, or doesn't fit the other.
     """
@@ -43,9 +43,9 @@ def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
     words = tokenizer.vocabulary.get_vocab_size()
     if words > network.vocab_size or tokenizer.length > network.max_position_embeddings:
         raise UserError(
-            f"{folder}: the tokenizer has {words} words and a length of {tokenizer.length}, and the text "
-            f"encoder takes {network.vocab_size} and {network.max_position_embeddings}: they are of "
-            "different models"
+            f"{folder}: the tokenizer has {words} words and a length of {tokenizer.length}, but the text "
+            f"encoder takes {network.vocab_size} and {network.max_position_embeddings}: give the two "
+            f"folders of one model"
         )
 
     def hidden(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -57,9 +57,9 @@ def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
 
 
 def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
-    """The CLIP text encoder in a folder, most often `text_encoder`, and its weights.
+    """The CLIP text encoder in a folder, usually `text_encoder`, and its weights.
 
-    Raises UserError, naming the key or the tensors, if it isn't one that is supported.
+    Raises UserError, naming the key or the tensors, if it isn't supported.
     """
     config, where = read_json(folder / "config.json"), folder / "config.json"
     one_of(config.get("model_type"), ("clip_text_model",), "model_type", where)

@@ -79,7 +79,7 @@ def streamed(content):
 def test_a_pickle_that_runs_a_command_is_refused(tmp_path, write):
     file, touched = tmp_path / "weights.pth", tmp_path / "touched"
     file.write_bytes(write({"a": Touch(touched)}))
-    with pytest.raises(UserError, match=r"more than tensors \(it asks for 'posix\.system'\)"):
+    with pytest.raises(UserError, match=r"more than tensors \(it requests 'posix\.system'\)"):
         read_state_dict(epath.Path(file))
     assert not touched.exists()
 
@@ -87,7 +87,7 @@ def test_a_pickle_that_runs_a_command_is_refused(tmp_path, write):
 @pytest.mark.parametrize("write", [zipped, streamed])
 @pytest.mark.parametrize(
     ("content", "said"),
-    [([1, 2], "a list in place of a dictionary"), ({"epoch": 3}, "'epoch' is a int")],
+    [([1, 2], "a list instead of a dictionary"), ({"epoch": 3}, "'epoch' is a int")],
 )
 def test_anything_but_tensors_is_refused(tmp_path, write, content, said):
     file = tmp_path / "weights.pth"
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, name, cut):
     else:
         whole = safetensors.numpy.save({"a": np.zeros(20)})
     file.write_bytes(whole[:cut])
-    with pytest.raises(UserError, match="is the file whole"):
+    with pytest.raises(UserError, match="check that the file is complete"):
         read_state_dict(epath.Path(file))
 
 

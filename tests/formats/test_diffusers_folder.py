@@ -115,7 +115,7 @@ def test_pickles_are_never_read(folder, name):
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"not a file of tensors" * 9])
 def test_damaged_weights(folder, content):
     (folder / f"{WEIGHTS}.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="is the file whole"):
+    with pytest.raises(UserError, match="check that the file is complete"):
         read_weights(folder, WEIGHTS)
 
 
@@ -123,7 +123,7 @@ def test_cut_weights(folder):
     write_component(folder, {}, TENSORS, WEIGHTS)
     path = folder / f"{WEIGHTS}.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="is the file whole"):
+    with pytest.raises(UserError, match="check that the file is complete"):
         read_weights(folder, WEIGHTS)
 
 

@@ -294,9 +294,9 @@ def test_a_file_of_stable_diffusion_is_for_import(text_run, tmp_path, capsys):
     [
         (["--format", "diffusers", "--dtype", "float16"], "--dtype is for --format safetensors"),
         (["--dtype", "float8"], "--dtype is 'float8'; choose one of float32, float16"),
-        (["--out", "student"], "let its name end in .safetensors"),
+        (["--out", "student"], "give a name that ends in .safetensors"),
         (["--out", "here.safetensors"], "here.safetensors is not empty"),
-        (["--stages", f"teacher,{STAGE}"], "there are 2: name one with --stages"),
+        (["--stages", f"teacher,{STAGE}"], "2 are given: name one with --stages"),
     ],
 )
 def test_exports_that_cannot_be_say_why(run, tmp_path, monkeypatch, capsys, flags, said):
@@ -311,7 +311,10 @@ def test_exports_that_cannot_be_say_why(run, tmp_path, monkeypatch, capsys, flag
     ("arguments", "said"),
     [
         (["sample", "--workdir", "FILE", "--stage", "teacher"], "leave it out"),
-        (["export", "--workdir", "FILE", "--stages", "teacher", "--out", "x"], "leave it out"),
+        (
+            ["export", "--workdir", "FILE", "--stages", "teacher", "--out", "x"],
+            "leave out --stages",
+        ),
         (["evaluate", "--workdir", "FILE"], "`guided-distill export --workdir FILE --out FOLDER`"),
         (["import", "--from", "FILE", "--workdir", "x"], "a model of this program's own"),
         (["sample", "--workdir", "none.safetensors"], "none.safetensors is not there"),

@@ -46,7 +46,7 @@ def test_weights_of_every_precision_become_float32(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "I2"])
 def test_a_kind_that_numpy_lacks_is_one_sentence(tmp_path, kind):
     write(tmp_path / "a.safetensors", kind, b"\x00\x00\x00")
-    with pytest.raises(UserError, match=rf"'dense\.bias' holds numbers of the kind '{kind}'"):
+    with pytest.raises(UserError, match=rf"'dense\.bias' has the unknown dtype '{kind}'"):
         read_safetensors(epath.Path(tmp_path / "a.safetensors"))
 
 

@@ -63,7 +63,7 @@ def test_it_is_for_every_platform(workdir, tmp_path):
     [
         ("halving_encode_2", "no student that takes w and samples"),
         ("teacher", "no student that takes w and samples"),
-        ("teacher,guidance", "there are 2: name one with --stages"),
+        ("teacher,guidance", "2 are given: name one with --stages"),
     ],
 )
 def test_what_cannot_be_a_sampler_is_refused(workdir, tmp_path, capsys, stages, said):

@@ -95,7 +95,7 @@ def test_clip_from_a_diffusers_folder(tmp_path):
 
 def test_clip_parts_of_different_models_are_refused(tmp_path):
     write_clip(tmp_path, max_position_embeddings=LENGTH - 1)
-    with pytest.raises(UserError, match=r"length of 24.*takes 524 and 23.*different models"):
+    with pytest.raises(UserError, match=r"length of 24.*takes 524 and 23.*folders of one model"):
         load_text_encoder(f"clip:{tmp_path}")
 
 
