@@ -1,6 +1,6 @@
-"""Names of CompVis' latent diffusion checkpoints, and OpenCLIP's, in diffusers' and transformers' words.
+"""Translates tensors' names from CompVis' latent diffusion and OpenCLIP to diffusers and transformers.
 
-Every function maps one name, and answers None for one that the network it speaks of doesn't have.
+Every function translates one name, and returns None for a name that the network doesn't have.
 """
 
 import re
@@ -79,7 +79,7 @@ def _unet_layer(where: str, kind: str, entry: int, rest: str, leaf: str) -> str 
 def vae_name(name: str, *, levels: int) -> str | None:
     """diffusers' name for a tensor of the autoencoder, given without its prefix `first_stage_model.`
 
-    levels: its resolutions, which the decoder counts from the other end.
+    levels: the number of resolutions, which the decoder counts in reverse.
     """
     layer, _, leaf = name.rpartition(".")
     if block := _VAE_BLOCK.fullmatch(layer):
@@ -116,7 +116,7 @@ def _vae_layer(where: str, kind: str, entry: int, rest: str, leaf: str) -> str |
 def open_clip_name(name: str) -> str | None:
     """transformers' name for a tensor of OpenCLIP's text encoder, without `cond_stage_model.model.`
 
-    The joint projection of queries, keys and values isn't among them: it is cut in three first.
+    The joint projection of queries, keys and values has no such name: the caller splits it first.
     """
     if name == "positional_embedding":
         return "embeddings.position_embedding.weight"

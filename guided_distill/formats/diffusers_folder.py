@@ -1,4 +1,4 @@
-"""Components of a diffusers folder, as they lie on disk: config.json and safetensors, nothing pickled."""
+"""The components of a diffusers folder on disk: config.json and safetensors, never pickles."""
 
 import os
 import re
@@ -23,40 +23,40 @@ from guided_distill.models.weights import weight_shapes
 from guided_distill.storage import storage_error, whole
 
 DIFFUSERS_VERSION = "0.42.1"
-"""What written configs call themselves: pipelines mend the configs of much older versions."""
+"""The version in configs that are written here: pipelines change configs of much older versions."""
 
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline's denoiser, of which it has one."""
+"""Folders of a pipeline's denoiser; a pipeline has one of them."""
 
 CLASS_EMBEDDER = "class_embedder"
-"""Folder of a class-conditional U-Net's table of labels, which no pipeline of diffusers has."""
+"""The folder of a class-conditional U-Net's label embedding, which no pipeline of diffusers has."""
 
 WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
-"""What weights files are called: of diffusers' models, and of transformers' text encoders."""
+"""Stems of weights files: those of diffusers' models, and those of transformers' text encoders."""
 
 _VARIANTS = ("", "fp16", "bf16")
-"""Copies of the weights in other precisions, by their mark in a file's name; the first one is read."""
+"""Variants of the weights, by the mark in their files' names; the first one that exists is read."""
 
 _VARIANT = re.compile(r"\.(fp16|bf16)(?=[.-])")
 _WEIGHTS_FILE = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 _COPIED = (".json", ".txt")
-"""What is copied beside weights: nothing that could run."""
+"""Suffixes of files that are copied beside weights: nothing executable."""
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def read_model_index(folder: epath.Path) -> dict[str, Any]:
-    """What a pipeline's folder is made of. Raises UserError if it isn't one."""
+    """The model_index.json of a pipeline's folder. Raises UserError if the folder has none."""
     if not folder.is_dir():
         raise UserError(f"--from is {folder}, which is neither a folder nor a file: check the path")
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(
-            f"{folder} is not a diffusers model, for it has no {MODEL_INDEX}: give the folder that "
+            f"{folder} is not a diffusers model, because it has no {MODEL_INDEX}: give the folder that "
             f"pipeline.save_pretrained wrote, or a single .safetensors file"
         )
     return read_json(folder / MODEL_INDEX)
@@ -65,19 +65,16 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
 def read_weights_file(
     path: epath.Path, wanted: Callable[[str], bool] = bool
 ) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file whose names are `wanted`.
-
-    Raises UserError if the file is a pickle, which is never read, or is damaged.
-    """
+    """Like `read_safetensors`. Raises UserError also for a pickle, which is never read."""
     if path.suffix in _PICKLES:
         raise _pickled(path)
     return read_safetensors(path, wanted)
 
 
 def weights_files(folder: epath.Path) -> dict[str, epath.Path]:
-    """The files of a component's weights by their names without the mark of a variant.
+    """The files of a component's weights, by their names without the mark of a variant.
 
-    Of several variants, whole precision comes first.
+    If there are several variants, they are those of the first one of `_VARIANTS`.
     """
     variants: dict[str, dict[str, epath.Path]] = {variant: {} for variant in _VARIANTS}
     for path in folder.glob("*.safetensors*"):
@@ -86,21 +83,21 @@ def weights_files(folder: epath.Path) -> dict[str, epath.Path]:
         if _WEIGHTS_FILE.fullmatch(name):
             variants[mark[1] if mark else ""][name] = path
     for files in variants.values():
-        # Shards without their index are what is left of something.
+        # Shards without their index are the remains of an incomplete copy.
         if any(not _SHARD.fullmatch(name) for name in files):
             return files
     return {}
 
 
 def plain_name(name: str) -> str:
-    """A file's name without the mark of a variant, wherever diffusers or transformers put it."""
+    """A file's name without the mark of a variant, in the place of diffusers or of transformers."""
     return _VARIANT.sub("", name)
 
 
 def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
-    """The tensors of a component: of one file, or of all shards of an index.
+    """The tensors of a component, from one file or from all shards of an index.
 
-    stem: WEIGHTS or TEXT_WEIGHTS. Raises UserError if there are none in safetensors.
+    stem: WEIGHTS or TEXT_WEIGHTS. Raises UserError if there is no safetensors file.
     """
     files = weights_files(folder)
     if path := files.get(f"{stem}.safetensors"):
@@ -111,7 +108,7 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
     if pickles:
         raise _pickled(pickles[0])
     raise UserError(
-        f"{folder} has no weights: {stem}.safetensors is missing, so get the whole folder"
+        f"{folder} has no weights: {stem}.safetensors is missing, so get the complete folder"
     )
 
 
@@ -134,16 +131,20 @@ def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
     for name in sorted(set(_weight_map(index).values())):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            raise UserError(f"{index} names a shard {name} that is not there: get the whole folder")
+            raise UserError(
+                f"{index} names a shard {name} that is missing: get the complete folder"
+            )
         shard = read_weights_file(path)
         if twice := sorted(shard.keys() & tensors.keys()):
-            raise UserError(f"{path} holds {twice[0]}, which another shard holds too: get it again")
+            raise UserError(
+                f"{path} holds {twice[0]}, which another shard also holds: get the folder again"
+            )
         tensors |= shard
     return tensors
 
 
 def _weight_map(index: epath.Path) -> dict[str, str]:
-    """Which shard holds each tensor."""
+    """The shard of each tensor."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(each, str) for each in where.values()):
         raise UserError(f"{index}: weight_map must name a file for each tensor: get the file again")
@@ -153,7 +154,7 @@ def _weight_map(index: epath.Path) -> dict[str, str]:
 def write_component(
     folder: epath.Path, config: Mapping[str, Any], tensors: Tensors, stem: str
 ) -> None:
-    """Write config.json and the weights, whole or not at all. Raises UserError if that fails."""
+    """Write config.json and the weights, each complete or not at all. Raises UserError on failure."""
     write_json(folder / "config.json", config)
     path = folder / f"{stem}.safetensors"
     try:
@@ -161,7 +162,7 @@ def write_component(
             part.touch()
             mode = os.stat(part).st_mode
             safetensors.numpy.save_file(dict(tensors), part, metadata={"format": "pt"})
-            # The library makes it the writer's alone, whatever the umask says.
+            # The library ignores the umask and lets only the owner read the file.
             os.chmod(part, mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise storage_error(path, error) from error
@@ -169,19 +170,19 @@ def write_component(
 
 @dataclass(frozen=True)
 class _Copied:
-    """A file and the name that its copy gets, below the copied folder."""
+    """A file and its copy's name, relative to the copied folder."""
 
     path: epath.Path
     name: str
 
 
 def copy_folder(source: epath.Path, target: epath.Path, *, leave_out: Collection[str] = ()) -> None:
-    """Copy a model's JSON, text and safetensors files, byte for byte, but for `leave_out`.
+    """Copy a model's JSON, text and safetensors files, byte for byte.
 
-    leave_out: names of entries at the top. A component that has its weights in half precision alone gets
-    them without the mark of the variant, as `from_pretrained` looks for them. Nothing else is copied: no
-    pickles, no programs, no hidden files. Raises UserError if that fails, and for a link out of
-    `source`, before anything is written.
+    leave_out: names of top-level entries to leave out. Weights lose the mark of their variant in the
+    copy, because `from_pretrained` looks for names without one. Nothing else is copied: no pickles,
+    programs or hidden files. Raises UserError if copying fails, and, before anything is written, for a
+    link out of `source`.
     """
     files = files_to_copy(source, leave_out=leave_out)
     try:
@@ -218,18 +219,21 @@ def _files(folder: epath.Path, prefix: str) -> Iterator[_Copied]:
 
 
 def _check_link(path: epath.Path, source: epath.Path) -> None:
-    """A hub's cache keeps its files as links into a folder `blobs` of the same repository."""
+    """Raises UserError for a link out of `source`, unless it is one of a hub's cache.
+
+    A hub's cache keeps its files as links into the folder `blobs` of the same repository.
+    """
     found = epath.Path(os.path.realpath(path))
     if found.is_relative_to(os.path.realpath(source)):
         return
     snapshots = found.parent.parent / "snapshots"
     if found.parent.name == "blobs" and epath.Path(os.path.abspath(path)).is_relative_to(snapshots):
         return
-    raise UserError(f"{path} is a link out of {source}: put the file itself there")
+    raise UserError(f"{path} is a link out of {source}: replace it by the file itself")
 
 
 def _copy_index(source: epath.Path, target: epath.Path) -> None:
-    """Byte for byte, unless it names shards of a variant."""
+    """Copy an index byte for byte, unless it names shards of a variant."""
     where = _weight_map(source)
     named = {tensor: plain_name(name) for tensor, name in where.items()}
     if named == where:
@@ -240,7 +244,7 @@ def _copy_index(source: epath.Path, target: epath.Path) -> None:
 
 def _pickled(path: epath.Path) -> UserError:
     return UserError(
-        f"{path} is a pickle, which could run any code and is never read: load the model in diffusers "
+        f"{path} is a pickle, which can run any code and is never read: load the model in diffusers "
         f"(from_pretrained, or from_single_file for one file) and save it again by "
         f"pipeline.save_pretrained('FOLDER', safe_serialization=True)"
     )

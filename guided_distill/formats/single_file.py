@@ -1,7 +1,8 @@
-"""One .safetensors file in the layout of CompVis' latent diffusion, read as a diffusers pipeline.
+"""Reads one .safetensors file in the layout of CompVis' latent diffusion as a diffusers pipeline.
 
-Stable Diffusion 1.x and 2.x, their in-painting kin, and the class-conditional models of "cin256". Such a
-file has no config: its shapes give widths and depths, and its kind of model gives the rest.
+It reads Stable Diffusion 1.x and 2.x, their in-painting variants, and the class-conditional models
+named "cin256". Such a file has no config: widths and depths follow from its shapes, and all else from
+its kind of model.
 """
 
 import re
@@ -39,7 +40,7 @@ _CONDITIONERS = (_CLIP, _OPEN_CLIP, _CLASSES)
 
 _AVERAGES = "model_ema."
 
-# What the autoencoder was trained with; the parts of CLIP that follow after the text's encoding.
+# The autoencoder's discriminator and averages; the parts of CLIP after the text encoder.
 _LEFT_OUT = re.compile(
     r"first_stage_model\.(loss|model_ema)\..*"
     r"|cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)"
@@ -48,9 +49,9 @@ _LEFT_OUT = re.compile(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What all published models of a kind share, and no file says.
+    """What all published models of a kind share and no file states.
 
-    betas: the ends of the chain. text_layers: how many blocks of the text encoder are read.
+    betas: the first and the last. text_layers: the number of the text encoder's blocks that are used.
     """
 
     name: str
@@ -60,14 +61,14 @@ class _Kind:
 
 
 _STABLE_1 = _Kind("Stable Diffusion 1", (0.00085, 0.012), 12, "quick_gelu")
-# Of OpenCLIP's 24 blocks, it reads the first 23.
+# It uses the first 23 of OpenCLIP's 24 blocks.
 _STABLE_2 = _Kind("Stable Diffusion 2", (0.00085, 0.012), 23, "gelu")
 _OF_CLASSES = _Kind("a class-conditional latent diffusion model", (0.0015, 0.0195))
 
 
 @dataclass(frozen=True)
 class Component:
-    """A config.json and the tensors that belong to it, in diffusers' or transformers' names."""
+    """A config.json and its tensors, by the names of diffusers or transformers."""
 
     config: Mapping[str, Any]
     tensors: Tensors
@@ -75,7 +76,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. text_encoder or class_embedder: its conditioner; the other one is None."""
+    """The components of a file. Of text_encoder and class_embedder, one is None."""
 
     unet: Component
     vae: Component
@@ -87,13 +88,13 @@ class Checkpoint:
 def read_single_file(
     path: epath.Path, *, prediction_type: str | None = None, averaged: bool = False
 ) -> Checkpoint:
-    """Read a file's components.
+    """Read the components of a file.
 
-    prediction_type: "epsilon" or "v_prediction", which few files say; None for what the file says, or
-    epsilon for a kind of model that always predicts it. averaged: take the U-Net's moving averages,
-    `model_ema.*`, in place of its weights. Raises UserError for any other kind of file, for a tensor
-    that belongs nowhere, where the file contradicts what is taken, and where the prediction type is
-    needed and not given.
+    prediction_type: "epsilon" or "v_prediction", which few files state; None for what the file states, or
+    epsilon for a kind of model that always predicts it. averaged: use the U-Net's EMA weights,
+    `model_ema.*`. Raises UserError for any other kind of file, for a tensor that belongs to no component,
+    if the file contradicts the prediction type or its kind of model, and if the prediction type is needed
+    but not given.
     """
 
     def wanted(name: str) -> bool:
@@ -124,7 +125,7 @@ def read_single_file(
 
 
 def _parts(tensors: Tensors, path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of each part by its prefix, which is taken off their names."""
+    """The tensors of each part by the part's prefix, which is removed from their names."""
     parts = {
         prefix: {
             name.removeprefix(prefix): tensor
@@ -144,31 +145,31 @@ def _parts(tensors: Tensors, path: epath.Path) -> dict[str, dict[str, np.ndarray
     if not found:
         raise UserError(
             f"{path} is not a checkpoint of Stable Diffusion 1 or 2 or of a class-conditional latent "
-            f"diffusion model, for none of its tensors is named as theirs: import a diffusers folder "
-            f"of the model instead"
+            f"diffusion model, because none of its tensors has a name of theirs: import a diffusers "
+            f"folder of the model instead"
         )
     if missing:
         raise UserError(
-            f"{path} has no {' and no '.join(missing)}: import a file that holds the whole model, or a "
-            f"diffusers folder of it"
+            f"{path} has no {' and no '.join(missing)}: import a file that holds the complete model, or "
+            f"a diffusers folder of it"
         )
     if len(conditioners) > 1:
         raise UserError(
-            f"{path} holds {' and '.join(f'{prefix}*' for prefix in conditioners)}, and a model has one "
-            f"of them: import a diffusers folder of it instead"
+            f"{path} holds {' and '.join(f'{prefix}*' for prefix in conditioners)}, but a model "
+            f"has one of them: import a diffusers folder of the model instead"
         )
     if strange := sorted(name for name in tensors if not name.startswith(tuple(parts))):
         raise UserError(
             f"{path} holds tensors that belong to no part of the model, such as {strange[0]}: convert "
-            f"it to a diffusers folder first"
+            f"the file to a diffusers folder first"
         )
     return parts
 
 
 def _averaged(unet: Tensors, averages: Tensors, path: epath.Path) -> dict[str, np.ndarray]:
-    """The U-Net's averages, whose names are those of its weights without the dots."""
+    """The U-Net's EMA weights, whose names are those of its weights without the dots."""
     if not averages:
-        raise UserError(f"{path} holds no averages (model_ema.*): leave --averaged out")
+        raise UserError(f"{path} holds no EMA weights (model_ema.*): leave out --averaged")
     names = {name: f"{_AVERAGES}diffusion_model{name.replace('.', '')}" for name in unet}
     return {
         name: _need(averages, average, path, axes=unet[name].ndim)
@@ -177,7 +178,7 @@ def _averaged(unet: Tensors, averages: Tensors, path: epath.Path) -> dict[str, n
 
 
 def _kind(conditioner: str, unet: Tensors, path: epath.Path) -> _Kind:
-    """The second version of Stable Diffusion projects by matrices where the first has convolutions."""
+    """The kind of model: Stable Diffusion 2 projects by matrices, version 1 by convolutions."""
     if conditioner == _CLASSES:
         return _OF_CLASSES
     projections = [
@@ -195,17 +196,19 @@ def _kind(conditioner: str, unet: Tensors, path: epath.Path) -> _Kind:
 
 def _check_scale(buffers: Tensors, vae: Component, path: epath.Path) -> None:
     scale = vae.config["scaling_factor"]
-    if (said := buffers.get("scale_factor")) is not None and not np.isclose(said, scale, rtol=5e-3):
+    stored = buffers.get("scale_factor")
+    if stored is not None and not np.isclose(stored, scale, rtol=5e-3):
         raise UserError(
-            f"{path} scales its latents by {float(said):g}, and its kind of model by {scale:g}: convert "
-            f"it to a diffusers folder with that scaling_factor in vae/config.json"
+            f"{path} scales its latents by {float(stored):g}, but its kind of model by {scale:g}: "
+            f"convert it to a diffusers folder with that scaling_factor in vae/config.json"
         )
 
 
 def write_folder(checkpoint: Checkpoint, folder: epath.Path, tokenizer: epath.Path | None) -> None:
-    """Write a checkpoint as a diffusers folder. tokenizer: a folder to copy; None for a model of classes.
+    """Write a checkpoint as a diffusers folder.
 
-    A class embedder, which no pipeline knows, gets a folder of its own.
+    tokenizer: a folder to copy; None for a class-conditional model, whose class embedder, unknown to
+    diffusers' pipelines, gets a folder of its own.
     """
     write_component(folder / "unet", checkpoint.unet.config, checkpoint.unet.tensors, WEIGHTS)
     write_component(folder / "vae", checkpoint.vae.config, checkpoint.vae.tensors, WEIGHTS)
@@ -246,28 +249,31 @@ def _renamed(
         if new is None:
             raise UserError(
                 f"{path} holds {prefix}{name}, which no supported model has: import a diffusers folder "
-                f"of it instead"
+                f"of the model instead"
             )
         renamed[new] = tensor
     return renamed
 
 
 def _numbers(tensors: Tensors, pattern: str) -> set[int]:
-    """The numbers that stand in the pattern's place, over all names."""
+    """The numbers that the pattern's group matches in the tensors' names."""
     found = re.compile(pattern)
     return {int(match[1]) for name in tensors if (match := found.match(name))}
 
 
 def _length(tensors: Tensors, pattern: str) -> int:
-    """The length of a list whose entries' numbers stand in the pattern's place."""
+    """The length of a list whose entries' numbers the pattern's group matches."""
     return 1 + max(_numbers(tensors, pattern), default=-1)
 
 
 def _need(tensors: Tensors, name: str, path: epath.Path, *, axes: int) -> np.ndarray:
     if name not in tensors:
-        raise UserError(f"{path} lacks the tensor {name}: is the file whole?")
+        raise UserError(f"{path} lacks the tensor {name}: check that the file is complete")
     if (found := tensors[name]).ndim != axes:
-        raise UserError(f"{path}: the tensor {name} has {found.ndim} axes, and should have {axes}")
+        raise UserError(
+            f"{path}: the tensor {name} has {found.ndim} axes instead of {axes}: check that the file is "
+            f"complete"
+        )
     return found
 
 
@@ -278,7 +284,9 @@ def _unet(tensors: Tensors, kind: _Kind, prediction_type: str, path: epath.Path)
         if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))
     )
     if not downsamplers or downsamplers[0] < 2:
-        raise UserError(f"{path} has a U-Net of one resolution only, which isn't supported")
+        raise UserError(
+            f"{path} has a U-Net with one resolution, which isn't supported: import one with more"
+        )
     layers = downsamplers[0] - 1
     renamed = _renamed(tensors, lambda name: unet_name(name, layers_per_block=layers), _UNET, path)
     levels = range(len(downsamplers) + 1)
@@ -313,16 +321,19 @@ def _unet(tensors: Tensors, kind: _Kind, prediction_type: str, path: epath.Path)
 
 
 def _sample_size(kind: _Kind, channels: int, prediction_type: str) -> int:
-    """Of the released models: 512 pixels, 768 where Stable Diffusion 2 predicts v, 256 for classes."""
+    """Latents per side of the released models.
+
+    The images have 512 pixels; 768 if Stable Diffusion 2 predicts v; 256 for class-conditional models.
+    """
     if kind is _OF_CLASSES:
         return 64 if channels == 3 else 32
     return 96 if kind is _STABLE_2 and prediction_type == "v_prediction" else 64
 
 
 def _heads(kind: _Kind, widths: list[int], channels: int) -> int | list[int]:
-    """Number of attention heads, which diffusers' attention_head_dim is for a U-Net.
+    """The number of attention heads, which diffusers calls attention_head_dim in a U-Net.
 
-    Shapes don't tell: the first version has 8 heads, the second has heads of 64 channels; the
+    It doesn't follow from the shapes. Stable Diffusion 1 has 8 heads, and 2 has heads of 64 channels. The
     class-conditional models have one head (3 latent channels) or heads of 32 channels (4).
     """
     if kind is _STABLE_1:
@@ -335,7 +346,7 @@ def _heads(kind: _Kind, widths: list[int], channels: int) -> int | list[int]:
 def _vae(tensors: Tensors, path: epath.Path) -> Component:
     levels = _length(tensors, r"encoder\.down\.(\d+)\.")
     renamed = {
-        # Attention's projections are matrices there and 1x1 convolutions here.
+        # diffusers' projections of attention are matrices, the file's are 1x1 convolutions.
         name: tensor[:, :, 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor
         for name, tensor in _renamed(
             tensors, lambda name: vae_name(name, levels=levels), _VAE, path
@@ -375,7 +386,7 @@ def _vae(tensors: Tensors, path: epath.Path) -> Component:
 
 
 def _clip(tensors: Tensors, kind: _Kind, path: epath.Path) -> Component:
-    """In transformers' names, which began with `text_model.` before its fifth version."""
+    """CLIP's text encoder; its names in the file begin with `text_model.`, as before transformers 5."""
     named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     return _text_encoder(named, kind, path)
 
@@ -388,7 +399,8 @@ def _open_clip(tensors: Tensors, kind: _Kind, path: epath.Path) -> Component:
         ):
             if tensor.ndim == 0 or len(tensor) % 3:
                 raise UserError(
-                    f"{path}: {_OPEN_CLIP}{name} isn't made of three: is the file whole?"
+                    f"{path}: {_OPEN_CLIP}{name} can't be split in three: check that the file is "
+                    f"complete"
                 )
             for letter, part in zip("qkv", np.split(tensor, 3), strict=True):
                 kept[f"encoder.layers.{joint[1]}.self_attn.{letter}_proj.{joint[2]}"] = part
@@ -398,7 +410,11 @@ def _open_clip(tensors: Tensors, kind: _Kind, path: epath.Path) -> Component:
 
 
 def _text_encoder(tensors: Tensors, kind: _Kind, path: epath.Path) -> Component:
-    """Stable Diffusion 2 reads the last block but one, so its last, where a file has it, is left out."""
+    """The text encoder's component.
+
+    Stable Diffusion 2 uses the states before the last block, so that block, if the file has it, is left
+    out.
+    """
     unread = f"encoder.layers.{kind.text_layers}." if kind is _STABLE_2 else None
     kept = {
         name: each for name, each in tensors.items() if not unread or not name.startswith(unread)
@@ -407,8 +423,8 @@ def _text_encoder(tensors: Tensors, kind: _Kind, path: epath.Path) -> Component:
     if numbers != set(range(kind.text_layers)):
         wrong = min(numbers ^ set(range(kind.text_layers)))
         raise UserError(
-            f"{path} {'has' if wrong in numbers else 'lacks'} block {wrong} of the text encoder, and "
-            f"{kind.name} has blocks 0 to {kind.text_layers - 1}: is the file whole?"
+            f"{path} {'has' if wrong in numbers else 'lacks'} block {wrong} of the text encoder, but "
+            f"{kind.name} has blocks 0 to {kind.text_layers - 1}: check that the file is complete"
         )
     vocabulary, width = _need(kept, "embeddings.token_embedding.weight", path, axes=2).shape
     config = {

@@ -1,4 +1,4 @@
-"""What a single file says of its noise: the chain of levels, and what the U-Net predicts."""
+"""The scheduler of a single file: its noise levels, and what its U-Net predicts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from guided_distill.formats.diffusers_folder import DIFFUSERS_VERSION
 from guided_distill.formats.torch_layout import Tensors
 
 MARKERS = frozenset({"v_pred", "ztsnr"})
-"""Tensors by which trainers say that a network predicts v, and that its last level has no signal."""
+"""Tensors that mark a network that predicts v, and a last noise level without signal."""
 
 BUFFERS = frozenset(
     {
@@ -33,20 +33,21 @@ BUFFERS = frozenset(
         "sqrt_recipm1_alphas_cumprod",
     }
 )
-"""What CompVis' class of diffusion models keeps beside its networks, all of it made from the betas."""
+"""What CompVis' diffusion models store beside their networks; all of it follows from the betas."""
 
 _TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
-"""What a file's metadata calls what diffusers calls a prediction type."""
+"""Prediction types by their names in a file's metadata, as diffusers names them."""
 
-# Half precision, bfloat16 above all, rounds by up to this much.
+# The largest relative rounding error of half precision, that of bfloat16.
 _TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
 class NoiseInFile:
-    """What `path` holds: its tensors of BUFFERS and MARKERS, and its metadata.
+    """What the file `path` holds about its noise: the tensors of BUFFERS and MARKERS, and the metadata.
 
-    betas: the ends of its kind's chain. needs_type: whether its kind predicts epsilon or v.
+    betas: the first and last beta of its kind of model. needs_type: whether that kind can predict either
+    epsilon or v.
     """
 
     path: epath.Path
@@ -56,17 +57,19 @@ class NoiseInFile:
     needs_type: bool
 
 
-def scheduler_of(noise: NoiseInFile, asked: str | None) -> dict[str, Any]:
-    """A scheduler_config.json. asked: the prediction type that a user gave.
+def scheduler_of(noise: NoiseInFile, given: str | None) -> dict[str, Any]:
+    """The scheduler_config.json. given: the user's prediction type, None if not given.
 
-    Raises UserError if the file contradicts its kind or the user, or says nothing where it must.
+    Raises UserError if the file contradicts its kind of model or the user, and if neither gives a
+    prediction type that is needed.
     """
     if "ztsnr" in noise.buffers:
         raise UserError(
-            f"{noise.path} is marked ztsnr: its last noise level holds no signal, which isn't supported"
+            f"{noise.path} is marked ztsnr, so its last noise level has no signal, which isn't "
+            f"supported: import a model with a nonzero terminal SNR"
         )
-    prediction_type = _prediction_type(noise, asked)
-    _check_chain(noise)
+    prediction_type = _prediction_type(noise, given)
+    _check_betas(noise)
     start, end = noise.betas
     return {
         "_class_name": "DDIMScheduler",
@@ -82,25 +85,25 @@ def scheduler_of(noise: NoiseInFile, asked: str | None) -> dict[str, Any]:
     }
 
 
-def _prediction_type(noise: NoiseInFile, asked: str | None) -> str:
-    said = _TYPES.get(str(noise.metadata.get("modelspec.prediction_type")))
+def _prediction_type(noise: NoiseInFile, given: str | None) -> str:
+    stored = _TYPES.get(str(noise.metadata.get("modelspec.prediction_type")))
     if "v_pred" in noise.buffers:
-        said = "v_prediction"
-    if asked and said and asked != said:
+        stored = "v_prediction"
+    if given and stored and given != stored:
         raise UserError(
-            f"{noise.path} says that its prediction type is {said}, and --prediction_type is {asked}: "
-            f"leave --prediction_type out"
+            f"{noise.path} has the prediction type {stored}, but --prediction_type is {given}: "
+            f"leave out --prediction_type"
         )
-    if not asked and not said and noise.needs_type:
+    if not given and not stored and noise.needs_type:
         raise UserError(
             f"{noise.path} is a Stable Diffusion 2, which predicts epsilon (the base models) or v, and "
-            f"the file doesn't say which: add --prediction_type epsilon or --prediction_type "
+            f"the file doesn't state which: add --prediction_type epsilon or --prediction_type "
             f"v_prediction"
         )
-    return asked or said or "epsilon"
+    return given or stored or "epsilon"
 
 
-def _check_chain(noise: NoiseInFile) -> None:
+def _check_betas(noise: NoiseInFile) -> None:
     start, end = noise.betas
     betas = np.linspace(start**0.5, end**0.5, NUM_TIMESTEPS) ** 2
     for name, expected in (("betas", betas), ("alphas_cumprod", np.cumprod(1 - betas))):
@@ -110,6 +113,6 @@ def _check_chain(noise: NoiseInFile) -> None:
             or not np.allclose(found.astype(np.float64), expected, rtol=_TOLERANCE, atol=0)
         ):
             raise UserError(
-                f"{noise.path} has other {name} than its kind of model: convert it to a diffusers folder "
-                f"with the scheduler_config.json that it needs"
+                f"{noise.path} has {name} that differ from those of its kind of model: convert it to a "
+                f"diffusers folder with the scheduler_config.json that it needs"
             )

@@ -92,7 +92,7 @@ def test_a_variant_is_read_where_there_is_nothing_else(folder):
 def test_a_shard_that_is_missing_or_elsewhere_or_holds_a_tensor_twice(folder):
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     write_shards(folder, index.name, [["a.weight", "b.weight"], ["a.weight", "a.bias"]])
-    with pytest.raises(UserError, match=r"holds a\.weight, which another shard holds too"):
+    with pytest.raises(UserError, match=r"holds a\.weight, which another shard also holds"):
         read_weights(folder, WEIGHTS)
     save(folder / "other.safetensors", TENSORS)
     (folder / "deeper").mkdir()

@@ -249,7 +249,7 @@ DAMAGED = {
         lambda data: redigested(
             data, lambda t, _: t.update({k: v.astype("i4") for k, v in t.items()})
         ),
-        "floating-point numbers alone",
+        "only floating-point weights",
     ),
     "a word for steps": (
         lambda data: redigested(data, _with("num_steps", "two")),
