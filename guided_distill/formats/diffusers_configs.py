@@ -1,6 +1,6 @@
-"""diffusers' config.json files as our config's words, and back.
+"""Translates diffusers' configs of networks and schedulers to our settings, and back.
 
-What our networks and samplers can't honour is an error that names the key: a config is never half read.
+A key that our networks and samplers don't support is an error that names it: no key is ignored silently.
 """
 
 import logging
@@ -26,7 +26,7 @@ from guided_distill.formats.json_files import (
 log = logging.getLogger(__name__)
 
 PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
-"""prediction_type of a scheduler's config, and what it is called here."""
+"""The prediction_type of a scheduler's config, and our name for it."""
 
 NUM_TIMESTEPS = 1000
 
@@ -46,7 +46,7 @@ _SAMPLERS = (
     "UniPCMultistep",
 )
 
-# The one value of a key that our code has, where it has only one; None and False pass for any key.
+# The only supported value of a key. None and False are accepted for every key.
 _SCHEDULER_MUST = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "trained_betas": None,
@@ -86,9 +86,9 @@ _UNET_DEFAULTS = {
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "use_linear_projection": False,
 }
-"""What diffusers takes for a key that a config leaves out, of those that are read here."""
+"""diffusers' defaults for the keys that are read here."""
 
-# Of no effect here: about half precision, and about an embedding that isn't there.
+# Keys without effect here: they concern half precision and an embedding that our networks don't have.
 _UNET_IGNORED = ("addition_embed_type_num_heads", "upcast_attention")
 
 
@@ -117,9 +117,10 @@ _DIT_IGNORED = ("norm_num_groups", "upcast_attention")
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """What a denoiser's config.json says. num_classes: 0 where the condition is a text.
+    """The settings in a denoiser's config.json. num_classes: 0 if the condition is a text.
 
-    inpaint: whether the network takes a mask and the masked image's latents beside its own.
+    data_shape: [h, w, c] of the latents. inpaint: whether the network also takes a mask and the masked
+    image's latents.
     """
 
     name: str
@@ -131,7 +132,7 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """What a scheduler's config says of the network: what it predicts, and of which betas."""
+    """The settings in a scheduler's config: what the network predicts, and for which betas."""
 
     parameterization: str
     schedule: str
@@ -139,22 +140,21 @@ class SchedulerSettings:
 
 
 def read_scheduler(config: Mapping[str, Any], where: object) -> SchedulerSettings:
-    """The chain of a scheduler_config.json. Raises UserError, naming the key, for any other kind.
+    """The settings in a scheduler_config.json. Raises UserError, naming the key, if not supported.
 
-    How the pipeline sampled (steps_offset, timestep_spacing, ...) isn't part of it. clip_sample, which
-    holds pixels to [-1, 1], means nothing for the latents that are imported here, and is left out with a
-    warning.
+    Keys that concern only the pipeline's sampling (steps_offset, timestep_spacing, ...) aren't read.
+    clip_sample clips pixels to [-1, 1], which latents don't need: it is ignored with a warning.
     """
     name = str(config.get("_class_name"))
     if name.removesuffix("Scheduler") not in _SAMPLERS:
         raise UserError(
-            f"{where}: _class_name is {name}, which isn't a sampler of a network with discrete betas: "
+            f"{where}: _class_name is {name}, which isn't a supported scheduler with discrete betas; "
             f"supported are {', '.join(_SAMPLERS)}"
         )
     for key, only in _SCHEDULER_MUST.items():
         must(config.get(key, only), only, key, where)
     if config.get("clip_sample"):
-        log.warning("%s: clip_sample is left out, for latents have no range to be held to", where)
+        log.warning("%s: clip_sample is ignored, because latents have no range to clip to", where)
     prediction = config.get("prediction_type", "epsilon")
     one_of(prediction, PARAMETERIZATIONS, "prediction_type", where)
     schedule = config.get("beta_schedule", "linear")
@@ -164,17 +164,20 @@ def read_scheduler(config: Mapping[str, Any], where: object) -> SchedulerSetting
         for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))
     }
     if not betas["beta_start"] <= betas["beta_end"] < 1:
-        raise UserError(f"{where}: beta_start and beta_end must rise between 0 and 1")
+        raise UserError(
+            f"{where}: beta_start must not exceed beta_end, and both must lie between 0 and 1"
+        )
     return SchedulerSettings(PARAMETERIZATIONS[prediction], schedule, betas)
 
 
 def scheduler_config(chain: SchedulerSettings, *, num_steps: int | None) -> dict[str, Any]:
-    """The stock sampler that takes the steps of a deterministic student, num_steps of them or any.
+    """The scheduler_config.json of diffusers' scheduler for a deterministic student.
 
-    Trailing spacing from index 999 down, and a last step to clean data, alpha = 1. diffusers' DDIM goes
-    by 1000 // num_steps, so it is the one where that is exact; elsewhere DPM-Solver++ of first order,
-    the same step in other words, goes from each index that it visits to the next. `visited_by_diffusers`
-    says which those are.
+    num_steps: the student's number of steps; None for a model that takes any. The scheduler spaces its
+    steps from index 999 down (trailing), and its last step leads to clean data, alpha = 1. diffusers'
+    DDIM steps by 1000 // num_steps indices, so it is used only where num_steps divides 1000. Otherwise
+    first-order DPM-Solver++, which is mathematically the same step, steps between the indices that it
+    visits: see `visited_by_diffusers`.
     """
     (prediction,) = (
         key for key, ours in PARAMETERIZATIONS.items() if ours == chain.parameterization
@@ -210,7 +213,10 @@ def scheduler_config(chain: SchedulerSettings, *, num_steps: int | None) -> dict
 def stochastic_scheduler_config(
     chain: SchedulerSettings, *, num_steps: int | None
 ) -> dict[str, Any]:
-    """That of formats/scheduling_guided_distill.py. num_steps: the only number that it takes, or None."""
+    """The scheduler_config.json for scheduling_guided_distill.py.
+
+    num_steps: the only number of steps that it accepts; None for any.
+    """
     stock = scheduler_config(chain, num_steps=num_steps)
     shared = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "prediction_type")
     return {
@@ -222,23 +228,23 @@ def stochastic_scheduler_config(
 
 
 def visited_indices(num_steps: int) -> list[int]:
-    """Indices of the chain at which a student of num_steps is called, noisiest first."""
+    """The timestep indices at which a student of num_steps steps is called, noisiest first."""
     return [round(NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps, 0, -1)]
 
 
 def visited_by_diffusers(num_steps: int) -> list[int]:
-    """Where trailing spacing in diffusers calls it: one step more for some, or an index off by one."""
+    """The indices of diffusers' trailing spacing, which can be off by one or include one step more."""
     steps = np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps)
     return [int(step) - 1 for step in steps.round()]
 
 
 def ignored_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a denoiser's config.json has no effect here."""
+    """The keys of a denoiser's config.json that have no effect here, with their values."""
     return {key: config[key] for key in (*_UNET_IGNORED, *_DIT_IGNORED) if key in config}
 
 
 def read_denoiser(config: Mapping[str, Any], where: object) -> DenoiserSettings:
-    """The network of a U-Net's or a DiT's config.json. Raises UserError, naming the key, for others."""
+    """The settings in the config.json of a U-Net or DiT. Raises UserError, naming an unsupported key."""
     readers = {
         "UNet2DConditionModel": _read_unet,
         "DiTTransformer2DModel": _read_dit,
@@ -252,8 +258,8 @@ def read_denoiser(config: Mapping[str, Any], where: object) -> DenoiserSettings:
 def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     if config.get("time_cond_proj_dim") is not None:
         raise UserError(
-            f"{where}: time_cond_proj_dim is set, so this U-Net has guidance inside already: give the "
-            f"model that it was distilled from"
+            f"{where}: time_cond_proj_dim is set, so this U-Net is already conditioned on a guidance "
+            f"weight: import the model that it was distilled from"
         )
     read = _read_keys(config, _UNET_MUST, _UNET_DEFAULTS, _UNET_IGNORED, where)
     widths = whole_numbers(read["block_out_channels"], "block_out_channels", where)
@@ -262,7 +268,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     ascending = _attending(read["up_block_types"], "up_block_types", "Up", where)
     if len(attends) != levels or ascending != attends[::-1]:
         raise UserError(
-            f"{where}: up_block_types must be down_block_types in reverse, with one for each of "
+            f"{where}: up_block_types must be down_block_types in reverse, with one entry for each of "
             f"block_out_channels"
         )
     heads = read["attention_head_dim"]
@@ -276,14 +282,14 @@ def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     channels = whole_number(read["out_channels"], "out_channels", where)
     if read["in_channels"] not in (channels, 2 * channels + 1):
         raise UserError(
-            f"{where}: in_channels is {read['in_channels']}, and can be {channels}, or for in-painting "
-            f"{2 * channels + 1}, with {channels} out_channels"
+            f"{where}: in_channels is {read['in_channels']}, and with {channels} out_channels must be "
+            f"{channels}, or {2 * channels + 1} for in-painting"
         )
     if len(heads) != levels:
         raise UserError(
             f"{where}: attention_head_dim needs one number for each of block_out_channels"
         )
-    # The middle attends too.
+    # The middle block always has attention.
     for width, count, attending in zip(widths, heads, [*attends[:-1], True], strict=True):
         divides(numbers["norm_num_groups"], width, "norm_num_groups", "block_out_channels", where)
         if attending:
@@ -294,7 +300,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
         options={
             "block_out_channels": widths,
             "cross_attention_levels": tuple(level for level in range(levels) if attends[level]),
-            # diffusers' name for it is a mistake that its configs have to keep.
+            # diffusers calls it attention_head_dim by mistake, and its configs keep that name.
             "num_attention_heads": heads,
             "use_linear_projection": bool(read["use_linear_projection"]),
             **numbers,
@@ -306,7 +312,7 @@ def _read_unet(config: Mapping[str, Any], where: object) -> DenoiserSettings:
 
 
 def unet_config(denoiser: DenoiserSettings, *, w_embedding_width: int | None) -> dict[str, Any]:
-    """The config.json of a U-Net; `read_denoiser` is its inverse. w_embedding_width: None without w."""
+    """The config.json of a U-Net; `read_denoiser` inverts it. w_embedding_width: None without w."""
     options = denoiser.options
     size, _, channels = denoiser.data_shape
     attends = [
@@ -334,7 +340,7 @@ def unet_config(denoiser: DenoiserSettings, *, w_embedding_width: int | None) ->
 
 
 def _sample_size(config: Mapping[str, Any], where: object) -> int:
-    """Side of the latents. Pipelines take 64 for a smaller one in a config older than version 0.9."""
+    """Latents per side. Like pipelines, raises a smaller one to 64 in configs older than version 0.9."""
     size = whole_number(config.get("sample_size"), "sample_size", where)
     version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
     old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
@@ -356,7 +362,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> DenoiserSettings:
     divides(numbers["patch_size"], size, "patch_size", "sample_size", where)
     if read["out_channels"] not in (None, channels, 2 * channels):
         raise UserError(
-            f"{where}: out_channels is {read['out_channels']}, and can be in_channels or twice as many"
+            f"{where}: out_channels is {read['out_channels']}, and must be in_channels or twice that"
         )
     return DenoiserSettings(
         name="dit",
@@ -368,7 +374,7 @@ def _read_dit(config: Mapping[str, Any], where: object) -> DenoiserSettings:
 
 
 def dit_config(denoiser: DenoiserSettings) -> dict[str, Any]:
-    """The config.json of a DiT without w; `read_denoiser` is its inverse."""
+    """The config.json of a DiT that doesn't take w; `read_denoiser` inverts it."""
     size, _, channels = denoiser.data_shape
     options = denoiser.options
     return {
@@ -390,12 +396,17 @@ def _read_keys(
     ignored: tuple[str, ...],
     where: object,
 ) -> dict[str, Any]:
-    """The values of `defaults`' keys. Every other key has to have its one value, or be off."""
+    """The values of the keys of `defaults`.
+
+    Raises UserError unless every other key is ignored, has its only supported value, or is off.
+    """
     for key, value in config.items():
         if key.startswith("_") or key in defaults or key in ignored:
             continue
         if key in only:
             must(value, only[key], key, where)
         elif value is not None and value is not False:
-            raise UserError(f"{where}: {key} is {value!r}, which isn't supported: it must be off")
+            raise UserError(
+                f"{where}: {key} is {value!r}, which isn't supported: it must be null or false"
+            )
     return {key: config.get(key, default) for key, default in defaults.items()}

@@ -1,4 +1,4 @@
-"""One stage of a run as a diffusers folder: `guided-distill export --format diffusers`."""
+"""Exports one stage of a run as a diffusers folder: `guided-distill export --format diffusers`."""
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
@@ -50,10 +50,11 @@ _LABELS = "class_embedder."
 def export_diffusers(
     workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
 ) -> list[epath.Path]:
-    """Write one finished stage to `out`, a new folder, with the run's companions and a model card.
+    """Write one finished stage to the new folder `out`, with the run's companions and a model card.
 
-    stages: the one stage; None for the last finished one. Returns `out`. Raises UserError for what no
-    pipeline of diffusers could load.
+    stages: the folder of the stage; None for the last finished one. Returns `out` in a list. Raises
+    UserError for a model that no pipeline of diffusers can load, see `check_exportable`, and as
+    `load_one_stage`.
     """
     local_path_named(str(out), "diffusers folders")
     companions = _companions(folder_of(workdir))
@@ -85,16 +86,16 @@ def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
 
 
 def check_exportable(about: Description, stage: str) -> None:
-    """Raises UserError for a stage, `stage` being its folder's name, that has no place in diffusers."""
+    """Raises UserError for a model that diffusers can't represent. stage: its folder's name."""
     model = about.model
     if model.name not in ("sd_unet", "dit"):
         raise UserError(
-            f"config.model.name is {model.name}, which diffusers doesn't have; it has sd_unet and dit: "
-            f"use --format checkpoint"
+            f"config.model.name is {model.name}, but diffusers has only sd_unet and dit: use --format "
+            f"checkpoint"
         )
     if model.name == "dit" and about.w_min is not None:
         raise UserError(
-            f"{stage} is a DiT that takes the guidance weight, which no class of diffusers does: use "
+            f"{stage} is a DiT conditioned on the guidance weight, which diffusers doesn't have: use "
             f"--format checkpoint"
         )
     embedding = about.experiment.guidance.w_embedding
@@ -105,18 +106,18 @@ def check_exportable(about: Description, stage: str) -> None:
         )
     if about.sampler == ENCODE:
         raise UserError(
-            f"{stage} encodes images to noise, which no pipeline of diffusers does: choose a stage of "
-            f"another sampler"
+            f"{stage} encodes images to noise, which no pipeline of diffusers does: name a stage with "
+            f"another sampler by --stages"
         )
     if model.parameterization not in PARAMETERIZATIONS.values():
         raise UserError(
-            f"config.model.parameterization is {model.parameterization}, which no scheduler of diffusers "
-            f"reads: it has {', '.join(PARAMETERIZATIONS.values())}"
+            f"config.model.parameterization is {model.parameterization}, but diffusers has only "
+            f"{', '.join(PARAMETERIZATIONS.values())}: use --format checkpoint"
         )
     if model.schedule not in ("linear", "scaled_linear"):
         raise UserError(
-            f"config.model.schedule is {model.schedule}, which is no chain of betas: diffusers has "
-            f"linear and scaled_linear"
+            f"config.model.schedule is {model.schedule}, but diffusers has only linear and "
+            f"scaled_linear: use --format checkpoint"
         )
 
 
@@ -124,7 +125,7 @@ def _companions(workdir: epath.Path) -> epath.Path:
     if (workdir / COMPANIONS / MODEL_INDEX).is_file():
         return workdir / COMPANIONS
     raise UserError(
-        f"{workdir / COMPANIONS} is missing, which holds the autoencoder and the text encoder: put a "
+        f"{workdir / COMPANIONS}, which holds the autoencoder and the text encoder, is missing: put a "
         f"diffusers folder of the teacher there, without its unet"
     )
 
@@ -140,7 +141,7 @@ def _scheduler_settings(about: Description) -> SchedulerSettings:
 
 
 def _denoiser_settings(about: Description) -> DenoiserSettings:
-    """The stage's network, with every option at its value, given or default."""
+    """The settings of the stage's network, defaults included."""
     height, width, channels = about.data_shape
     module = about.network().module
     options = {name: getattr(module, name) for name in module.__dataclass_fields__}
@@ -154,7 +155,7 @@ def _denoiser_settings(about: Description) -> DenoiserSettings:
 
 
 def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict[str, Any]) -> None:
-    """No class of diffusers takes its steps: the folder brings one, as pipelines load components."""
+    """diffusers has no such scheduler, so the folder includes the code, which pipelines can load."""
     script = importlib.resources.files("guided_distill.formats") / f"{STOCHASTIC_SCHEDULER}.py"
     write_bytes(out / "scheduler" / f"{STOCHASTIC_SCHEDULER}.py", script.read_bytes())
     config = stochastic_scheduler_config(_scheduler_settings(about), num_steps=about.num_steps)
@@ -163,7 +164,7 @@ def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict
 
 
 def _load_in_float32(text_encoder: epath.Path) -> None:
-    """transformers loads an encoder in the precision of its files, and the denoiser is in float32."""
+    """Set the encoder's dtype to float32, the denoiser's; transformers takes that of the files."""
     files = [each for name, each in weights_files(text_encoder).items() if name.endswith("tensors")]
     dtypes = {dtype for path in files for dtype in read_dtypes(path)}
     if any(is_floating(dtype) and dtype.itemsize < 4 for dtype in dtypes):
@@ -173,7 +174,7 @@ def _load_in_float32(text_encoder: epath.Path) -> None:
 
 
 def _kept_keys(companions: epath.Path, part: str) -> dict[str, Any]:
-    """What the teacher's config says that has no effect here, and may have elsewhere."""
+    """The keys of the teacher's config that have no effect here but may have one in diffusers."""
     path = companions / part / "config.json"
     return ignored_keys(read_json(path)) if path.exists() else {}
 
@@ -205,7 +206,7 @@ def _vae_config(folder: epath.Path) -> dict[str, Any]:
 
 
 def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
-    """README.md of an exported folder. index, vae: its model_index.json and its vae/config.json."""
+    """The README.md of an exported folder. index, vae: its model_index.json and vae/config.json."""
     scales = None
     if about.w_min is not None and about.w_max is not None:
         scales = (guidance_scale(about.w_min), guidance_scale(about.w_max))
@@ -227,7 +228,7 @@ def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str
 
 
 def _own_timesteps(about: Description) -> list[int] | None:
-    """The indices to pass in place of a number of steps, where diffusers would visit others."""
+    """The indices to pass instead of a number of steps; None if diffusers visits the same ones."""
     if about.num_steps is None or about.sampler == "stochastic":
         return None
     indices = visited_indices(about.num_steps)

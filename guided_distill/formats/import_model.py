@@ -1,4 +1,4 @@
-"""A published model as a teacher of ours: `guided-distill import`."""
+"""Imports a published model as a teacher: `guided-distill import`."""
 
 import contextlib
 import dataclasses
@@ -51,13 +51,13 @@ log = logging.getLogger(__name__)
 
 HUB = "hub:"
 IMPORTED_STEPS = 1
-"""How many updates an imported teacher counts: as many as make a stage that is finished."""
+"""The number of updates that an imported teacher records, so that its stage counts as finished."""
 
 _WITH_WEIGHTS = (*DENOISERS, "vae", "text_encoder", CLASS_EMBEDDER)
 _UNREAD = ("feature_extractor", "image_encoder", "safety_checker")
-"""Components of a pipeline that neither training nor sampling reads."""
+"""Components of a pipeline that neither training nor sampling uses."""
 
-# What is read here; a hub's repository often holds the same weights several times.
+# The files to download; a hub's repository often holds the same weights several times.
 _HUB_FILES = (
     MODEL_INDEX,
     *(
@@ -72,9 +72,10 @@ _HUB_COPIES = (*_HUB_HALVES, "*non_ema*", "*openvino*", "*flax*")
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What only a single file needs: what it predicts, whose tokenizer is its, and which weights to take.
+    """Options for importing a single file.
 
-    prediction_type, tokenizer: None unless given. averaged: the U-Net's moving averages.
+    prediction_type: "epsilon" or "v_prediction", None if the file states it. tokenizer: the folder of the
+    model's tokenizer, None for a class-conditional model. averaged: import the U-Net's EMA weights.
     """
 
     prediction_type: str | None = None
@@ -84,7 +85,7 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class _Model:
-    """A denoiser, read and checked. condition_shapes: of one example's condition, by name."""
+    """A denoiser, read and checked. condition_shapes: shapes of one example's condition, by name."""
 
     denoiser: DenoiserSettings
     chain: SchedulerSettings
@@ -96,19 +97,19 @@ class _Model:
 def import_model(
     source: str, workdir: epath.Path, *, single: SingleFile | None = None
 ) -> list[epath.Path]:
-    """Write a teacher, W/teacher, and its companions, W/companions; return both folders.
+    """Import a model as the teacher of the run `workdir`, and its autoencoder etc. as its companions.
 
-    source: a diffusers folder, a single .safetensors file, or hub:ID or hub:ID@REVISION for a folder
-    that is fetched. Nothing is written unless everything was read. Raises UserError for what is not a
-    supported model.
+    source: a diffusers folder, a single .safetensors file, or hub:ID or hub:ID@REVISION for a folder to
+    download. Returns the folders written, teacher and companions. Nothing is written before the complete
+    model has been read. Raises UserError if the model isn't supported, or if workdir already holds a run.
     """
     if (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds a run already: choose another --workdir")
+        raise UserError(f"{workdir} already holds a run: choose another --workdir")
     for name in ("teacher", COMPANIONS):
         if (workdir / name).exists():
             raise UserError(
-                f"{workdir / name} is there without a config.json, as if an import had been cut: remove "
-                f"it, or choose another --workdir"
+                f"{workdir / name} exists without a config.json, probably from an interrupted import: "
+                f"remove it, or choose another --workdir"
             )
     with _as_folder(source, single or SingleFile()) as (folder, name):
         index = read_model_index(folder)
@@ -128,19 +129,20 @@ def import_model(
         )
         if kept != index:
             write_json(workdir / COMPANIONS / MODEL_INDEX, kept)
-        # Last of all, for it makes the folder a run.
+        # This comes last, because it makes the folder a run.
         claim(workdir, about.experiment)
     return [workdir / "teacher", workdir / COMPANIONS]
 
 
 @contextlib.contextmanager
 def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, str]]:
-    """The diffusers folder that a source is, or is turned into for the time being, and its name."""
+    """Yields the source as a diffusers folder, temporary for a single file, and the model's name."""
     is_file = not source.startswith(HUB) and path_named(source).is_file()
     for field in dataclasses.fields(single):
         if getattr(single, field.name) != field.default and not is_file:
             raise UserError(
-                f"--{field.name} is for a single file, and {source} is a folder: leave it out"
+                f"--{field.name} is for a single file, but {source} is a folder: leave out "
+                f"--{field.name}"
             )
     if source.startswith(HUB):
         folder = _fetched(source.removeprefix(HUB))
@@ -155,7 +157,7 @@ def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, st
 
 @contextlib.contextmanager
 def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
-    """A single file as a folder, in whose place errors name the file."""
+    """Yields a single file as a temporary folder; errors name the file instead of the folder."""
     if single.prediction_type not in (None, "epsilon", "v_prediction"):
         raise UserError(
             f"--prediction_type is {single.prediction_type!r}; choose epsilon or v_prediction"
@@ -163,8 +165,8 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
     path = path_named(source)
     if path.suffix == SUFFIX and is_own(read_metadata(path)):
         raise UserError(
-            f"--from {source} is a model of this program's own: sample it or start from it as it is, or "
-            f"make a run of it by `guided-distill export --workdir {source} --out FOLDER`"
+            f"--from {source} is one of this program's own models: sample it or start from it as it is, "
+            f"or make a run of it by `guided-distill export --workdir {source} --out FOLDER`"
         )
     checkpoint = read_single_file(
         path, prediction_type=single.prediction_type, averaged=single.averaged
@@ -172,7 +174,7 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
     if checkpoint.text_encoder:
         if single.tokenizer is None or not single.tokenizer.is_dir():
             raise UserError(
-                f"{source} holds no tokenizer: add --tokenizer and the folder of one, such as "
+                f"{source} holds no tokenizer: add --tokenizer with the tokenizer's folder, such as "
                 f"`tokenizer` in a diffusers folder of the same model"
             )
         clip_tokenizer(single.tokenizer)
@@ -186,9 +188,9 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
 
 
 def _fetched(name: str) -> epath.Path:
-    """The folder of a hub's repository, ID or ID@REVISION, fetched unless it is in the cache already.
+    """The folder of a hub's repository, ID or ID@REVISION, downloaded unless the hub's cache has it.
 
-    Its own name is the commit's.
+    The folder's name is the commit's hash. Raises UserError if the download fails.
     """
     try:
         hub: Any = importlib.import_module("huggingface_hub")
@@ -216,9 +218,11 @@ def _fetched(name: str) -> epath.Path:
         if lacking:
             halves = [f"{part}/{half}" for part in lacking for half in _HUB_HALVES]
             fetch(folder.name, halves, ("*.bin", "*.msgpack", *_HUB_COPIES[len(_HUB_HALVES) :]))
-    except Exception as error:  # Whatever the network or the hub says.
+    except Exception as error:  # The hub's client raises errors of many classes.
         words = " ".join(str(error).split())[:200]
-        raise UserError(f"--from {HUB}{name} can't be fetched ({words})") from error
+        raise UserError(
+            f"--from {HUB}{name} can't be downloaded ({words}): check the name and the network"
+        ) from error
     return folder
 
 
@@ -234,7 +238,9 @@ def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:
     if (folder / CLASS_EMBEDDER).is_dir():
         table = read_weights(folder / CLASS_EMBEDDER, WEIGHTS).get("embedding.weight")
         if table is None:
-            raise UserError(f"{folder / CLASS_EMBEDDER} lacks the tensor embedding.weight")
+            raise UserError(
+                f"{folder / CLASS_EMBEDDER} lacks the tensor embedding.weight: get the complete folder"
+            )
         tensors = {**tensors, "class_embedder.weight": table}
         class_names = tuple(map(str, range(len(table) - 1)))
         denoiser = replace(denoiser, num_classes=len(class_names))
@@ -251,15 +257,15 @@ def _denoiser_part(index: Mapping[str, Any], folder: epath.Path) -> str:
         if _in_use(index, name):
             return name
     raise UserError(
-        f"{folder / MODEL_INDEX} names neither a unet nor a transformer: {index.get('_class_name')} "
-        f"is no pipeline that can be imported"
+        f"{folder / MODEL_INDEX} names neither a unet nor a transformer, so "
+        f"{index.get('_class_name')} can't be imported: give a pipeline that has one"
     )
 
 
 def _class_names(index: Mapping[str, Any], count: int, where: epath.Path) -> tuple[str, ...]:
     names = index.get("id2label") or {}
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{where}: id2label must be an object with a text for each number")
+        raise UserError(f"{where}: id2label must be an object with a string for each number")
     return tuple(names.get(str(i), str(i)) for i in range(count))
 
 
@@ -293,21 +299,20 @@ def _describe(model: _Model, *, name: str) -> Description:
 
 
 def _checked_companions(folder: epath.Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The companions' model_index.json: the source's, without what is neither there nor read.
+    """The companions' model_index.json: the source's, without unused components that can't be loaded.
 
-    Raises UserError unless all the others are there and can be copied, and our own networks can be given
-    their weights.
+    Raises UserError unless the other components exist and can be copied and the autoencoder is supported.
     """
     kept = dict(index)
     for name in index:
         if not _in_use(index, name):
             continue
         if name in _UNREAD and not _can_be_loaded(folder / name):
-            log.warning("%s is left out: %s has no safetensors of it", name, folder)
+            log.warning("%s is left out: %s has no safetensors file of it", name, folder)
             kept[name] = [None, None]
         elif not (folder / name).is_dir():
             raise UserError(
-                f"{folder / MODEL_INDEX} names {name}, which is not there: get the whole folder"
+                f"{folder / MODEL_INDEX} names {name}, which is missing: get the complete folder"
             )
     files_to_copy(folder, leave_out=_left_out(folder, kept))
     read_autoencoder(folder / "vae")
@@ -315,7 +320,7 @@ def _checked_companions(folder: epath.Path, index: Mapping[str, Any]) -> dict[st
 
 
 def _can_be_loaded(part: epath.Path) -> bool:
-    """Whether a component that isn't read is there, with weights if its kind has any."""
+    """Whether the folder of an unused component exists, with weights if it should have any."""
     return part.is_dir() and (part.name == "feature_extractor" or bool(weights_files(part)))
 
 
@@ -328,6 +333,6 @@ def _left_out(folder: epath.Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _in_use(index: Mapping[str, Any], name: str) -> bool:
-    """Whether model_index.json has a component of that name; it writes [null, null] for none."""
+    """Whether model_index.json has a component of that name; [null, null] stands for none."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and None not in entry

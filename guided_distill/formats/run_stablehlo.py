@@ -1,4 +1,4 @@
-"""Draw samples by the exported program beside this file, with jax, numpy and safetensors alone.
+"""Draw samples with the exported program beside this file; needs only jax, numpy and safetensors.
 
 python run_stablehlo.py --num 8 --w 1.0 --seed 0
 """
@@ -16,14 +16,18 @@ about = json.loads((FOLDER / "about.json").read_text())
 takes = about["condition_shapes"]
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--num", type=int, default=8, help="how many, of the classes in turn")
-parser.add_argument("--condition", type=Path, help=f"an npz file of the arrays {', '.join(takes)}")
+parser.add_argument("--num", type=int, default=8, help="number of samples; classes alternate")
+parser.add_argument(
+    "--condition", type=Path, help=f"an npz file with the arrays {', '.join(takes)}"
+)
 parser.add_argument("--w", type=float, default=min(max(1.0, about["w_min"]), about["w_max"]))
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("samples.npz"))
 options = parser.parse_args()
 if not about["w_min"] <= options.w <= about["w_max"]:
-    parser.error(f"--w is {options.w}, and was trained from {about['w_min']} to {about['w_max']}")
+    parser.error(
+        f"--w is {options.w}; choose one from {about['w_min']} to {about['w_max']}, as trained"
+    )
 
 if options.condition:
     with np.load(options.condition) as given:
@@ -33,7 +37,7 @@ if options.condition:
 elif list(takes) == ["label"]:
     condition = {"label": np.arange(options.num) % about["num_classes"]}
 else:
-    parser.error(f"give --condition, an npz file with {', '.join(takes)}: README.md says which")
+    parser.error(f"give --condition, an npz file with {', '.join(takes)}: see README.md")
 condition = {
     name: np.asarray(each, np.int32 if name == "label" else np.float32)
     for name, each in condition.items()

@@ -1,7 +1,7 @@
-"""A diffusers scheduler for students of the stochastic sampler; needs torch and diffusers alone.
+"""A diffusers scheduler for students of the stochastic sampler; needs only torch and diffusers.
 
-`guided-distill export` puts it into the folder `scheduler` of such a student, from where
-`from_pretrained` takes it with `trust_remote_code=True`.
+`guided-distill export` copies this file into the folder `scheduler` of such a student, from which
+`from_pretrained` loads it with `trust_remote_code=True`.
 """
 
 from pathlib import Path
@@ -18,13 +18,14 @@ CLEAN = -1
 
 
 class GuidedDistillStochasticScheduler(SchedulerMixin, ConfigMixin):
-    """Two steps of DDIM forward, one step of noise back (Meng et al. 2023, "stochastic sampler").
+    """A DDIM step of twice the length, then noise for one step back: the sampler of Meng et al. 2023.
 
-    With N steps the network is called at indices round(1000 n / N) - 1, n = N ... 1. From each it jumps
-    to the index after the next, and fresh noise takes it one back; the last jump goes to clean data.
+    With N steps, the network is called at indices round(1000 n / N) - 1, n = N ... 1. Each DDIM step
+    leads to the index after the next, and fresh noise leads back to the next; the last step leads to
+    clean data.
     """
 
-    # The name of this file, by which a saved pipeline finds it again.
+    # The name of this file, by which a saved pipeline finds it.
     __module__ = "scheduling_guided_distill"
 
     order = 1
@@ -40,7 +41,7 @@ class GuidedDistillStochasticScheduler(SchedulerMixin, ConfigMixin):
         prediction_type="epsilon",
         trained_steps=None,
     ):
-        """trained_steps: the only number of steps that is sampled with; None for any."""
+        """trained_steps: the only number of steps to sample with; None for any."""
         power = {"linear": 1.0, "scaled_linear": 0.5}[beta_schedule]
         ends = beta_start**power, beta_end**power
         betas = np.linspace(*ends, num_train_timesteps) ** (1 / power)
@@ -48,11 +49,11 @@ class GuidedDistillStochasticScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     def set_timesteps(self, num_inference_steps, device=None):
-        """Choose the indices of `num_inference_steps` steps, noisiest first."""
+        """Set the indices of `num_inference_steps` steps, noisiest first."""
         if num_inference_steps != (self.config.trained_steps or num_inference_steps):
             raise ValueError(
-                f"num_inference_steps is {num_inference_steps}, and this student was trained for "
-                f"{self.config.trained_steps} steps alone: pass num_inference_steps="
+                f"num_inference_steps is {num_inference_steps}, but this student was trained for "
+                f"{self.config.trained_steps} steps: pass num_inference_steps="
                 f"{self.config.trained_steps}"
             )
         length = self.config.num_train_timesteps
@@ -97,17 +98,17 @@ class GuidedDistillStochasticScheduler(SchedulerMixin, ConfigMixin):
         return DDIMSchedulerOutput(prev_sample=z, pred_original_sample=x) if return_dict else (z, x)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As SchedulerMixin; a copy of this file comes along."""
+        """Like SchedulerMixin's, and also saves a copy of this file."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         copy = Path(save_directory, f"{self.__module__}.py")
         copy.write_bytes(Path(__file__).read_bytes())
 
     def _signal(self, index):
-        """alpha squared at an index."""
+        """alpha^2 at an index."""
         return torch.tensor(1.0) if index == CLEAN else self.alphas_cumprod[int(index)]
 
     def _prediction(self, output, z, signal):
-        """Clean data and noise, as the network's output tells them."""
+        """The predicted clean data and noise, converted from the network's output."""
         alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
         if self.config.prediction_type == "epsilon":
             return (z - sigma * output) / alpha, output

@@ -1,4 +1,4 @@
-"""One student as a program of its own: `guided-distill export --format stablehlo`."""
+"""Exports one student as a standalone program: `guided-distill export --format stablehlo`."""
 
 import importlib.resources
 import json
@@ -27,21 +27,22 @@ SCRIPT = "run_stablehlo.py"
 def export_stablehlo(
     workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
 ) -> list[epath.Path]:
-    """Write a student's sampler of N steps to `out`, a new folder, as jax.export serializes it.
+    """Write a student's N-step sampler to the new folder `out`, serialized by jax.export.
 
     sampler.stablehlo: f(weights, seed uint32, condition [B, ...] each, w [B]) -> [B, *data_shape], for
-    any B on PLATFORMS; row i is `sample`'s row i of this seed, latents where the model has an
-    autoencoder. weights.safetensors: its first argument. about.json: what it was trained for. A script
-    beside them draws samples, and README.md says what it needs. stages: the one stage; None for the
-    last finished one.
+    any B on PLATFORMS. Row i equals row i of `sample` with that seed; a latent model's rows are latents.
+    weights.safetensors: the first argument. about.json: what the student was trained for. SCRIPT draws
+    samples, and README.md explains it. stages: the folder of the stage; None for the last finished one.
 
-    Raises UserError for a stage that is no student, or an encoder.
+    Returns `out` in a list. Raises UserError for a stage that isn't a student conditioned on w, for an
+    encoder, and as `load_one_stage`.
     """
     trained = load_one_stage(workdir, out, stages)
     about = trained.description
     if about.w_min is None or about.num_steps is None or about.sampler == samplers.ENCODE:
         raise UserError(
-            f"{trained.path} is no student that takes w and samples: name a halving round with --stages"
+            f"{trained.path} is not a student that is conditioned on w and samples: name a halving round "
+            f"with --stages"
         )
     weights = {
         name: np.asarray(leaf) for name, leaf in flatten_dict(trained.params, sep="/").items()
@@ -58,7 +59,7 @@ def export_stablehlo(
 
 
 def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> export.Exported:
-    """The program, of which B is symbolic."""
+    """The program, with a symbolic batch size B."""
     network, num_steps = about.network(), jnp.int32(about.num_steps)
 
     def draw(

@@ -316,7 +316,7 @@ def test_exports_that_cannot_be_say_why(run, tmp_path, monkeypatch, capsys, flag
             "leave out --stages",
         ),
         (["evaluate", "--workdir", "FILE"], "`guided-distill export --workdir FILE --out FOLDER`"),
-        (["import", "--from", "FILE", "--workdir", "x"], "a model of this program's own"),
+        (["import", "--from", "FILE", "--workdir", "x"], "one of this program's own models"),
         (["sample", "--workdir", "none.safetensors"], "none.safetensors is not there"),
         (["edit", "--workdir", "FILE", "--image", "x", "--prompt", "x"], "not on texts"),
     ],

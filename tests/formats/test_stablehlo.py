@@ -97,7 +97,7 @@ def test_a_script_draws_what_texts_ask_for(tmp_path):
     for arguments, said in (
         ([], "give --condition, an npz file with text"),
         (["--condition", "samples.npz"], "lacks text"),
-        (["--w", "20"], "was trained from 1.0 to 13.0"),
+        (["--w", "20"], "choose one from 1.0 to 13.0"),
     ):
         refused = run_script(tmp_path / "out", "run_stablehlo.py", *arguments, check=False)
         assert refused.returncode == 2
