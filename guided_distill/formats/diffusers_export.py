@@ -125,7 +125,7 @@ def _companions(workdir: epath.Path) -> epath.Path:
     if (workdir / COMPANIONS / MODEL_INDEX).is_file():
         return workdir / COMPANIONS
     raise UserError(
-        f"{workdir / COMPANIONS}, which holds the autoencoder and the text encoder, is missing: put a "
+        f"{workdir / COMPANIONS} is missing, which holds the autoencoder and the text encoder: put a "
         f"diffusers folder of the teacher there, without its unet"
     )
 

@@ -99,7 +99,7 @@ def test_a_shard_that_is_missing_or_elsewhere_or_holds_a_tensor_twice(folder):
     for name in ("missing.safetensors", "../other.safetensors"):
         where = folder / "deeper" / index.name
         where.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(UserError, match="not there"):
+        with pytest.raises(UserError, match="is missing"):
             read_weights(where.parent, WEIGHTS)
 
 

@@ -61,8 +61,8 @@ def test_it_is_for_every_platform(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ("halving_encode_2", "no student that takes w and samples"),
-        ("teacher", "no student that takes w and samples"),
+        ("halving_encode_2", "not a student that is conditioned on w"),
+        ("teacher", "not a student that is conditioned on w"),
         ("teacher,guidance", "2 are given: name one with --stages"),
     ],
 )
