@@ -119,9 +119,9 @@ class Network:
         params: Params,
         *,
         null: Condition | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> Denoiser:
-        """The denoiser that these weights make; with a dropout_key, in training mode.
+        """The denoiser that these weights make; with dropout_keys [B], in training mode.
 
         null: the condition that stands for none, unless it is the label `num_classes`.
         """
@@ -134,15 +134,12 @@ class Network:
         ) -> Prediction:
             log_snr = self.schedule(t)
             takes_timesteps = self.module.takes_timesteps  # type: ignore[attr-defined]
-            output: Any = self.module.apply(
-                {"params": params},
-                z,
-                timestep_index(t) if takes_timesteps else log_snr,
-                condition,
-                w,
-                train=dropout_key is not None,
-                rngs={} if dropout_key is None else {"dropout": dropout_key},
-            )
+            time = timestep_index(t) if takes_timesteps else log_snr
+            if dropout_keys is None:
+                output: Any = self.module.apply({"params": params}, z, time, condition, w)
+            else:
+                train = functools.partial(apply_with_dropout, self.module, params, dropout_keys)
+                output = train(z, time, condition, w)
             return prediction_from(output, source=self.parameterization, z=z, log_snr=log_snr)
 
         return Denoiser(
@@ -155,8 +152,22 @@ class Network:
         return replace(self, module=module, w_conditioned=True)
 
     def with_dropout(self, rate: float) -> "Network":
-        """The same network, dropping out at `rate` where it is given a dropout key."""
+        """The same network, with dropout at `rate` where it is given dropout keys."""
         return replace(self, module=self.module.clone(dropout=rate))
+
+
+def apply_with_dropout(module: nn.Module, params: Params, keys: jax.Array, *examples: Any) -> Any:
+    """The module in training mode on examples [B, ...]; each draws its masks from its own key [B].
+
+    The masks are then the same however the batch is split over devices.
+    """
+
+    def of_one(key: jax.Array, *example: Any) -> Any:
+        batch_of_one = jax.tree.map(lambda array: array[None], example)
+        output = module.apply({"params": params}, *batch_of_one, train=True, rngs={"dropout": key})
+        return jax.tree.map(lambda array: array[0], output)
+
+    return jax.vmap(of_one)(keys, *examples)
 
 
 def build_network(

@@ -76,8 +76,11 @@ class TeacherStage(Stage):
 
         def loss(params: Params, frozen: Any, batch: Batch, keys: jax.Array) -> Loss:
             keys, dropout_keys = draws.split(keys, 2)
-            # A layer draws its mask for all examples at once, so that of a device from its first.
-            learner = student.denoiser(params, null=frozen["null"], dropout_key=dropout_keys[0])
+            learner = student.denoiser(
+                params,
+                null=frozen["null"],
+                dropout_keys=dropout_keys if self.settings.dropout else None,
+            )
             return teacher_loss(
                 learner,
                 Examples.of(batch, keys),

@@ -63,8 +63,6 @@ def arguments(machine):
         *machine.train,
         "--config.stage=teacher",
         f"--config.teacher.steps={STEPS}",
-        # A device draws the masks of its own examples at once, and there are several numbers of devices.
-        "--config.teacher.dropout=0.0",
         "--config.log_every=4",
         "--config.checkpoint_every=4",
     ]

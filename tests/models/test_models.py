@@ -10,7 +10,7 @@ from guided_distill.diffusion.schedules import cosine
 from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
 from guided_distill.models.patches import from_patches, to_patches
-from guided_distill.models.registry import build_network, student_params
+from guided_distill.models.registry import apply_with_dropout, build_network, student_params
 
 OPTIONS = {
     "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
@@ -202,3 +202,26 @@ def test_students_of_another_shape_are_refused():
     wide = make("mlp", options={**OPTIONS["mlp"], "width": 32})
     with pytest.raises(ValueError, match="no place"):
         student_params(random_params(make("mlp")), random_params(wide))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_dropout_masks_belong_to_their_examples(name):
+    network = make(name).with_dropout(0.5)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(network.init, KEY)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    # Four equal examples, so that only the masks tell them apart.
+    z = jnp.tile(rng.standard_normal((1, *SHAPE), np.float32), (4, 1, 1, 1))
+    time, condition = jnp.full(4, 3.0), {"label": jnp.ones(4, jnp.int32)}
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def dropped(part):
+        rows = (z[part], time[part], {"label": condition["label"][part]}, None)
+        return np.asarray(apply_with_dropout(network.module, params, keys[part], *rows))
+
+    together = dropped(slice(None))
+    scale = np.abs(together).max()
+    apart = np.concatenate([dropped(slice(0, 1)), dropped(slice(1, 4))])
+    np.testing.assert_allclose(apart, together, rtol=1e-4, atol=1e-4 * scale)
+    for one in range(3):
+        assert np.abs(together[one] - together[one + 1]).max() > 1e-2 * scale

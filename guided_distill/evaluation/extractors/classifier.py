@@ -14,6 +14,7 @@ from etils import epath
 from guided_distill import draws
 from guided_distill.data.source import Source, within_memory
 from guided_distill.evaluation.extractors.extractor import Extractor
+from guided_distill.models.registry import apply_with_dropout
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.job import Cadence, Job
@@ -89,9 +90,7 @@ def classifier_loss(classifier: Classifier, params: Any, batch: Any, keys: jax.A
     """Cross-entropy of the labels given slightly noisy examples; aux: "accuracy"."""
     noise_keys, dropout_keys = draws.split(keys, 2)
     x = batch["image"] + NOISE * draws.normals(noise_keys, batch["image"].shape[1:])
-    logits: Any = classifier.apply(
-        {"params": params}, x, train=True, rngs={"dropout": dropout_keys[0]}
-    )[1]
+    _, logits = apply_with_dropout(classifier, params, dropout_keys, x)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = logits.argmax(axis=-1) == batch["label"]
     return Loss(losses, {"accuracy": correct.astype(jnp.float32)})
