@@ -1,6 +1,6 @@
 """Data sources by name."""
 
-from guided_distill.data.builtin import digits, mixture2d
+from guided_distill.data import builtin
 from guided_distill.data.encoded import load_encoded
 from guided_distill.data.folder import load_folder
 from guided_distill.data.npz import load_npz
@@ -39,11 +39,11 @@ def load_source(
     elif kind == "encoded" and place:
         source = load_encoded(place, split=split)
     elif name == "digits":
-        source = digits(split)
+        source = builtin.digits(split)
     elif name == "photo10":
         source = photo10(split)
     elif name == "mixture2d":
-        source = mixture2d(split, seed=seed)
+        source = builtin.mixture2d(split, seed=seed)
     else:
         raise UserError(f"unknown data source {name!r}: use one of {', '.join(KNOWN)}")
     check_image_size(source, image_size)
