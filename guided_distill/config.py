@@ -42,7 +42,7 @@ class Data:
     """Where examples come from: a name of guided_distill.data.sources.
 
     channels: what the data must have, 1 for gray and 3 for colour; None takes it as it comes.
-    text_encoder: a name of guided_distill.text.load to condition on the data's captions by; None
+    text_encoder: a name of guided_distill.text.registry to condition on the data's captions; None
     conditions on their labels. shape, condition: what an example and its condition are like, such as
     (64, 64, 4) and {"text": (77, 768)}, or {"label": 10} for the number of classes: what a plan asks when
     the data aren't there, and checked when they are; an empty shape takes them as they come.

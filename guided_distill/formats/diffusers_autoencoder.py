@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.diffusers_folder import DIFFUSERS_VERSION, WEIGHTS, read_params
+from guided_distill.formats.diffusers_folder import DIFFUSERS_VERSION, WEIGHTS, read_component
 from guided_distill.formats.json_files import (
     a_list,
     divides,
@@ -70,7 +70,7 @@ def read_autoencoder(folder: epath.Path) -> tuple[AutoencoderKL | VQModel, Param
         )
     module = kinds[config["_class_name"]](**fields)
     image = (1, *(2 ** len(fields["block_out_channels"]),) * 2, fields["image_channels"])
-    return module, read_params(module, jax.ShapeDtypeStruct(image, jnp.float32), folder, WEIGHTS)
+    return module, read_component(module, jax.ShapeDtypeStruct(image, jnp.float32), folder, WEIGHTS)
 
 
 def autoencoder_config(module: AutoencoderKL, *, sample_size: int) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def read_weights(folder: epath.Path, stem: str) -> dict[str, np.ndarray]:
     )
 
 
-def read_params(
+def read_component(
     network: nn.Module, example: jax.ShapeDtypeStruct, folder: epath.Path, stem: str
 ) -> Params:
     """A component's weights as the params of `network`, which takes arrays like `example`.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.formats.diffusers_folder import TEXT_WEIGHTS, read_params
+from guided_distill.formats.diffusers_folder import TEXT_WEIGHTS, read_component
 from guided_distill.formats.json_files import divides, must, one_of, read_json, whole_number
 from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLIPTextEncoder
@@ -74,4 +74,4 @@ def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
     heads = numbers["num_attention_heads"]
     divides(heads, numbers["hidden_size"], "num_attention_heads", "hidden_size", where)
     tokens = jax.ShapeDtypeStruct((1, numbers["max_position_embeddings"]), jnp.int32)
-    return module, read_params(module, tokens, folder, TEXT_WEIGHTS)
+    return module, read_component(module, tokens, folder, TEXT_WEIGHTS)

@@ -210,7 +210,7 @@ def test_dropout_masks_belong_to_their_examples(name):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(network.init, KEY)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
-    # Four equal examples, so that only the masks tell them apart.
+    # Four equal examples, so that only their masks differ.
     z = jnp.tile(rng.standard_normal((1, *SHAPE), np.float32), (4, 1, 1, 1))
     time, condition = jnp.full(4, 3.0), {"label": jnp.ones(4, jnp.int32)}
     keys = jax.random.split(jax.random.key(0), 4)
