@@ -1,12 +1,13 @@
-"""Real CIFAR-10 at 16x16 on two CPU cores: the whole method, and the paper's baselines, small.
+"""CIFAR-10 at 16x16 on two CPU cores: the whole method and the paper's baselines at a small scale.
 
     guided-distill train --config configs/cifar10_small.py --workdir runs/cifar10_small
 
 The data are two files, data/cifar10_jpeg_train.npz and ..._test.npz, which aren't distributed. You can
 use any npz files of CIFAR-10's images instead, one per split, with the fields image, label and
-class_names (see guided_distill/data/npz.py); the numbers will differ. Cost, beside other work: 75
-minutes for the teacher, about an hour for stage one and another for the deterministic rounds, plus
-evaluation. The two other chains were run down to 8 steps only; the config as a whole was not run.
+class_names (see guided_distill/data/npz.py); the numbers will differ. Cost, on a machine that was also
+doing other work: 75 minutes for the teacher, about an hour for stage one and another for the
+deterministic rounds, plus evaluation. The chains of the two other samplers were run down to 8 steps
+only; the whole config has not been run.
 
 The variants share the main run's teacher: add --config.start_from=runs/cifar10_small/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
@@ -20,7 +21,10 @@ from guided_distill.recipes import as_variant
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
+
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal".
+    """
     config = default_config()
     config.data.name = "npz:data/cifar10_jpeg_{split}.npz"
     config.data.image_size = 16

@@ -1,8 +1,8 @@
-"""Handwritten digits, 8x8, ten classes: the whole method in minutes on two CPU cores.
+"""Handwritten digits, 8x8, ten classes: runs the whole method in minutes on two CPU cores.
 
     guided-distill train --config configs/digits.py --workdir runs/digits
 
-Variant "long" trains and measures more: it made docs/results/digits.csv.
+Variant "long" trains longer and evaluates more samples; it produced docs/results/digits.csv.
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "", "long", or "runlocal" (every stage in seconds)."""
+    """Return the config of a variant: "", "long" or "runlocal" (every stage in seconds)."""
     names = chosen(variant, "long", "runlocal")
     config = default_config()
     config.data.name = "digits"

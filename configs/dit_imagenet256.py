@@ -5,8 +5,8 @@
         --autoencoder runs/dit256/companions/vae --out data/imagenet256_dit
     guided-distill train --config configs/dit_imagenet256.py --workdir runs/dit256_distilled
 
-Not in the paper: its training for ImageNet 256x256, applied to a newer teacher. Cost: not run. Expected
-results are unknown.
+Not in the paper: this config applies the paper's training for ImageNet 256x256 to a newer teacher.
+Cost: not run. Expected results are unknown.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,10 @@ from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
+
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal".
+    """
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_dit"
     config.data.shape = (32, 32, 4)

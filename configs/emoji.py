@@ -4,10 +4,11 @@
     guided-distill prepare minilm --out data/minilm
     guided-distill train --config configs/emoji.py --workdir runs/emoji
 
-Three styles of drawing, 5,664 images; a tenth of the names is held out. First comes an autoencoder with
-latents of 4 x 8 x 8, then a teacher conditioned on captions that all-MiniLM-L6-v2 encodes. Both are in
-the layout of Stable Diffusion, so the students run in its pipelines. Not in the paper. Cost: judging by
-its parts, minutes on a GPU and hours on two CPU cores (not run from start to end at once).
+The data are 5,664 images in three drawing styles; a tenth of the emoji names is held out. The run trains
+an autoencoder with latents of 4 x 8 x 8, then a teacher conditioned on captions that all-MiniLM-L6-v2
+encodes. Both have Stable Diffusion's architecture, so the students run in its pipelines. Not in the
+paper. Cost, estimated from its parts: minutes on a GPU and hours on two CPU cores (not run from start to
+end at once).
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +18,10 @@ from guided_distill.recipes import BASELINES, as_variant, chosen
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", a baseline ("single_w", "two_student", "naive"), or "runlocal" for seconds.
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
 
-    "runlocal" needs the two prepared files; it can be combined with a baseline, after a comma.
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal". It
+    needs the prepared data and text encoder too.
     """
     names = chosen(variant, *BASELINES, "runlocal")
     config = default_config()
@@ -42,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "num_attention_heads": (2, 4),
         "layers_per_block": 1,
         "cross_attention_dim": 384,
-        # Few groups: normalization removes what time and w add to all channels of a group.
+        # Few groups, because normalization removes what time and w add to all channels of a group.
         "norm_num_groups": 8,
     }
     # More than one update per call is slow on a CPU: see training/step.py.

@@ -1,11 +1,11 @@
-"""Fashion-MNIST at 28x28: the whole method, and the paper's baselines, on a standard data set.
+"""Fashion-MNIST at 28x28: the whole method and the paper's baselines on a standard data set.
 
     guided-distill prepare fashion_mnist --out data
     guided-distill train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 
-The data are two files, data/fashion_mnist_train.npz and ..._test.npz, with the data set's own 60,000
-and 10,000 images, which the first command makes from Debian's package dataset-fashion-mnist.
---config.data.name=tfds:fashion_mnist reads the images that TensorFlow Datasets prepared.
+The first command writes two files, data/fashion_mnist_train.npz and ..._test.npz, with the data set's
+own 60,000 and 10,000 images, from Debian's package dataset-fashion-mnist. To read images prepared by
+TensorFlow Datasets instead, add --config.data.name=tfds:fashion_mnist.
 
 The variants share the main run's teacher: add --config.start_from=runs/fashion_mnist/teacher.
 "single_w" distills at w = 1 alone; "two_student" and "naive" are the paper's baselines without stage
@@ -19,7 +19,10 @@ from guided_distill.recipes import as_variant
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it: "naive,runlocal"."""
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
+
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal".
+    """
     config = default_config()
     config.data.name = "npz:data/fashion_mnist_{split}.npz"
     config.data.image_size = 28

@@ -5,9 +5,9 @@
         --autoencoder runs/cin256/companions/vae --out data/imagenet256_cin256
     guided-distill train --config configs/ldm_imagenet256.py --workdir runs/cin256_distilled
 
-Meng et al. 2023, section on ImageNet 256x256. No source we could read confirms w in [0, 14], or the
-rounds, which are those for Stable Diffusion. Cost: not run. Expected: the teacher's FID with 2 to 4
-steps, according to reviews of the paper.
+Meng et al. 2023, section on ImageNet 256x256. No source we could read confirms the range w in [0, 14] or
+the rounds, which are those for Stable Diffusion. Cost: not run. Expected, according to reviews of the
+paper: students with 2 to 4 steps reach the teacher's FID.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,10 @@ from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
+
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal".
+    """
     config = latent_paper_config()
     config.data.name = "encoded:data/imagenet256_cin256"
     config.data.shape = (64, 64, 3)

@@ -1,8 +1,8 @@
-"""A class-conditional Gaussian mixture in the plane, for which the guided target is known exactly.
-
-Cost: a few minutes on two CPU cores. Command:
+"""A class-conditional Gaussian mixture in the plane, whose exact guided target is known.
 
     guided-distill train --config configs/mixture2d.py --workdir runs/mixture2d
+
+Cost: a few minutes on two CPU cores.
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "" or "runlocal" (every stage in seconds)."""
+    """Return the config of a variant: "" or "runlocal" (every stage in seconds)."""
     names = chosen(variant, "runlocal")
     config = default_config()
     config.data.name = "mixture2d"

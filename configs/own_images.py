@@ -1,10 +1,10 @@
-"""Your own images at 16x16, from a folder to students in a quarter of an hour on two CPU cores.
+"""Your own images at 16x16: from a folder to students in a quarter of an hour on two CPU cores.
 
     guided-distill train --config configs/own_images.py --config.data.name=folder:PATH --workdir runs/own
 
-Each sub-folder of PATH is a class. On an accelerator, with many thousands of images, raise
-data.image_size, the network's width and the number of updates: configs/cifar10.py is at the paper's
-scale, as far as that is known.
+Each subfolder of PATH is a class. On an accelerator, with many thousands of images, raise
+data.image_size, the network's width and the number of updates: configs/cifar10.py has the paper's
+settings, as far as they are known.
 """
 
 import ml_collections
@@ -14,7 +14,7 @@ from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "" or "runlocal" (every stage in seconds)."""
+    """Return the config of a variant: "" or "runlocal" (every stage in seconds)."""
     names = chosen(variant, "runlocal")
     config = default_config()
     config.data.name = "folder:images"

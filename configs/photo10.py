@@ -1,10 +1,9 @@
-"""32x32 colour patches from ten photographs: CIFAR-10's shape, with nothing to download.
-
-The network is a patch transformer, meant for an accelerator. Cost: not run to its end. Command:
+"""32x32 colour patches from ten photographs: images of CIFAR-10's shape, with nothing to download.
 
     guided-distill train --config configs/photo10.py --workdir runs/photo10
 
-The variant "unet" uses a small U-Net instead.
+The network is a patch transformer, meant for an accelerator; the variant "unet" uses a small U-Net
+instead. Cost: not run to the end.
 """
 
 import ml_collections
@@ -14,7 +13,7 @@ from guided_distill.recipes import chosen, shrink
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """variant: "", "unet" or "runlocal" (every stage in seconds), or both: "unet,runlocal"."""
+    """Return the config of a variant: "", "unet", "runlocal" (stages in seconds) or "unet,runlocal"."""
     names = chosen(variant, "unet", "runlocal")
     config = default_config()
     config.data.name = "photo10"

@@ -5,9 +5,9 @@
         --autoencoder runs/sd21/companions/vae --text_encoder clip:runs/sd21/companions
     guided-distill train --config configs/sd21_laion768.py --workdir runs/sd21_distilled
 
-Not in the paper, which distills an earlier Stable Diffusion; this config uses its training. Cost: not
-run. Expected results are unknown. "base" is the 512-pixel model, which predicts eps: it starts from
-runs/sd21_base and trains on data/laion512_sd21.
+Not in the paper, which distills an earlier Stable Diffusion; this config uses the paper's training
+settings. Cost: not run. Expected results are unknown. The variant "base" is the 512-pixel model, which
+predicts eps: it starts from runs/sd21_base and trains on data/laion512_sd21.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,10 @@ SIZES = {"block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (5
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "" for 768 pixels, "base" for 512; "runlocal" or a baseline can follow, after a comma."""
+    """Return the config of a variant: "" for 768 pixels, "base" for 512.
+
+    A baseline and "runlocal" (every stage in seconds) combine with both, as in "base,naive,runlocal".
+    """
     names = chosen(variant, "base", *BASELINES, "runlocal")
     config = latent_paper_config()
     config.model.name = "sd_unet"

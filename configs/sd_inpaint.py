@@ -5,8 +5,9 @@
         --autoencoder runs/sd_inpaint/companions/vae --text_encoder clip:runs/sd_inpaint/companions
     guided-distill train --config configs/sd_inpaint.py --workdir runs/sd_inpaint_distilled
 
-Meng et al. 2023, section on in-painting. We couldn't obtain its masks: guided_distill/prepare/masks.py
-has ours. Cost: not run. Expected: images as good as the teacher's with 2 to 4 steps.
+Meng et al. 2023, section on in-painting. We couldn't obtain the paper's masks, so we draw our own
+(guided_distill/prepare/masks.py). Cost: not run. Expected: images as good as the teacher's with 2 to 4
+steps.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,10 @@ from guided_distill.recipes import as_variant, latent_paper_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """variant: "", "single_w", "two_student", "naive" or "runlocal", or one with it."""
+    """Return the config of a variant: "", "single_w", "two_student", "naive" or "runlocal".
+
+    "runlocal" makes every stage take seconds, and combines with the others, as in "naive,runlocal".
+    """
     config = latent_paper_config()
     config.data.name = "encoded:data/laion512_inpaint"
     config.data.shape = (64, 64, 4)
