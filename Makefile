@@ -1,5 +1,5 @@
-# Each target does all its own set-up: a virtual environment of its own with the locked dependencies.
-# Another Python: make test PYTHON=python3.13 VENV=.venv313
+# Each target creates the virtual environment with the locked dependencies if it is missing.
+# To use another Python: make test PYTHON=python3.13 VENV=.venv313
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-ann
 
 .PHONY: demo test lint docs notebooks lock
 
-# The main job on the built-in digits: train, evaluate, and a page to look at.
+# Train and evaluate on the built-in digits, and write a report.
 demo: $(INSTALLED)
 	$(BIN)/guided-distill train --config configs/digits.py --workdir $(RUN)
 	$(BIN)/guided-distill evaluate --workdir $(RUN)
@@ -26,11 +26,11 @@ lint: $(INSTALLED_TO_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site of docs/, in site/.
+# Build the website from docs/ into site/.
 docs: $(INSTALLED_TO_DOCUMENT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
-# Run the notebooks, and keep what they show in their .ipynb files.
+# Run the notebooks and save their outputs in .ipynb files.
 notebooks: $(INSTALLED_TO_TEST)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/execute.py notebooks/[0-9]*.py
 
@@ -49,7 +49,8 @@ $(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock
 	touch $@
 
-# Resolve the newest dependencies for all supported Pythons at once; the tests' first, for they have most.
+# Resolve the newest dependencies for all supported Pythons at once. Those of the tests come first because
+# they constrain the others.
 lock:
 	$(COMPILE) --extra dev --output-file requirements-dev.lock pyproject.toml
 	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock pyproject.toml

@@ -1,8 +1,8 @@
-"""Seconds from the start of `guided-distill train` to the end of its first update, cold and again.
+"""Measure the seconds from the start of `guided-distill train` to the end of its first update.
 
     python benchmarks/first_step.py configs/digits.py
 
-The second run finds the first one's compiled programs in the cache.
+Measures twice: with an empty compilation cache ("cold") and with the cache that the first run filled.
 """
 
 import subprocess

@@ -1,10 +1,10 @@
-"""Which network makes the best teacher of a config's data in a given time on the present machine.
+"""Compare networks as the teacher for a config's data, each trained for the same time on this machine.
 
     python benchmarks/networks.py configs/digits.py 120
 
-Each network trains for about that many seconds (compiling not counted) with the config's own teacher
-settings, then is measured as `guided-distill evaluate` does it at the config's w, at 64 steps. Prints a
-line a network: updates, Frechet distance (mean over w), class accuracy.
+Each network trains for about the given number of seconds (without compiling) with the config's teacher
+settings, and is evaluated as by `guided-distill evaluate`, at the config's w and with 64 steps. Prints
+one line per network: updates, Frechet distance (mean over w) and class accuracy.
 """
 
 import runpy

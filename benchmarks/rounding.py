@@ -1,11 +1,12 @@
-"""How much of what a halving round has to learn is lost to the rounding of a bfloat16 network.
+"""Measure how much of a halving round's training signal a bfloat16 network loses to rounding.
 
     python benchmarks/rounding.py 600
 
-A small U-Net first learns the digits for that many updates, in float32. Then, for students of N steps
-that start as their teacher: the error of (target - teacher) in v when the network computes in bfloat16,
-as a share of (target - teacher), both root mean squares. The weights are rounded alike in both.
-"student": the same when the target alone is computed in float32. Prints a line for each N.
+A small U-Net first trains on the digits for the given number of updates, in float32. Then, for each N, a
+student with N steps starts as a copy of its teacher, and the signal is (target - teacher) in v.
+"rounding" is the error of this signal when the network computes in bfloat16, as a fraction of the signal;
+both are root mean squares, and both networks have the same rounded weights. "student" is the same when
+only the target is computed in float32. Prints one line per N.
 """
 
 import sys
@@ -38,7 +39,7 @@ BATCH = 32
 
 
 def trained(network: Network, data: dict[str, Any], updates: int) -> Params:
-    """Weights after `updates` of Adam at 1e-3."""
+    """Return the weights after `updates` updates by Adam at a learning rate of 1e-3."""
     optimizer = optax.adam(1e-3)
 
     @jax.jit
@@ -97,7 +98,7 @@ def main() -> None:
     }
 
     def differences(dtype: str, num_steps: int) -> tuple[jax.Array, jax.Array]:
-        """v of the target, and of the teacher itself."""
+        """Return v of the target and of the teacher."""
         i = draws.integers(keys, 1, num_steps + 1)
         jump = JUMPS["ddim"](i.astype(jnp.float32), num_steps)
         log_snr = schedule(jump.t)

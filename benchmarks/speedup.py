@@ -1,8 +1,9 @@
-"""How many times faster a student samples than its teacher, beside the ratio of their network calls.
+"""Measure how much faster a student samples than its teacher, beside the ratio of their network calls.
 
     python benchmarks/speedup.py runs/digits/teacher runs/digits/halving_ddim_4 64
 
-Two models of classes, each the folder of a stage or a .safetensors file, and the teacher's steps.
+Arguments: a class-conditional teacher and student, each the folder of a stage or a .safetensors file, and
+the teacher's number of steps.
 """
 
 import sys
@@ -32,14 +33,14 @@ def main() -> None:
     teacher, student = (load_finished(epath.Path(path)) for path in sys.argv[1:3])
     teacher_steps = int(sys.argv[3])
     steps = student.description.num_steps or 1
-    # Both are compiled first.
+    # Compile both before timing.
     seconds(teacher, 1)
     seconds(student, steps)
     slow = seconds(teacher, teacher_steps)
     fast = sum(seconds(student, steps) for _ in range(REPEATS)) / REPEATS
     print(
         f"teacher {slow:.2f} s, student {fast:.3f} s: {slow / fast:.1f} times faster, "
-        f"by {2 * teacher_steps / steps:g} times fewer calls"
+        f"with {2 * teacher_steps / steps:g} times fewer network calls"
     )
 
 

@@ -1,10 +1,10 @@
-"""Time of an update and what of it waits for input, by stage, for a config on the present machine.
+"""Measure the time of an update of each stage of a config on this machine, and the wait for input in it.
 
     python benchmarks/step_time.py configs/digits.py
 
-Prints a line a stage: seconds of the first call, which compiles; milliseconds an update; examples a
-second; the share of the time in which the loop waits for the next batch. The compiled step and the input
-pipeline are those that `guided-distill train` runs.
+Prints one line per stage: seconds of the first call, which compiles; milliseconds per update; examples
+per second; the share of the time in which the loop waits for the next batch. The compiled step and the
+input pipeline are those of `guided-distill train`.
 """
 
 import contextlib
@@ -32,7 +32,9 @@ WARM_UP = 10
 
 
 class Times(NamedTuple):
-    """Seconds of a stage's first call, compiling included; of an update after it; of its input."""
+    """Seconds that a stage's first call takes, including compilation; that a later update takes; and that
+    an update waits for input.
+    """
 
     first: float
     update: float
@@ -40,7 +42,7 @@ class Times(NamedTuple):
 
 
 def measure(experiment: Experiment, stage: Stage) -> Times:
-    """Of a config whose data are diffused as they are."""
+    """Measure a stage that trains on the config's data directly, not on latents made during the run."""
     source = open_data(experiment)
     student, teacher = networks_of(experiment, outline_of(source), stage)
     mesh = data_mesh()
@@ -62,14 +64,14 @@ def measure(experiment: Experiment, stage: Stage) -> Times:
     )
 
     def seconds_of(calls: int) -> tuple[float, float]:
-        """All of it, and of that what the loop spends on getting batches."""
+        """Return the total seconds, and the seconds that the loop spends on getting batches."""
         nonlocal state
         start, waited, last = time.perf_counter(), 0.0, None
         for _ in range(calls):
-            asked = time.perf_counter()
+            begun = time.perf_counter()
             taken = [next(iterator) for _ in range(experiment.steps_per_dispatch)]
             batch = {name: np.stack([each[name] for each in taken]) for name in taken[0]}
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - begun
             state, report = step(state, frozen, batch, key)
             jax.block_until_ready(last)
             last = report
@@ -78,7 +80,7 @@ def measure(experiment: Experiment, stage: Stage) -> Times:
 
     with contextlib.closing(iterator):
         first, _ = seconds_of(1)
-        # The first updates square gradients too small for float32, which a CPU is slow with.
+        # The first updates square tiny gradients into denormal numbers, which are slow on a CPU.
         seconds_of(WARM_UP)
         whole, waited = seconds_of(CALLS)
     updates = CALLS * experiment.steps_per_dispatch

@@ -9,16 +9,16 @@ usage: launch/jobset.sh --name NAME --image IMAGE [options] -- VERB ARGUMENTS...
   launch/jobset.sh --name cifar --image us-docker.pkg.dev/my-project/images/guided-distill:1 --topology 4x4 -- \
     train --config configs/cifar10.py --workdir gs://my-bucket/cifar10
 
-  --accelerator A      GKE's name for the chips (default: tpu-v5-lite-podslice)
+  --accelerator A      GKE's name for the chip type (default: tpu-v5-lite-podslice)
   --topology T         topology of each slice (default: 4x4)
-  --chips-per-host N   (default: 4)
-  --slices N           (default: 1)
-  --queue Q            Kueue's local queue (default: multislice-queue, XPK's)
+  --chips-per-host N   number of chips on each host (default: 4)
+  --slices N           number of slices (default: 1)
+  --queue Q            Kueue's local queue (default: multislice-queue, as XPK names it)
   --max-restarts N     restarts after failures other than preemption (default: 3)
   --env NAME=VALUE     an environment variable for the program; repeatable
   --dry-run            print the manifest without applying it
 
-IMAGE contains this package with its extra "tpu": launch/README.md explains how to build it.
+IMAGE must contain this package with its extra "tpu": launch/README.md explains how to build it.
 END
 }
 
@@ -45,12 +45,12 @@ while (($#)); do
     --dry-run) dry_run=yes && shift ;;
     -h | --help) usage && exit 0 ;;
     --) shift && break ;;
-    *) fail "$1 is not an option: put -- before what guided-distill is to do, or see --help" ;;
+    *) fail "$1 is not an option: put -- before the verb, or see --help" ;;
   esac
 done
 [[ -n $name ]] || fail "--name is missing"
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-  fail "--name is '$name'; give small letters, digits and hyphens, a letter first and no hyphen last"
+  fail "--name is '$name'; give lowercase letters, digits and hyphens, first a letter and last no hyphen"
 [[ -n $image ]] || fail "--image is missing"
 for text in image accelerator queue; do
   [[ ${!text} =~ ^[-A-Za-z0-9._/:@]+$ ]] ||
@@ -66,7 +66,7 @@ done
 (($#)) || fail "nothing to run: add -- and a verb, such as -- train --config configs/cifar10.py"
 chips=$((${topology//x/*}))
 ((chips % chips_per_host == 0)) ||
-  fail "--topology $topology has $chips chips, which hosts of $chips_per_host don't make up: see --chips-per-host"
+  fail "--topology $topology has $chips chips, not a multiple of $chips_per_host: set --chips-per-host"
 
 manifest=$(
   NAME=$name IMAGE=$image ACCELERATOR=$accelerator TOPOLOGY=$topology QUEUE=$queue SLICES=$slices \
@@ -77,7 +77,7 @@ import json, os, string, sys
 file, *words = sys.argv[1:]
 end = words.index("--")
 
-# Kubernetes would fill in $(NAME), and reads two dollar signs as one.
+# Kubernetes would expand $(NAME), and reads two dollar signs as one.
 words = [word.replace("$", "$$") for word in words]
 pairs = [word.split("=", 1) for word in words[:end]]
 environment = json.dumps([{"name": name, "value": value} for name, value in pairs])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs guided-distill as N processes on this machine, which train together over loopback.
+# Runs guided-distill as N processes on this machine that train together over loopback.
 set -uo pipefail
 
 usage() {
@@ -10,12 +10,12 @@ usage: launch/multiprocess.sh [options] -- VERB ARGUMENTS...
 
   --processes N  number of processes (default: 2)
   --port P       port of the coordinator (default: a free one)
-  --grace S      seconds for the others to end by themselves after one has failed (default: 20)
+  --grace S      seconds that the other processes get to exit after one has failed (default: 20)
   --dry-run      print the commands without running them
 
-SIGTERM and Ctrl-C are passed on: all processes save at the same step and end with status 75. The same
-command resumes. The exit status is that of the first process to fail. Set GUIDED_DISTILL to run a command
-other than guided-distill. Needs bash 4.3.
+SIGTERM and Ctrl-C are forwarded: all processes save at the same step and exit with status 75. The same
+command resumes. The exit status is that of the first process that fails. Set GUIDED_DISTILL to run a
+command other than guided-distill. Needs bash 4.3.
 END
 }
 
@@ -35,13 +35,13 @@ while (($#)); do
     --dry-run) dry_run=yes && shift ;;
     -h | --help) usage && exit 0 ;;
     --) shift && break ;;
-    *) fail "$1 is not an option: put -- before what guided-distill is to do, or see --help" ;;
+    *) fail "$1 is not an option: put -- before the verb, or see --help" ;;
   esac
 done
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes is '$processes'; give a whole number, at least 1"
 [[ $grace =~ ^(0|[1-9][0-9]*)$ ]] || fail "--grace is '$grace'; give a whole number of seconds"
 [[ -z $port || ($port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535) ]] ||
-  fail "--port is '$port'; give one from 1 to 65535"
+  fail "--port is '$port'; give a number from 1 to 65535"
 (($#)) || fail "nothing to run: add -- and a verb, such as -- train --config configs/digits.py"
 
 read -ra program <<<"${GUIDED_DISTILL:-guided-distill}"
@@ -58,7 +58,7 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 command -v "${program[0]-}" >/dev/null ||
-  fail "there is no program '${program[0]-}' here: install it, or name another with GUIDED_DISTILL"
+  fail "the program '${program[0]-}' isn't installed: install it, or set GUIDED_DISTILL to another command"
 
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
@@ -75,7 +75,7 @@ running() {
 
 status=0 deadline="" left=("${pids[@]}")
 while ((${#left[@]})); do
-  # Bash notices a signal, and the end of a process, within a second.
+  # So that bash notices a signal, or that a process has exited, within a second.
   sleep 0.2 &
   wait $! 2>/dev/null
   still=()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU pod slice as a queued resource of Google Cloud, with guided-distill on every host of it.
+# Runs guided-distill on every host of a TPU pod slice, a queued resource on Google Cloud.
 set -euo pipefail
 
 usage() {
@@ -11,15 +11,15 @@ usage: launch/queued_resource.sh ACTION --name NAME --project P --zone Z [option
     train --config configs/cifar10.py --workdir gs://my-bucket/cifar10
 
 actions:
-  start   request the slice, wait for it, install this checkout's HEAD on every host, run the verb there.
-          It uses a slice that exists and requests a preempted one again, so it also resumes.
-          It leaves a running program alone
+  start   request the slice, wait for it, install this checkout's HEAD on every host, and run the verb.
+          It reuses an existing slice and replaces a preempted one, so the same command resumes.
+          It refuses to start beside a run that is still alive
   watch   follow the log of host 0
-  stop    send SIGTERM to all hosts: they save at the same step and end
+  stop    send SIGTERM to all hosts: they save at the same step and exit
   delete  release the slice
 
 options:
-  --accelerator-type T  such as v5litepod-16, v4-32, v5p-32, v6e-16 (start needs it)
+  --accelerator-type T  such as v5litepod-16, v4-32, v5p-32 or v6e-16 (required by start)
   --runtime-version V   the hosts' image (default: the one for T)
   --spot                a cheaper slice that can be preempted
   --env NAME=VALUE      an environment variable for the program; repeatable
@@ -58,14 +58,14 @@ while (($#)); do
     --spot) spot=--spot && shift ;;
     --dry-run) dry_run=yes && shift ;;
     --) shift && break ;;
-    *) fail "$1 is not an option: put -- before what guided-distill is to do, or see --help" ;;
+    *) fail "$1 is not an option: put -- before the verb, or see --help" ;;
   esac
 done
 for needed in name project zone; do
   [[ -n ${!needed} ]] || fail "--$needed is missing"
 done
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-  fail "--name is '$name'; give small letters, digits and hyphens, a letter first and no hyphen last"
+  fail "--name is '$name'; give lowercase letters, digits and hyphens, first a letter and last no hyphen"
 [[ $wait =~ ^[1-9][0-9]*$ ]] || fail "--wait is '$wait'; give a whole number of seconds, at least 1"
 
 run() {
@@ -87,7 +87,7 @@ on_hosts() {
 
 # Empty if there is no such slice; any other error from gcloud ends the script.
 state() {
-  # A dry run assumes what a first run finds: nothing.
+  # A dry run assumes that the slice doesn't exist yet.
   [[ -z $dry_run ]] || return 0
   local errors
   { errors=$("${describe[@]}" 2>&1 >&3); } 3>&1 && return
@@ -100,14 +100,14 @@ delete() {
   run "${queue[@]}" delete "$name" "${where[@]}" --force --quiet
 }
 
-ask_for_slice() {
+request_slice() {
   if [[ -z $runtime_version ]]; then
     case $accelerator_type in
       v5litepod-*) runtime_version=v2-alpha-tpuv5-lite ;;
       v5p-*) runtime_version=v2-alpha-tpuv5 ;;
       v6e-*) runtime_version=v2-alpha-tpuv6e ;;
       v4-*) runtime_version=tpu-ubuntu2204-base ;;
-      *) fail "--accelerator-type is '$accelerator_type', whose image isn't known here: add --runtime-version" ;;
+      *) fail "--accelerator-type is '$accelerator_type', which has no default image: add --runtime-version" ;;
     esac
   fi
   run "${queue[@]}" create "$name" --node-id "$name" "${where[@]}" \
@@ -116,7 +116,7 @@ ask_for_slice() {
 
 wait_for_slice() {
   if [[ -n $dry_run ]]; then
-    echo "# wait until its state is ACTIVE, looking every $wait s:"
+    echo "# wait until the state is ACTIVE, checking every $wait s:"
     run "${describe[@]}"
     return
   fi
@@ -124,27 +124,27 @@ wait_for_slice() {
   while now=$(state) || exit; [[ $now != ACTIVE ]]; do
     case $now in
       FAILED | SUSPENDED | SUSPENDING) fail "$name is $now: run the same command to request it again" ;;
-      # It existed and is gone.
-      "") [[ -z $seen ]] || ask_for_slice ;;
+      # The slice existed and is gone.
+      "") [[ -z $seen ]] || request_slice ;;
     esac
     seen=$now
-    echo "$name is ${now:-not there yet}" >&2
+    echo "$name is ${now:-not created yet}" >&2
     sleep "$wait"
   done
 }
 
 refuse_second_run() {
-  local told look='if { kill -0 $(cat guided-distill.pid); } 2>/dev/null; then echo a run is alive; fi'
+  local found look='if { kill -0 $(cat guided-distill.pid); } 2>/dev/null; then echo a run is alive; fi'
   if [[ -n $dry_run ]]; then
-    echo "# end here if a host reports a run:"
+    echo "# stop here if a host reports a run:"
     on_hosts all "$look"
     return
   fi
-  told=$(on_hosts all "$look")
-  [[ $told != *"a run is alive"* ]] || fail "$name is still running: watch or stop"
+  found=$(on_hosts all "$look")
+  [[ $found != *"a run is alive"* ]] || fail "$name still has a run: use the action watch or stop"
 }
 
-# What gets installed.
+# The files that are installed on the hosts.
 parts=(guided_distill configs pyproject.toml README.md LICENSE)
 
 install() {
@@ -161,7 +161,7 @@ install() {
   run git -C "$checkout" archive --format tar.gz --prefix guided-distill/ --output "$folder/$archive" \
     HEAD "${parts[@]}"
   run gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:$archive" "${where[@]}" --worker all
-  # Files of an earlier HEAD must not be installed again. The images' own Python is older than ours.
+  # Remove the files of an earlier HEAD first. The images' own Python is too old for the package.
   on_hosts all "(cd guided-distill 2>/dev/null && rm -rf ${parts[*]}); \
 tar xzf $archive && python3 -m pip install --user --quiet uv && \
 python3 -m uv venv --quiet --clear --python 3.12 environment && \
@@ -175,12 +175,12 @@ case $action in
     seen=$(state)
     case $seen in
       FAILED | SUSPENDED) delete ;;
-      "") ask_for_slice ;;
+      "") request_slice ;;
     esac
     wait_for_slice
     refuse_second_run
     install
-    # JAX finds the other hosts by itself.
+    # JAX detects the other hosts.
     program=("${environment[@]}" ../environment/bin/guided-distill "$@")
     on_hosts all "cd guided-distill && (setsid nohup$(printf ' %q' "${program[@]}") \
 >>../guided-distill.log 2>&1 </dev/null & echo \$! >../guided-distill.pid)"

@@ -1,9 +1,9 @@
-"""Writes the schemas that launch/'s manifests are checked by, cut down to what these manifests use.
+"""Write the schemas that tests check launch/'s manifests against, reduced to what the manifests use.
 
     python tests/launch/schemas.py JOBSET_CHECKOUT
 
-JOBSET_CHECKOUT: a clone of github.com/kubernetes-sigs/jobset (Apache-2.0), whose CRD is read at its HEAD.
-SkyPilot's come from the package skypilot (Apache-2.0), which has to be installed beside PyYAML.
+JOBSET_CHECKOUT: a clone of github.com/kubernetes-sigs/jobset (Apache-2.0); the CRD is read at its HEAD.
+SkyPilot's schema comes from the package skypilot (Apache-2.0), which must be installed, as must PyYAML.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ LEFT_OUT |= {"startupProbe"}
 
 
 def cut(schema):
-    """Without descriptions, and strict: a key that isn't named is an error, as kubectl warns of it."""
+    """Return the schema without descriptions, and strict: a key that it doesn't name is an error."""
     if isinstance(schema, list):
         return [cut(each) for each in schema]
     if not isinstance(schema, dict):
@@ -42,7 +42,7 @@ def cut(schema):
 
 
 def integers_or_strings(schema):
-    """Kubernetes' quantities, which the CRD marks in a way of its own."""
+    """Convert Kubernetes' quantities, which the CRD marks with its own keyword, to standard types."""
     if isinstance(schema, dict):
         if schema.pop("x-kubernetes-int-or-string", False):
             schema.pop("anyOf", None)
@@ -55,13 +55,13 @@ def integers_or_strings(schema):
 
 
 def write(name, source, schema):
-    """One schema, with where it is from."""
+    """Write one schema with its source."""
     text = json.dumps({"$comment": f"{source}, Apache-2.0; cut down by schemas.py", **schema})
     (HERE / name).write_text(text + "\n")
 
 
 def main(checkout):
-    """Write both."""
+    """Write both schemas."""
     git = ["git", "-C", checkout]
     commit, text = (
         subprocess.run([*git, *command], check=True, capture_output=True, text=True).stdout

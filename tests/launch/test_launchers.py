@@ -1,4 +1,4 @@
-"""What launch/ would do, without doing it: its commands and manifests say what they should."""
+"""Dry runs of launch/: its commands and manifests are correct."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LAUNCH = HERE.parents[1] / "launch"
 VERB = ["train", "--config", "configs/my file.py", "--workdir", "gs://bucket/run"]
 
 
-# What the package is built from.
+# The files that the package is built from.
 PARTS = {"guided_distill", "configs", "pyproject.toml", "README.md", "LICENSE"}
 
 TFDS = "TFDS_DATA_DIR=gs://bucket/my data"
@@ -58,7 +58,7 @@ def test_multiprocess_tells_every_process_which_it_is():
         assert command == ["guided-distill", *VERB]
 
 
-def test_a_queued_resource_is_asked_for_awaited_installed_and_started():
+def test_a_queued_resource_is_requested_awaited_installed_and_started():
     where = ["--name", "run", "--project", "p", "--zone", "z"]
     options = ["--accelerator-type", "v6e-16", "--spot", "--env", TFDS]
     text = dry_run("queued_resource.sh", "start", *where, *options)
@@ -72,7 +72,7 @@ def test_a_queued_resource_is_asked_for_awaited_installed_and_started():
     for command in (look, copy, install, start):
         assert command[command.index("--worker") + 1] == "all"
     assert "guided-distill[tpu]" in install[-1]
-    # The hosts' shell reads it once more.
+    # The hosts' shell parses it once more.
     program = shlex.split(start[-1].split("nohup", 1)[1].split(">>")[0])
     assert program == ["env", TFDS, "../environment/bin/guided-distill", *VERB]
     for action, said in (("watch", "tail"), ("stop", "kill -TERM"), ("delete", "delete")):
@@ -80,7 +80,7 @@ def test_a_queued_resource_is_asked_for_awaited_installed_and_started():
         assert said in " ".join(command)
 
 
-# Tells of a state a line of `states`; of an error, if the line isn't in capitals.
+# Prints the next state in the file `states`; fails with an error if that line isn't in capitals.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >>log
 case "$*" in
@@ -98,7 +98,7 @@ case "$*" in
 esac
 """
 
-# Like git archive as far as it goes: writes where --output says.
+# Stands in for git archive: writes to the path of --output.
 GIT = """#!/usr/bin/env bash
 while (($#)); do
   [[ $1 == --output ]] && echo archive >"$2"
@@ -109,7 +109,7 @@ done
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """f(*states): what `start` says, and its steps, while gcloud tells these states of the slice."""
+    """f(*states): the finished `start` and its steps, while gcloud reports these states of the slice."""
     idle = "#!/bin/sh\n"
     for name, text in (("gcloud", GCLOUD), ("sleep", idle), ("git", GIT)):
         (tmp_path / name).write_text(text)
@@ -140,13 +140,13 @@ NOT_THERE, DENIED, STARTED = "", "permission_denied", ["ssh", "scp", "ssh", "ssh
         (["DELETING", NOT_THERE, NOT_THERE, "ACTIVE"], ["create"]),
     ],
 )
-def test_a_slice_is_asked_for_when_there_is_none(start, states, steps):
+def test_a_slice_is_requested_when_there_is_none(start, states, steps):
     done, taken = start(*states)
     assert done.returncode == 0, done.stderr
     assert taken == steps + STARTED
 
 
-def test_what_is_copied_lies_where_nobody_else_can_put_it(start, tmp_path, monkeypatch):
+def test_the_copied_archive_is_in_a_new_private_folder(start, tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     shared.mkdir()
     monkeypatch.setenv("TMPDIR", str(shared))
@@ -163,7 +163,7 @@ def test_what_is_copied_lies_where_nobody_else_can_put_it(start, tmp_path, monke
 
 
 @pytest.mark.parametrize("before", [[], ["PROVISIONING", "PROVISIONING"]])
-def test_what_keeps_gcloud_from_telling_ends_the_script(start, before):
+def test_an_error_of_gcloud_ends_the_script(start, before):
     done, taken = start(*before, DENIED)
     assert done.returncode == 1
     assert f"{DENIED}: the resource" in done.stderr
@@ -174,7 +174,8 @@ def test_a_run_that_is_alive_is_left_alone(start):
     Path("guided-distill.pid").write_text(f"{os.getpid()}\n")
     done, taken = start("ACTIVE", "ACTIVE")
     assert done.returncode == 2
-    assert done.stderr == "queued_resource.sh: run is still running: watch or stop\n"
+    said = "queued_resource.sh: run still has a run: use the action watch or stop\n"
+    assert done.stderr == said
     assert taken == ["ssh"]
 
 
@@ -195,8 +196,8 @@ def test_the_jobset_fits_its_schema_and_its_slices():
     assert codes["values"] == [2, Interrupted.STATUS]
 
 
-def test_kubernetes_fills_in_nothing():
-    """It would read $(NAME) as a variable, and reads $$ as $."""
+def test_kubernetes_expands_nothing():
+    """Kubernetes would expand $(NAME), and reads $$ as $."""
     words = ["train", "--workdir", "/$(HOME)/$x/$$"]
     options = ["--name", "a", "--image", "b", "--env", "A=$(HOME)", "--dry-run", "--"]
     manifest = yaml.safe_load(call("jobset.sh", *options, *words).stdout)
@@ -206,7 +207,7 @@ def test_kubernetes_fills_in_nothing():
     assert container["env"] == [{"name": "A", "value": "$$(HOME)"}]
 
 
-def test_skypilot_carries_what_the_package_is_made_of():
+def test_skypilot_uploads_what_the_package_is_built_from():
     ignored = (LAUNCH.parent / ".skyignore").read_text().splitlines()
     assert PARTS.isdisjoint(line.strip("/") for line in ignored)
     assert {"/docs", "/runs", "/.git"} <= set(ignored)
@@ -228,7 +229,7 @@ def test_the_schema_is_strict():
         validate(manifest, "jobset_schema.json")
 
 
-def test_the_skypilot_task_fits_its_schema_and_recovers_from_a_pre_emption():
+def test_the_skypilot_task_fits_its_schema_and_recovers_from_a_preemption():
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     validate(task, "skypilot_schema.json")
     assert task["resources"]["use_spot"] is True
@@ -273,7 +274,7 @@ JOBSET = ["--name", "a", "--image", "b"]
         ("multiprocess.sh", ["--grace", "1.5"], "--grace is '1.5'"),
         ("multiprocess.sh", ["--port", "0"], "--port is '0'"),
         ("multiprocess.sh", ["--port", "65536"], "--port is '65536'"),
-        # 1, if a shell counts it.
+        # 1 in the shell's arithmetic, which overflows.
         ("multiprocess.sh", ["--port", "18446744073709551617"], "--port is '1844"),
         ("multiprocess.sh", ["--processes", "2"], "nothing to run"),
         ("queued_resource.sh", ["begin"], "action is 'begin'"),
@@ -300,21 +301,21 @@ JOBSET = ["--name", "a", "--image", "b"]
         ("jobset.sh", [*JOBSET, "--env", "1A=2"], "--env is '1A=2'"),
     ],
 )
-def test_what_launchers_cannot_do_is_one_sentence(script, arguments, said):
+def test_a_bad_argument_is_reported_in_one_sentence(script, arguments, said):
     done = call(script, *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_none_is_a_number_of_restarts_and_of_seconds():
+def test_zero_restarts_and_zero_seconds_are_allowed():
     assert jobset("--max-restarts", "0")["spec"]["failurePolicy"]["maxRestarts"] == 0
     assert len(commands(dry_run("multiprocess.sh", "--grace", "0"))) == 2
 
 
-def test_a_program_that_is_missing_is_one_sentence():
+def test_a_missing_program_is_reported_in_one_sentence():
     env = os.environ | {"GUIDED_DISTILL": "no-such-program -m x"}
     done = call("multiprocess.sh", "--", *VERB, env=env)
     assert done.returncode == 2
-    assert "no program 'no-such-program' here" in done.stderr
+    assert "the program 'no-such-program' isn't installed" in done.stderr
     assert len(done.stderr.splitlines()) == 1
