@@ -18,7 +18,7 @@
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
+    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
 
 # %% [markdown]
 # ## The idea
@@ -29,11 +29,12 @@ if importlib.util.find_spec("guided_distill") is None:
 # $$\hat x_w = (1 + w)\,\hat x(z, c) - w\,\hat x(z)$$
 #
 # Here $z$ is the noisy image, $c$ its class, and $\hat x$ the network's prediction of the clean
-# image. $w = 0$ is the plain conditional model; the `guidance_scale` of other programs is $1 + w$.
+# image. $w = 0$ is the plain conditional model. The `guidance_scale` of Stable Diffusion and
+# diffusers is $1 + w$.
 #
 # **Stage two** is progressive distillation: it halves the number of steps, round by round. Two DDIM
 # steps of the teacher lead from $z_t$ to $z_s$. The student learns the single prediction that leads
-# there in one step:
+# there in a single step:
 #
 # $$\tilde x = \frac{z_s - q\,z_t}{\alpha_s - q\,\alpha_t}, \qquad q = \frac{\sigma_s}{\sigma_t}$$
 #
@@ -43,12 +44,12 @@ if importlib.util.find_spec("guided_distill") is None:
 # ## Train
 #
 # One command trains the teacher, the stage-one student, and the students with 8, 4, 2 and 1 steps.
-# You can interrupt it at any time; the same command resumes. To save time, this notebook uses fewer
-# updates than `configs/digits.py`; without these overrides the students get closer to their
-# teacher.
+# You can interrupt it at any time; the same command resumes. To save time, this notebook overrides
+# the numbers of updates in `configs/digits.py`; without these overrides, the students get closer to
+# their teacher.
 
 # %%
-variant = ""  # "runlocal" makes everything tiny
+variant = ""  # "runlocal" makes everything tiny.
 
 fewer = {
     "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
@@ -63,9 +64,9 @@ samples = 16 if variant else 512
 # %% [markdown]
 # ## Measure
 #
-# `evaluate` samples from every stage and compares the samples with the training data, in the
-# features of a small classifier that it trains first. Fréchet distances decrease with the number of
-# samples, so distances from a few hundred samples are comparable only with each other.
+# `evaluate` draws samples from every stage and compares them with the training data, in the features
+# of a small classifier that it trains first. Fréchet distances decrease as the number of samples
+# grows, so distances from a few hundred samples are comparable only with each other.
 
 # %%
 # !guided-distill evaluate --workdir runs/digits --num_samples {samples} --num_steps 1,2,4,8,64 --w 0,1,4
@@ -73,9 +74,9 @@ samples = 16 if variant else 512
 # %% [markdown]
 # ## Look
 #
-# Every row has the same seed and the same digits. The teacher takes 64 steps with two calls each.
-# With 2 steps its samples get worse, and the curve below shows by how much. The students start from
-# the same noise, so each image corresponds to those above it.
+# Every row has the same seed and the same digits. In the first row, the teacher takes 64 steps with
+# two calls each; with 2 steps, its samples are worse, and the curves below show by how much. The
+# students start from the same noise, so each image corresponds to those above it.
 
 # %%
 # %matplotlib inline
@@ -95,9 +96,10 @@ for n, student in students.items():
 image_rows(rows)
 
 # %% [markdown]
-# ## Turn the guidance weight
+# ## Change the guidance weight
 #
-# One student, one seed, four weights. A larger $w$ gives clearer digits that are more alike.
+# The rows show one student, one seed and four weights. A larger $w$ gives clearer digits that are
+# more alike.
 
 # %%
 twos_and_eights = [2] * 6 + [8] * 6
@@ -116,10 +118,10 @@ results = read_results(epath.Path("runs/digits/results.csv"))
 quality_figure(results)
 
 # %% [markdown]
-# The teacher gets worse as its number of steps decreases. The students' curve stays near the level
-# of the many-step teacher. What a one-step student loses is diversity at $w = 0$: see `recall`
-# below. Accuracy alone is misleading: all of the one-step teacher's digits are recognised, and they
-# have no variety at all.
+# The teacher gets worse as its number of steps decreases. The students stay near the level of the
+# many-step teacher. A one-step student loses diversity at $w = 0$: see `recall` below. Accuracy alone
+# is misleading: the classifier recognises all digits of the one-step teacher, but they have no
+# variety at all.
 
 # %%
 print("stage      steps    w  distance  recall  accuracy")

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Guidance in two dimensions
 #
-# What does the guidance weight $w$ do to a distribution? With points in the plane you can see it.
+# What does the guidance weight $w$ do to a distribution? With points in the plane, you can see it.
 # For a mixture of Gaussians the optimal denoiser is known in closed form, so every trained network
 # can be compared with the exact answer. This notebook takes a few minutes on two CPU cores.
 
@@ -17,7 +17,7 @@
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
+    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
 
 # %% [markdown]
 # ## Train a teacher, and distill it
@@ -26,7 +26,7 @@ if importlib.util.find_spec("guided_distill") is None:
 # They see only points and their classes, not the closed form below.
 
 # %%
-variant = ""  # "runlocal" makes everything tiny
+variant = ""  # "runlocal" makes everything tiny.
 
 fewer = {
     "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
@@ -60,7 +60,7 @@ colours = np.array(["tab:blue", "tab:orange", "tab:green", "tab:red"])
 # Each of the four classes is an arm of a pinwheel, a mixture of three Gaussians. With $z = \alpha x
 # + \sigma\epsilon$, the mean of $x$ given $z$ is a weighted sum of Gaussian means, whether or not
 # the class $c$ is known. The guided denoiser $(1 + w)\,\mathrm{E}[x|z, c] - w\,\mathrm{E}[x|z]$ is
-# therefore exact, and so is the point to which it leads each noise sample.
+# therefore known exactly, and so is the point to which it takes each noise sample.
 
 
 # %%
@@ -74,7 +74,7 @@ exact = with_guidance(Denoiser(predict, guided=False, null={"label": mixture.num
 
 
 def flow(denoiser, z, labels, *, w, num_steps):
-    """Where points [n, 2] pass on their way from noise to data: [num_steps + 1, n, 2]."""
+    """Return the path of points [n, 2] from noise to data: [num_steps + 1, n, 2]."""
 
     @jax.jit
     def step(z, t, s):
@@ -92,10 +92,10 @@ noise = np.random.default_rng(0).standard_normal((len(labels), 2), np.float32)
 exact_points = {w: flow(exact, noise, labels, w=w, num_steps=256)[-1] for w in weights}
 
 # %% [markdown]
-# At each noise level the guided denoiser climbs $p(z|c)^{1+w} / p(z)^w$. The top row shows this
-# density for the blue class, at a low noise level: $w$ also pushes it away from the other classes.
-# The bottom row shows where the exact guided flow takes points of all four classes: $w = 0$ gives
-# the data; a larger $w$ separates the classes and narrows them.
+# At each noise level, the guided denoiser climbs the density $p(z|c)^{1+w} / p(z)^w$. The top row
+# shows this density for the blue class, at a low noise level: a larger $w$ pushes it away from the
+# other classes. The bottom row shows where the exact guided flow takes points of all four classes:
+# $w = 0$ gives the data; a larger $w$ separates the classes and narrows them.
 
 # %%
 side = np.linspace(-1.1, 1.1, 150, dtype=np.float32)
@@ -122,9 +122,9 @@ for (above, below), w in zip(panels.T, weights, strict=True):
 # %% [markdown]
 # ## The networks' answer
 #
-# All start from the same noise, so each point corresponds to one point in every other picture. The
-# number in the corner is the distance between the points and where the exact flow takes them (root
-# mean square; an arm is about 0.6 long).
+# All networks start from the same noise, so each point corresponds to one point in every other
+# picture. The number in the corner is the root mean square distance between the points and where the
+# exact flow takes them (an arm is about 0.6 long).
 
 # %%
 import guided_distill
@@ -153,16 +153,15 @@ for column, (name, of_weight) in zip(panels.T, points.items(), strict=True):
             axes.text(-1.05, -1.05, f"{apart:.3f}", fontsize=9)
 
 # %% [markdown]
-# After such a short training run the teacher's arms are thinner than the exact ones, more so at a
-# large $w$, which multiplies its errors. Stage one inherits these errors. Taking few steps costs
-# the students something at $w = 0$ and $w = 1$; at $w = 3$ only the teacher's own errors are
-# visible.
+# After such a short training run, the teacher's arms are thinner than the exact ones, especially at
+# a large $w$, which amplifies its errors. The stage-one student inherits these errors. Fewer steps
+# add some error at $w = 0$ and $w = 1$; at $w = 3$, only the teacher's own errors are visible.
 
 # %% [markdown]
 # ## Watch them flow
 #
-# From noise to data at $w = 3$: the exact flow in 40 steps, and the student, which takes the same
-# points there in 4 jumps.
+# The animation shows points on their way from noise to data at $w = 3$: with the exact flow in 40
+# steps, and with the student in 4 jumps.
 
 # %%
 from pathlib import Path
@@ -191,7 +190,7 @@ for axes, name in zip(panels, paths, strict=True):
 
 
 def draw(done):
-    """The points when a share `done` of the way lies behind them."""
+    """Draw the points after a fraction `done` of their path."""
     for scatter, path in zip(dots, paths.values(), strict=True):
         scatter.set_offsets(path[int(done * (len(path) - 1))])
         scatter.set_color(colours[labels[few]])

@@ -10,24 +10,25 @@
 # # Your own images
 #
 # All you need for training is a folder of images with one sub-folder per class. This notebook first
-# draws a small folder, so that it runs as it is, in a few minutes on two CPU cores.
+# draws a small folder of shapes, so that you can run it without images of your own. It takes a few
+# minutes on two CPU cores.
 
 # %%
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
+    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
 
 # %%
-variant = ""  # "runlocal" makes everything tiny
-images = "shapes"  # the path of your own folder, in place of this one
+variant = ""  # "runlocal" makes everything tiny.
+images = "shapes"  # Or the path of your own folder.
 
 # %% [markdown]
 # ## The folder
 #
 # This cell writes PNG files of 64 x 64 pixels to `shapes/disc/`, `shapes/square/` and
-# `shapes/triangle/`. If you have your own images, skip it. PNG, JPEG, WebP and BMP files of any
-# size work; they are cropped to squares and resized.
+# `shapes/triangle/`. If you use your own images, skip it. PNG, JPEG, WebP and BMP files of any size
+# work; they are cropped to squares and resized.
 
 # %%
 from pathlib import Path
@@ -39,7 +40,7 @@ random = np.random.default_rng(0)
 
 
 def corners(kind, size):
-    """Of a shape of this size around the middle of 64 x 64 pixels, a disc being one of many corners."""
+    """Return the corners of a shape near the middle of 64 x 64 pixels; a disc has 60 corners."""
     count = {"disc": 60, "square": 4, "triangle": 3}[kind]
     turn = 2 * np.pi * (np.arange(count) / count) - np.pi * {"square": 0.25}.get(kind, 0.5)
     middle = random.uniform(28, 36, size=2)
@@ -58,9 +59,10 @@ for kind in ("disc", "square", "triangle"):
 # %% [markdown]
 # ## Train
 #
-# `data.name` says where the images are and `data.image_size` how large to make them. The network of
-# `configs/digits.py` and a few updates are enough for 8 x 8 pixels. For photographs, start from
-# `configs/photo10.py:unet` or `configs/cifar10.py`, with a GPU and many thousands of images.
+# `data.name` is the place of the images, and `data.image_size` the size to which they are resized.
+# The network of `configs/digits.py` and a few updates are enough for 8 x 8 pixels. For photographs,
+# start from `configs/photo10.py:unet` or `configs/cifar10.py`, with a GPU and many thousands of
+# images.
 
 # %%
 fewer = {
@@ -75,9 +77,9 @@ fewer = {
 # %% [markdown]
 # ## Sample
 #
-# The command writes a picture and an `.npz` file to `samples/`. `guided-distill evaluate --workdir
-# runs/shapes` and then `guided-distill report --workdir runs/shapes` write a report of the whole
-# run.
+# The command writes a picture and an `.npz` file to `samples/`. For a report of the whole run, run
+# `guided-distill evaluate --workdir runs/shapes` and then `guided-distill report --workdir
+# runs/shapes`.
 
 # %%
 # !guided-distill sample --workdir runs/shapes --stage halving_ddim_4 --w 1 --num 15 --out samples
@@ -85,8 +87,8 @@ fewer = {
 # %% [markdown]
 # ## In Python
 #
-# The classes are named after the sub-folders. Real images are in the top row; the teacher and its
-# students start from the same noise.
+# The classes are named after the sub-folders. The top row shows real images; below it are the teacher
+# and its students, which start from the same noise.
 
 # %%
 # %matplotlib inline
@@ -113,4 +115,4 @@ image_rows(rows)
 
 # %% [markdown]
 # `guided-distill export --workdir runs/shapes --out weights` exports the weights, and
-# `guided-distill train --help` lists how to change anything else.
+# `guided-distill train --help` shows how to override every key of the config.

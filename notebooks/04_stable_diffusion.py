@@ -9,18 +9,18 @@
 # %% [markdown]
 # # From a Stable Diffusion folder to a student with four calls, and back
 #
-# A folder written by diffusers goes in, and a folder that diffusers loads comes out: import,
-# distill, export. The notebook runs on two CPU cores because the model is small: 32 x 32 pixels, in
-# the layout of Stable Diffusion.
+# This notebook imports a folder written by diffusers, distills the model, and exports a folder that
+# diffusers loads. It runs on two CPU cores because the model is small: 32 x 32 pixels, in the layout
+# of Stable Diffusion.
 
 # %%
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
+    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
 
 # %%
-variant = ""  # "runlocal" makes everything tiny
+variant = ""  # "runlocal" makes everything tiny.
 
 updates, pictures = {"": ((120, 60), 64), "runlocal": ((2, 2), 8)}[variant]
 
@@ -29,11 +29,11 @@ updates, pictures = {"": ((120, 60), 64), "runlocal": ((2, 2), 8)}[variant]
 #
 # In place of Stable Diffusion, this notebook uses the teacher from `docs/results/emoji` in a clone
 # of this repository: a U-Net in latent space, conditioned on text, in one file with its autoencoder
-# beside it. `export` makes a run of that file. Its text encoder, all-MiniLM-L6-v2, is downloaded
-# once. The result is a folder like any that diffusers writes.
+# beside it. `export` turns that file into a run, and then into a folder such as diffusers writes. Its
+# text encoder, all-MiniLM-L6-v2, is downloaded once.
 #
-# With Stable Diffusion 1.5, the folder would be the one written by `save_pretrained`, or `--from
-# hub:ID` in the import cell below would download it; its config is `configs/sd15_laion512.py`.
+# For Stable Diffusion 1.5, use a folder written by `save_pretrained`, or download it with `--from
+# hub:ID` in the import cell below; its config is `configs/sd15_laion512.py`.
 
 # %%
 import warnings
@@ -44,13 +44,13 @@ from etils import epath
 import guided_distill
 from guided_distill.text.registry import copy_text_encoder
 
-# JAX warns of commands that a notebook runs once it is loaded; these don't touch it.
+# Once JAX is loaded, it warns when a cell starts a command; these commands don't affect it.
 warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
 
-clone = Path(guided_distill.__file__).parents[1]  # Elsewhere? Then say where.
+clone = Path(guided_distill.__file__).parents[1]  # Change this if the clone is elsewhere.
 trained = clone / "docs" / "results" / "emoji" / "teacher.safetensors"
 if not trained.is_file():
-    raise SystemExit("Clone the repository, and let `clone` be the path of its folder.")
+    raise SystemExit("Clone the repository and set `clone` to the path of its folder.")
 
 # %%
 # !test -d runs/emoji || guided-distill export --workdir {trained} --out runs/emoji
@@ -67,7 +67,7 @@ copy_text_encoder("minilm:data/minilm", epath.Path("runs/emoji/companions"))
 # %% [markdown]
 # ## Import it
 #
-# The U-Net becomes a teacher like any trained here. The autoencoder, text encoder, tokenizer and
+# The U-Net becomes a teacher like one that was trained here. The autoencoder, text encoder, tokenizer and
 # scheduler are copied beside it, byte for byte.
 
 # %%
@@ -76,9 +76,9 @@ copy_text_encoder("minilm:data/minilm", epath.Path("runs/emoji/companions"))
 # %% [markdown]
 # ## Data
 #
-# Normally the data set is a folder of images with captions, encoded once. Here the teacher
-# generates its own, from sixteen captions, and these are all that the students will know. `w` is
-# the paper's: diffusers' `guidance_scale` is $1 + w$.
+# Normally, the data set is a folder of images with captions, which is encoded once. Here, the teacher
+# generates the images from sixteen captions, and the students learn only these. `w` is the guidance
+# weight of the paper: diffusers' `guidance_scale` is $1 + w$.
 
 # %%
 import numpy as np
@@ -98,9 +98,9 @@ np.savez("data/drawn.npz", image=np.uint8(127.5 * (drawn + 1)), caption=asked)
 # %% [markdown]
 # ## Distill
 #
-# The config names the data, the network in the folder, and what differs from the defaults.
-# `start_from` skips training a teacher. Stage one distills the two calls per step into one network
-# conditioned on $w$; one round of stage two then halves 8 steps to 4. These are few updates:
+# The config names the data and the network in the folder, and overrides some defaults. With
+# `start_from`, no teacher is trained. Stage one distills the two calls per step into one network
+# conditioned on $w$; one round of stage two then halves 8 steps to 4. This notebook makes few updates;
 # thousands would bring the student closer to its teacher.
 
 # %%
@@ -141,9 +141,9 @@ def get_config(variant=""):
 # %% [markdown]
 # ## Look
 #
-# Every row starts from the same noise. This small teacher loses little in four steps of two calls
-# each; the student makes one call per step. The short training is visible: the student's colours
-# are stronger than its teacher's.
+# Every row starts from the same noise. This small teacher loses little with only four steps, of two
+# calls each; the student makes one call per step. The effect of the short training is visible: the
+# student's colours are stronger than its teacher's.
 
 # %%
 # %matplotlib inline
@@ -164,14 +164,14 @@ image_rows(rows)
 # %% [markdown]
 # ## Export to diffusers
 #
-# The student becomes a folder again. Its README states the steps and guidance scales that it was
-# trained for.
+# `export` writes the student as a folder for diffusers. Its README states the number of steps and the
+# guidance scales that the student was trained for.
 
 # %%
 # !guided-distill export --workdir runs/distilled --stages halving_ddim_4 --format diffusers --out student_folder
 
 # %% [markdown]
-# In the next cell, everything but the noise comes from diffusers. The hook counts the calls of the
+# In the next cell, everything but the noise comes from diffusers. The hook counts the calls to the
 # U-Net.
 
 # %%
@@ -207,5 +207,5 @@ image_rows({name: row for name, row in rows.items() if "teacher" not in name})
 # %% [markdown]
 # ## Next
 #
-# `docs/stable_diffusion.md` does the same with Stable Diffusion, and adds editing and in-painting;
-# `configs/emoji.py` trains a model such as this one from scratch.
+# `docs/stable_diffusion.md` shows the same steps with Stable Diffusion, and adds editing and
+# in-painting. `configs/emoji.py` trains a model such as this one from scratch.

@@ -9,24 +9,24 @@
 # %% [markdown]
 # # Sampling playground
 #
-# Try the controls of a trained student: guidance weight, steps, seed, digit. Without a kernel, the
-# picture at the end shows their effects.
+# Try the controls of a trained student: guidance weight, steps, seed and digit. If you read this
+# without running it, the picture at the end shows their effects.
 
 # %%
 import importlib.util
 
 if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone guided_distill's repository, and %pip install its folder first.")
+    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
 if importlib.util.find_spec("ipywidgets") is None:
     print("Installing ipywidgets ...")
     # %pip install -q ipywidgets
 
 # %% [markdown]
-# This uses the run of `01_distill_digits`. If it has been trained already, the command returns at
-# once.
+# This notebook uses the run of `01_distill_digits`. If that run is already trained, the command
+# returns at once.
 
 # %%
-variant = ""  # "runlocal" makes everything tiny
+variant = ""  # "runlocal" makes everything tiny.
 
 fewer = {
     "": "--config.teacher.steps=1500 --config.guidance.steps=1500 "
@@ -47,7 +47,7 @@ students = {n: guided_distill.load(f"runs/digits/halving_ddim_{n}") for n in (1,
 
 
 def draw(w, steps, seed, digit):
-    """Ten images of a digit, float32 [10, 8, 8, 1]."""
+    """Return ten images of a digit, float32 [10, 8, 8, 1]."""
     return students[steps].sample(labels=[digit] * 10, w=w, seed=seed)
 
 
@@ -55,7 +55,7 @@ def draw(w, steps, seed, digit):
 # ## The controls
 #
 # The student calls its network `steps` times; each number of steps is a separate student. The same
-# seed gives the same noise whatever the other controls are set to.
+# seed gives the same noise, whatever the other controls are set to.
 
 # %%
 import io
@@ -72,7 +72,7 @@ picture = Image(format="png")
 
 
 def redraw(_=None):
-    """Show what the knobs say."""
+    """Draw the images for the current values of the knobs."""
     images = draw(**{name: knob.value for name, knob in knobs.items()})
     file = io.BytesIO()
     image_grid(images, columns=10, scale=8).save(file, format="png")
@@ -85,9 +85,9 @@ redraw()
 VBox([*knobs.values(), picture])
 
 # %% [markdown]
-# ## What they do
+# ## What the controls do
 #
-# The first row shows one student's images; each row below changes one control.
+# The first row shows images of the 4-step student; each row below changes one control.
 
 # %%
 image_rows(

@@ -1,4 +1,4 @@
-"""Run notebooks and keep what they show: NAME.ipynb from NAME.py, in percent format.
+"""Execute notebooks: write NAME.ipynb, with outputs, from NAME.py in percent format.
 
 python notebooks/execute.py notebooks/01_distill_digits.py
 """
@@ -17,7 +17,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def read(source: Path) -> Any:
-    """The notebook that a .py file stands for, without outputs."""
+    """Return the notebook of a .py file, without outputs."""
     notebook = jupytext.read(source)
     notebook.metadata = {
         "jupytext": {"formats": "ipynb,py:percent"},
@@ -31,9 +31,9 @@ def read(source: Path) -> Any:
 
 
 def execute(notebook: Any, folder: Path, *, variant: str = "", timeout: int = 1800) -> None:
-    """Run every cell in a folder; the outputs are then in the notebook.
+    """Run every cell of a notebook in a folder, and store the outputs in the notebook.
 
-    Raises if a cell does, or takes longer than the timeout, in seconds.
+    Raises an error if a cell raises one, or takes longer than `timeout` seconds.
     """
     for cell in notebook.cells:
         cell.source = cell.source.replace(VARIANT, f'variant = "{variant}"')
@@ -46,7 +46,7 @@ def execute(notebook: Any, folder: Path, *, variant: str = "", timeout: int = 18
         coalesce_streams=True,
     )
     client.execute()
-    # Without its kernel a widget is only an error message.
+    # Without a kernel, a widget shows only an error message.
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "outputs" in cell:
@@ -55,7 +55,7 @@ def execute(notebook: Any, folder: Path, *, variant: str = "", timeout: int = 18
 
 
 def main(sources: list[str]) -> None:
-    """Run one after the other in one new folder, and write each .ipynb beside its source."""
+    """Run the sources in turn, in one new folder, and write each .ipynb beside its source."""
     with tempfile.TemporaryDirectory() as folder:
         for source in map(Path, sources):
             notebook, start = read(source), time.monotonic()
