@@ -285,7 +285,7 @@ def test_autoencoders_that_cannot_be_made_name_the_option(options, said):
 def test_a_network_that_breaks_in_another_way_is_a_sentence(monkeypatch):
     monkeypatch.setattr(MODELS["unet"], "misfits", lambda self, shape: ())
     with pytest.raises(
-        UserError, match=r"^config\.model\.options make no UNet for data of 8 x 8 x 1"
+        UserError, match=r"^config\.model\.options can't build a UNet for data of 8 x 8 x 1"
     ):
         check_network(network("unet", {"patch_size": 3}))
     with pytest.raises(UserError, match=r"^config\.model\.name makes a UNet for data of 2"):

@@ -1,4 +1,4 @@
-"""DiT, a transformer of latent patches (Peebles & Xie 2023), in the layout of diffusers' weights."""
+"""DiT, a transformer on latent patches (Peebles & Xie 2023), with diffusers' layout of the weights."""
 
 import functools
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _TIME_WIDTH = 256
 
 
 def grid_sinusoid(rows: int, columns: int, width: int) -> np.ndarray:
-    """[rows columns, width]: each patch's column in the first half, and its row in the second."""
+    """Position embeddings [rows columns, width]; the first half encodes the column, the rest the row."""
     frequencies = 1e4 ** -(np.arange(width // 4) / (width // 4))
 
     def embed(positions: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def grid_sinusoid(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 class LabelEmbedding(nn.Module):
-    """A table with one row for the null label."""
+    """A table of embeddings with one more row for the null label."""
 
     num_classes: int
     width: int
@@ -53,7 +53,7 @@ class LabelEmbedding(nn.Module):
 
 
 class TimeAndLabel(nn.Module):
-    """The sum of both embeddings."""
+    """The sum of the embeddings of time and label."""
 
     num_classes: int
     width: int
@@ -61,7 +61,7 @@ class TimeAndLabel(nn.Module):
 
     @nn.compact
     def __call__(self, time: jax.Array, label: jax.Array) -> jax.Array:
-        """time [B, D], as a sinusoid, and label [B] -> [B, width]."""
+        """Sinusoid of time [B, D] and label [B] -> [B, width]."""
         embed_time = TimestepEmbedding(self.width, self.dtype, name="timestep_embedder")
         embed_label = LabelEmbedding(
             self.num_classes, self.width, self.dtype, name="class_embedder"
@@ -70,7 +70,10 @@ class TimeAndLabel(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """What a block's modulation is made from; the weights have all of it under one name."""
+    """Embeds time and label, adds w, and projects the sum to a block's modulation (adaLN-Zero).
+
+    It is a module of its own because diffusers keeps these weights under one name.
+    """
 
     num_classes: int
     width: int
@@ -91,7 +94,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and a perceptron, each scaled, shifted and gated by the block's own embeddings."""
+    """Attention and a perceptron, both scaled, shifted and gated by the block's own embedding."""
 
     num_heads: int
     num_classes: int
@@ -102,7 +105,7 @@ class DiTBlock(nn.Module):
     def __call__(
         self, tokens: jax.Array, time: jax.Array, label: jax.Array, w: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """tokens [B, T, C], time [B, D], label [B], w [B, C] -> tokens, and the embedding [B, C]."""
+        """tokens [B, T, C], time [B, D], label [B], w [B, C] -> tokens [B, T, C], embedding [B, C]."""
         width = tokens.shape[-1]
         embedding, modulation = AdaptiveNorm(self.num_classes, width, self.dtype, name="norm1")(
             time, label, w
@@ -119,7 +122,7 @@ class DiTBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches as tokens, and where they lie."""
+    """Projects patches to tokens and adds position embeddings."""
 
     width: int
     patch_size: int
@@ -140,11 +143,11 @@ class PatchEmbedding(nn.Module):
 class DiT(nn.Module):
     """Patches -> num_layers transformer blocks -> patches.
 
-    Fields have diffusers' names, but for attention_head_dim: it is the width of one head here as there.
-    learned_sigma: whether the weights answer the variance too, as the published ones do; the network
-    then keeps them and leaves their half of the answer out. The embedding of w, a perceptron of
-    W_FEATURES[w_embedding], is not diffusers'; it is added to every block's embedding of time and starts
-    at zero. remat: one of models/remat.py's KINDS.
+    Fields have diffusers' names; attention_head_dim is the width of one head, as in diffusers.
+    learned_sigma: whether the weights also predict the variance, as the published ones do; the network
+    then keeps those weights but doesn't return the variance. diffusers has no embedding of w: here it is
+    a perceptron of W_FEATURES[w_embedding] that is added to every block's embedding of time and starts
+    at zero. remat: one of KINDS in models/remat.py.
     """
 
     head: ClassVar[str] = "proj_out_2"
@@ -166,11 +169,11 @@ class DiT(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """Yields what is amiss with an option, by its name, for data of this shape."""
+        """Yields a message, beginning with the option, for each option that doesn't fit this shape."""
         yield from undivided("patch_size", self.patch_size, sides(shape))
         if self.num_attention_heads * self.attention_head_dim % 4:
             yield (
-                f"attention_head_dim is {self.attention_head_dim}, and num_attention_heads "
+                f"attention_head_dim is {self.attention_head_dim} and num_attention_heads is "
                 f"{self.num_attention_heads}: make their product a multiple of 4"
             )
 
@@ -184,10 +187,10 @@ class DiT(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; time [B], the index of the noise level; w [B] -> [B, H, W, num_outputs C].
 
-        condition: "label" [B], num_classes being the null label. H and W are multiples of patch_size.
-        Raises ValueError if w is given to a network that doesn't take it, or missing from one that does.
+        condition: "label" [B]; label num_classes is the null label. H and W are multiples of patch_size.
+        Raises ValueError if w is given but the network isn't conditioned on w, or the reverse.
         """
         check_w(w, w_conditioned=self.w_conditioned)
         width = self.num_attention_heads * self.attention_head_dim
@@ -208,7 +211,7 @@ class DiT(nn.Module):
             )(tokens, embedded_time, condition["label"], w)
             embeddings.append(embedding)
 
-        # The last layer has no embeddings of its own: it takes those of the first block.
+        # The last layer has no embedding of its own: it uses the first block's.
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
         modulation = dense(2 * width, dtype=self.dtype, name="proj_out_1")(nn.swish(embeddings[0]))
         shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Embeddings of time, class and guidance weight, summed to one vector that conditions a network."""
+"""Embeddings of time, label and guidance weight, summed into the vector that conditions a network."""
 
 import functools
 import math
@@ -13,19 +13,19 @@ from jax.typing import DTypeLike
 from guided_distill import kinds
 
 Features = Annotated[int, kinds.Range(4, 2**16)]
-"""How many sines and cosines a `sinusoid` is made of; of fewer than four, there is no span to divide."""
+"""The width of a `sinusoid`: at least four, because it needs two frequencies."""
 
 
 def inverse_cosine_time(log_snr: jax.Array) -> jax.Array:
-    """log_snr [B] -> arctan(sigma/alpha) / (pi/2) in [0, 1]: the time input of Salimans & Ho 2022.
+    """log_snr [B] -> arctan(sigma/alpha) / (pi/2) in [0, 1], the time input of Salimans & Ho 2022.
 
-    It depends on the noise level alone, never on an index that a number of steps would rescale.
+    It depends only on the noise level, never on an index that changes with the number of steps.
     """
     return jnp.arctan(jnp.exp(-0.5 * log_snr)) / (0.5 * math.pi)
 
 
 def sinusoid(value: jax.Array, width: int, *, scale: float, max_period: float = 1e4) -> jax.Array:
-    """[B] -> [B, width]: sines and cosines of scale * value at `width`/2 geometric frequencies."""
+    """[B] -> [B, width]: sines, then cosines, of scale * value at width/2 geometric frequencies."""
     half = width // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = scale * value[:, None] * frequencies[None, :]
@@ -36,7 +36,7 @@ W_FEATURES: dict[str, Callable[..., jax.Array]] = {
     "fourier": sinusoid,
     "scalar": lambda w, width, *, scale: w[:, None],
 }
-"""How a network sees w before its layers: as it sees time (Meng et al. 2023), or as the number itself."""
+"""The features of w that a network embeds: a sinusoid, as for time (Meng et al. 2023), or w itself."""
 
 
 class EmbeddingMLP(nn.Module):
@@ -55,11 +55,10 @@ class EmbeddingMLP(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Time, class and (where w_conditioned) guidance weight, embedded and added.
+    """The sum of the embeddings of time, label and (if w_conditioned) guidance weight.
 
-    w_embedding: a name of W_FEATURES; by "fourier", w is embedded as time is.
-    The projection of w starts at zero, so that a student begins as its teacher at every w
-    (Meng et al. 2023: w enters as the time step does).
+    w_embedding: a key of W_FEATURES; "fourier" embeds w as time is embedded (Meng et al. 2023).
+    The projection of w starts at zero, so that a student starts out equal to its teacher at every w.
     """
 
     width: int
@@ -73,8 +72,7 @@ class Conditioning(nn.Module):
     def __call__(self, log_snr: jax.Array, label: jax.Array, w: jax.Array | None) -> jax.Array:
         """log_snr, label, w: [B] each -> [B, width]. Label num_classes is the null label.
 
-        Raises ValueError if w is given to a network that doesn't take it, or missing from one that
-        does.
+        Raises ValueError if w is given but the network isn't conditioned on w, or the reverse.
         """
         if self.w_conditioned != (w is not None):
             raise ValueError(f"w_conditioned is {self.w_conditioned}, but w is {w}")

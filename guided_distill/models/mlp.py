@@ -1,4 +1,4 @@
-"""A residual perceptron: for points in the plane and for images small enough to be vectors."""
+"""A residual perceptron, for points in the plane and for images small enough to treat as vectors."""
 
 from typing import ClassVar
 

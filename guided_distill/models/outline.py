@@ -1,4 +1,4 @@
-"""What a network is made for: the shapes of an example and its condition."""
+"""The shapes of an example and its condition, for which a network is built."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 
 LABEL: tuple[tuple[str, tuple[int, ...]], ...] = (("label", ()),)
-"""The condition_shapes of data with classes."""
+"""The condition_shapes of data with labels."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What data are like. shape: of one example; condition_shapes: of its condition, by name.
+    """The shapes and classes of a data set.
 
-    num_classes: 0 where there are no labels. latent: whether examples are an autoencoder's latents.
+    shape: the shape of one example. num_classes: 0 if there are no labels. condition_shapes: the shapes
+    of one example's condition, by name. latent: whether examples are an autoencoder's latents.
     """
 
     shape: tuple[int, ...]
@@ -24,7 +25,7 @@ class Outline:
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """One example, as `Source.read` returns it."""
+        """The shapes and dtypes of one example, as `Source.read` returns it."""
         kinds = {"label": jnp.int32}
         condition = {
             name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32))
@@ -34,5 +35,5 @@ class Outline:
 
     @property
     def null(self) -> dict[str, jax.ShapeDtypeStruct] | None:
-        """What stands for no condition; None for labels, of which the network knows it."""
+        """The shape of the null condition; None for labels, whose null label the network knows."""
         return {"text": self.example["text"]} if "text" in self.condition_shapes else None

@@ -1,4 +1,4 @@
-"""Networks by name, and the step from a network's raw output to a Denoiser."""
+"""Networks by name, and the conversion of a network's raw output to a Denoiser."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ MODELS: dict[str, type[nn.Module]] = {
 
 Params = Mapping[str, Any]
 
-# Set by the run or by Flax, not by a config's model.options.
+# The run or Flax sets these, not a config's model.options.
 _NOT_OPTIONS = (
     "num_classes",
     "w_conditioned",
@@ -48,11 +48,11 @@ _NOT_OPTIONS = (
 
 @dataclass(frozen=True)
 class Network:
-    """A Flax module with what is needed to read its output: all of it but the weights.
+    """A Flax module, without its weights, and what is needed to interpret its output.
 
-    parameterization: what the module's output stands for, one of process.PARAMETERIZATIONS.
-    data_shape: the shape of one example, without the batch. condition_shapes: the shapes of one
-    example's condition, by name. latent: whether examples are an autoencoder's latents.
+    parameterization: what the module predicts, one of process.PARAMETERIZATIONS. data_shape: the shape
+    of one example, without the batch. condition_shapes: the shapes of one example's condition, by name.
+    latent: whether examples are an autoencoder's latents.
     """
 
     module: nn.Module
@@ -66,14 +66,17 @@ class Network:
 
     @property
     def of_images(self) -> bool:
-        """Whether an example is an image with pixels in [-1, 1], and not a point or latents."""
+        """Whether an example is an image with pixels in [-1, 1], rather than a point or latents."""
         return len(self.data_shape) == 3 and not self.latent
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its weights are made for, by name: two networks alike in this can share all but w's."""
-        how = ("w_conditioned", "w_embedding", "dropout", "dtype", "remat", "parent", "name")
-        fields = [each.name for each in dataclasses.fields(self.module) if each.name not in how]
+        """The settings that decide the weights' shapes, by name.
+
+        Two networks with equal options can share all weights except those of w.
+        """
+        others = ("w_conditioned", "w_embedding", "dropout", "dtype", "remat", "parent", "name")
+        fields = [each.name for each in dataclasses.fields(self.module) if each.name not in others]
         return {
             "network": type(self.module).__name__,
             **{name: getattr(self.module, name) for name in fields},
@@ -81,11 +84,11 @@ class Network:
 
     @property
     def null(self) -> Condition | None:
-        """The condition that stands for none, of labels; that of texts is their encoder's to tell."""
+        """The null label, as a condition; None for text, whose null condition comes from its encoder."""
         return {"label": self.num_classes} if "label" in dict(self.condition_shapes) else None
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh weights."""
+        """Newly initialized weights."""
         one = jnp.zeros((1,))
         return self.module.init(
             key,
@@ -99,10 +102,10 @@ class Network:
         )["params"]
 
     def rounded(self, params: Params) -> Params:
-        """The weights as a call uses them: kernels and tables in the precision that it computes in.
+        """The weights as the module uses them, with kernels and embedding tables cast to its dtype.
 
-        Biases, the scales of normalizations and the module's `head`, which computes in float32, stay as
-        they are.
+        Biases, the scales of normalizations and the module's `head`, which computes in float32, are
+        returned unchanged.
         """
         dtype, head = self.module.dtype, self.module.head  # type: ignore[attr-defined]
 
@@ -121,9 +124,9 @@ class Network:
         null: Condition | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Denoiser:
-        """The denoiser that these weights make; with dropout_keys [B], in training mode.
+        """The denoiser with these weights, in training mode if dropout_keys [B] are given.
 
-        null: the condition that stands for none, unless it is the label `num_classes`.
+        null: the null condition; by default, the label `num_classes`.
         """
         if null is None:
             null = self.null
@@ -147,19 +150,19 @@ class Network:
         )
 
     def conditioned_on_w(self, embedding: str = "fourier") -> "Network":
-        """The same network with the guidance weight as one more input, by a name of W_FEATURES."""
+        """The same network, conditioned on the guidance weight w; embedding: a key of W_FEATURES."""
         module = self.module.clone(w_conditioned=True, w_embedding=embedding)
         return replace(self, module=module, w_conditioned=True)
 
     def with_dropout(self, rate: float) -> "Network":
-        """The same network, with dropout at `rate` where it is given dropout keys."""
+        """The same network with this dropout rate, which applies when dropout keys are given."""
         return replace(self, module=self.module.clone(dropout=rate))
 
 
 def apply_with_dropout(module: nn.Module, params: Params, keys: jax.Array, *examples: Any) -> Any:
-    """The module in training mode on examples [B, ...]; each draws its masks from its own key [B].
+    """Apply the module in training mode to examples [B, ...]; each draws its masks from its own key [B].
 
-    The masks are then the same however the batch is split over devices.
+    So the masks don't depend on how the batch is split over devices.
     """
 
     def of_one(key: jax.Array, *example: Any) -> Any:
@@ -179,10 +182,10 @@ def build_network(
     dtype: str,
     outline: Outline,
 ) -> Network:
-    """A network for such data that doesn't take w. `options` are the fields of the module's class.
+    """Return a network for data with this outline, not conditioned on w.
 
-    Raises UserError for a name or an option that doesn't exist, for one that is missing, and for a
-    network that doesn't take such conditions.
+    options: fields of the module's class. Raises UserError if the name or an option is unknown, if an
+    option is missing or has the wrong type, or if the network doesn't take the data's conditions.
     """
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
@@ -191,8 +194,9 @@ def build_network(
     for condition in outline.condition_shapes:
         if condition not in kind.conditions:
             raise UserError(
-                f"config.model.name is {name}, which takes {' and '.join(kind.conditions)}, but the "
-                f"data have {condition}: choose another network or other data"
+                f"config.model.name is {name}, which takes the conditions "
+                f"{' and '.join(kind.conditions)}, but the data have {condition}: choose another "
+                f"network or other data"
             )
     return Network(
         module=kind(
@@ -214,32 +218,34 @@ def build_network(
 def check_options(
     key: str, options: Mapping[str, Any], kind: type[nn.Module], *, fixed: Collection[str]
 ) -> None:
-    """Raises UserError, naming the key, for an option that a module of this kind lacks or needs.
+    """Check a module's options. fixed: fields of the module that are not options.
 
-    Also for one of another type. fixed: fields of the module that are not options.
+    Raises UserError, naming the key, if an option is unknown, missing or of the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in fixed}
     for option in sorted(options.keys() - fields.keys()):
         raise UserError(
-            f"{key}.{option} is not an option of {kind.__name__}; it has {', '.join(fields)}"
+            f"{key}.{option} is not an option of {kind.__name__}: choose from {', '.join(fields)}"
         )
     for option, field in fields.items():
         if option in options:
             kinds.parse_value(f"{key}.{option}", options[option], field.type)
         elif field.default is MISSING:
-            raise UserError(f"{key}.{option} is missing: {kind.__name__} needs it")
+            raise UserError(
+                f"{key}.{option} is missing: set it, because {kind.__name__} requires it"
+            )
 
 
 def check_network(network: Network) -> None:
-    """Raises UserError, naming the option, for a network that can't be made, or not for its data.
+    """Check that a network can be built and fits its data; only shapes are computed.
 
-    Only shapes are computed.
+    Raises UserError, naming the option, if it can't or doesn't.
     """
     shape = " x ".join(map(str, network.data_shape))
     what = f"{type(network.module).__name__} for data of {shape}"
     if len(network.data_shape) != 3 and hasattr(network.module, "misfits"):
         raise UserError(
-            f"config.model.name makes a {what}, and it takes images: choose mlp, or other data"
+            f"config.model.name makes a {what}, but it takes images: choose mlp, or other data"
         )
     key = jax.eval_shape(jax.random.key, 0)
     shapes = functools.partial(jax.eval_shape, network.conditioned_on_w().init, key)
@@ -249,10 +255,10 @@ def check_network(network: Network) -> None:
 def check_module(
     where: str, module: nn.Module, what: str, evaluate: Callable[[], Any], *, shape: tuple[int, ...]
 ) -> Any:
-    """The shapes that `evaluate` returns, of a module made by the options of `where` for data of `shape`.
+    """Check a module built from the options under the key `where`; return what `evaluate` returns.
 
-    Raises UserError, naming the option, for one that is out of its range, and for the first of what the
-    module's `misfits` yields, if it has that; naming all options, for whatever else is raised on the way.
+    shape: the data's. Raises UserError, naming the option, if an option is out of range or the module's
+    `misfits`, if it has that method, yields a message; naming `where`, if `evaluate` raises any error.
     """
     for field in dataclasses.fields(module):
         kinds.check(f"{where}.{field.name}", getattr(module, field.name), field.type)
@@ -261,18 +267,19 @@ def check_module(
         raise UserError(f"{where}.{misfit}")
     try:
         return evaluate()
-    except Exception as error:  # Whatever the layers, some of a user's own, say of their sizes.
+    except Exception as error:  # Layers, which may be the user's own, raise many types of error.
         first, *_ = str(error).splitlines() or [""]
         raise UserError(
-            f"{where} make no {what} ({type(error).__name__}: {first}): change them"
+            f"{where} can't build a {what} ({type(error).__name__}: {first}): change these options"
         ) from error
 
 
 def student_params(student: Params, teacher: Params) -> Params:
-    """The weights a student starts from: its teacher's, and its own where the teacher has none.
+    """The student's initial weights: the teacher's, and its own where the teacher has none.
 
-    With the w projection at zero, this makes the stage-one student equal to its conditional teacher at
-    every w. Raises ValueError if the teacher has a weight that the student lacks, or of another shape.
+    Because the projection of w starts at zero, the stage-one student equals its conditional teacher at
+    every w. Raises ValueError if the student lacks one of the teacher's weights or has another shape
+    for it.
     """
     flat_student = flatten_dict(student)
     for path, value in flatten_dict(teacher).items():

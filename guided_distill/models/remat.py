@@ -1,4 +1,4 @@
-"""What a network keeps of its blocks for the backward pass; the rest is computed again."""
+"""Rematerialization: which of a block's values are kept for the backward pass, the rest recomputed."""
 
 from typing import Annotated, Any
 
@@ -12,12 +12,13 @@ KINDS: dict[str, Any] = {
     "products": jax.checkpoint_policies.dots_saveable,
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
-"""By the name of what is kept less and less of: all, products of matrices and convolutions, inputs."""
+"""Checkpoint policies by name. They keep all values; the results of matrix products and convolutions; or
+only the inputs of each block."""
 
 
 Remat = Annotated[str, kinds.OneOf(KINDS)]
 
 
 def rematerialized(block: Any, kind: Remat, **options: Any) -> Any:
-    """The block's class, such that it keeps what KINDS[kind] says. options: those of nn.remat."""
+    """The block's class, rematerialized by the policy KINDS[kind]. options: passed to nn.remat."""
     return block if kind == "none" else nn.remat(block, policy=KINDS[kind], **options)

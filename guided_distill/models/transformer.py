@@ -1,4 +1,4 @@
-"""A patch transformer with adaptive layer norm, in the manner of DiT (Peebles & Xie 2023)."""
+"""A patch transformer with adaptive layer norm, similar to DiT (Peebles & Xie 2023)."""
 
 import functools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from guided_distill.models.sizes import sides, undivided
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a perceptron, each scaled, shifted and gated by the conditioning vector."""
+    """Attention and a perceptron, both scaled, shifted and gated by the conditioning vector."""
 
     width: int
     num_heads: int
@@ -55,7 +55,7 @@ class TransformerBlock(nn.Module):
 class PatchTransformer(nn.Module):
     """Patches -> `depth` transformer blocks -> patches.
 
-    dtype: what products are computed in; the residual stream and its normalizations are float32.
+    dtype: the precision of matrix products; the residual stream and its normalizations are float32.
     """
 
     head: ClassVar[str] = "output"
@@ -76,7 +76,7 @@ class PatchTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """Yields what is amiss with an option, by its name, for data of this shape."""
+        """Yields a message, beginning with the option, for each option that doesn't fit this shape."""
         yield from undivided("num_heads", self.num_heads, {"width": self.width})
         yield from undivided("patch_size", self.patch_size, sides(shape))
 
@@ -90,7 +90,7 @@ class PatchTransformer(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; log_snr, the label, w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; log_snr, the label and w [B] -> [B, H, W, num_outputs C].
 
         H and W are multiples of patch_size.
         """

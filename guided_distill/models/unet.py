@@ -1,4 +1,4 @@
-"""The pixel-space U-Net of the paper's line of work (Dhariwal & Nichol 2021; Salimans & Ho 2022)."""
+"""The pixel-space U-Net that the paper builds on (Dhariwal & Nichol 2021; Salimans & Ho 2022)."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -17,13 +17,16 @@ from guided_distill.models.sizes import sides, undivided
 
 
 def group_norm(channels: int, name: str) -> nn.GroupNorm:
-    """Group normalization with 32 groups, or as many as divide the channels; in float32."""
+    """Group normalization in float32, with 32 groups or fewer.
+
+    The number of groups divides the channels and leaves at least 4 in each group.
+    """
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, dtype=jnp.float32, name=name)
 
 
 def resample(image: jax.Array, mode: str | None) -> jax.Array:
-    """Halve by average pooling ("down"), double by repetition ("up"), or leave alone (None)."""
+    """Halve the image by average pooling ("down"), double it by repetition ("up"), or keep it (None)."""
     if mode == "down":
         return nn.avg_pool(image, (2, 2), strides=(2, 2))
     if mode == "up":
@@ -63,7 +66,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, residual."""
+    """Residual self-attention over the pixels."""
 
     head_width: int
     dtype: DTypeLike
@@ -87,14 +90,14 @@ class AttentionBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, middle and up, with a skip from every block of the way down to its like on the way up.
+    """Down, middle and up, with a skip connection from every block on the way down to its match going up.
 
-    width: channels at full resolution; level k has width * channel_multipliers[k] at 1/2^k.
-    attention_resolutions: the heights at which attention follows each residual block; the middle has
-    it always. patch_size: side of the squares of pixels that the first level takes as one; "full
-    resolution" then is 1/patch_size of the image's. remat: one of models/remat.py's KINDS. dtype: what
-    products are computed in; the residual stream and its normalizations are float32, for their rounding
-    would hide what the first halving rounds have to learn (benchmarks/rounding.py).
+    width: channels at full resolution; level k has width * channel_multipliers[k] channels at 1/2^k of
+    it. attention_resolutions: the heights at which attention follows each residual block; the middle
+    always attends. patch_size: side of the squares of pixels that become channels of the first level,
+    whose "full resolution" is then 1/patch_size of the image's. remat: one of KINDS in models/remat.py.
+    dtype: the precision of matrix products; the residual stream and its normalizations are float32,
+    because rounding them would hide what the first halving rounds have to learn (benchmarks/rounding.py).
     """
 
     head: ClassVar[str] = "output"
@@ -117,7 +120,7 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """Yields what is amiss with an option, by its name, for data of this shape."""
+        """Yields a message, beginning with the option, for each option that doesn't fit this shape."""
         levels = len(self.channel_multipliers)
         if not levels:
             yield "channel_multipliers is empty: give one for each level"
@@ -127,7 +130,7 @@ class UNet(nn.Module):
         if any(side % halved for side in sides(shape).values()):
             yield (
                 f"channel_multipliers has {levels} levels, and a side of {' x '.join(map(str, shape))} "
-                f"can't be halved so often: give fewer"
+                f"can't be halved {levels - 1} times: give fewer levels"
             )
         attending = {self.channel_multipliers[-1]}
         for level, multiplier in enumerate(self.channel_multipliers):
@@ -147,11 +150,11 @@ class UNet(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; log_snr, the label, w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; log_snr, the label and w [B] -> [B, H, W, num_outputs C].
 
         H and W are multiples of patch_size 2^(levels-1).
         """
-        # Argument 3 is `train`: a Python bool, not an array.
+        # Argument 3 is `train`, a Python bool rather than an array.
         residual_block = rematerialized(ResidualBlock, self.remat, static_argnums=(3,))
         attention_block = rematerialized(AttentionBlock, self.remat)
 

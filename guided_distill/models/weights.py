@@ -1,4 +1,4 @@
-"""The weights of a network: their shapes, before there are any, and their fingerprint."""
+"""The shapes of a network's weights, without computing them, and the weights' fingerprint."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from guided_distill.storage import first_line
 
 
 def weight_shapes(init: Callable[[], Any], where: object) -> Any:
-    """The tree of weights that `init` returns, as jax.ShapeDtypeStruct: nothing is computed.
+    """The tree of weights that `init` would return, as jax.ShapeDtypeStruct; nothing is computed.
 
     Raises UserError, naming the file or folder `where`, if the network can't be built.
     """
@@ -27,7 +27,7 @@ def weight_shapes(init: Callable[[], Any], where: object) -> Any:
 
 
 def weights_fingerprint(settings: object, params: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of a network's settings and of its weights, in order."""
+    """The first 16 hex digits of the SHA-256 of a network's settings and weights, in tree order."""
     digest = hashlib.sha256(repr(settings).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -1,4 +1,4 @@
-"""What the networks of latent diffusion keep to beyond their parity with others' (tests/parity)."""
+"""Properties of the latent diffusion networks, beside their parity with diffusers (tests/parity)."""
 
 import functools
 
@@ -36,7 +36,7 @@ def latents(size=4):
 
 
 def random_params(module, *inputs):
-    """Weights of which none is zero."""
+    """Weights without zeros."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
     return jax.tree.map(
@@ -45,7 +45,7 @@ def random_params(module, *inputs):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_w_missing_or_not_taken(name):
+def test_w_is_given_exactly_if_the_network_is_conditioned_on_it(name):
     inputs = (latents(), TIME, CONDITION)
     for w_conditioned, w in ((True, None), (False, W)):
         module = NETWORKS[name](w_conditioned=w_conditioned)
@@ -54,7 +54,7 @@ def test_w_missing_or_not_taken(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_dropout_in_training_alone(name):
+def test_dropout_applies_in_training_only(name):
     inputs = (latents(), TIME, CONDITION)
     plain, dropping = NETWORKS[name](), NETWORKS[name](dropout=0.3)
     params = random_params(plain, *inputs)
@@ -76,7 +76,7 @@ def test_remat_has_the_same_weights_and_keeps_little_for_the_backward_pass(name)
     inputs = (latents(), TIME, CONDITION)
 
     def shapes(remat):
-        """Of the weights, and numbers that the backward pass needs besides them."""
+        """The weights' shapes, and how many other numbers the backward pass keeps."""
         net = NETWORKS[name](remat=remat)
 
         def apply(params):
@@ -101,7 +101,7 @@ def test_latents_are_drawn_then_scaled():
     )
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     params = random_params(net, images)
-    # Log variances far below and far above the range that is kept.
+    # Log variances far below and far above the range that they are clipped to.
     sure, unsure = jnp.array([-99.0, -99.0]), jnp.array([99.0, 99.0])
     params["quant_conv"]["bias"] = jnp.concatenate([jnp.zeros(4), sure, unsure])
 

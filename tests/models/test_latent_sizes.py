@@ -1,4 +1,4 @@
-"""The published networks' sizes: numbers of weights and of tensors as in diffusers' and transformers'."""
+"""The published networks have as many weights and tensors as in diffusers and transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ DENOISERS = {
         865_925_124,
         686,
     ),
-    # Labels' embeddings are a network of their own there.
+    # The published model embeds labels in a network of its own.
     "imagenet ldm": (
         UNet2DCondition(**IMAGENET_LDM),
         3,
@@ -42,7 +42,7 @@ DENOISERS = {
         400_920_579 + 1001 * 512,
         688 + 1,
     ),
-    # Every block has its own embeddings of time and label there.
+    # In the published model, every block has its own embeddings of time and label.
     "dit xl/2": (DiT(num_classes=1000), 4, "label", 749_826_464, 538),
 }
 OTHERS = {
@@ -76,7 +76,7 @@ OTHERS = {
 
 
 def size(module, *inputs):
-    """Numbers of weights and of tensors, and the output's shape."""
+    """The numbers of weights and of tensors, and the output's shape."""
     output, variables = jax.eval_shape(
         lambda *inputs: module.init_with_output(jax.random.key(0), *inputs), *inputs
     )

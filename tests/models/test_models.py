@@ -1,4 +1,4 @@
-"""What every network must keep to."""
+"""Properties that every network must have."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ W_PROJECTION = {
     "dit": ("w", "output", "kernel"),
     "sd_unet": ("time_embedding", "cond_proj", "kernel"),
 }
-"""The weights that w enters by, where they aren't those of `Conditioning`."""
+"""The path of the projection of w, where it differs from that of `Conditioning`."""
 SHAPE = (4, 4, 1)
 KEY = jax.eval_shape(jax.random.key, 0)
 
@@ -60,7 +60,7 @@ def make(name, dtype="float32", options=None):
 
 
 def random_params(network):
-    """Weights of which none is zero, so that nothing is hidden by a zero."""
+    """Weights without zeros, which could hide an error."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     return jax.tree.map(
@@ -83,7 +83,7 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     network = make(name)
     student = network.conditioned_on_w()
     teacher_params = random_params(network)
-    # These keys compile in a fraction of the usual ones' time.
+    # Keys of this kind compile much faster than the default.
     fresh = jax.jit(student.init)(jax.random.key(1, impl="unsafe_rbg"))
     start = flatten_dict(student_params(fresh, teacher_params))
     entry = W_PROJECTION.get(name, ("conditioning", "w", "output", "kernel"))
@@ -91,7 +91,7 @@ def test_student_starts_as_its_conditional_teacher_at_every_w(name):
     z, t, condition = inputs()
     w = jnp.array([0.0, 1.0, 2.5, 4.0])
 
-    # One program: two would round the time embedding's large angles differently.
+    # Use one program: two would round the time embedding's large angles differently.
     @jax.jit
     def compare(teacher_params, start, projection):
         def found(projection):
@@ -152,7 +152,7 @@ def test_a_scalar_w_enters_as_the_number_itself(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bfloat16_computes_in_it_and_keeps_float32_weights_and_output(name):
+def test_a_bfloat16_network_keeps_float32_weights_and_output(name):
     student = make(name, dtype="bfloat16").conditioned_on_w()
     params = random_params(student)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -182,7 +182,7 @@ def test_in_bfloat16_the_residual_stream_stays_float32(name, blocks, product):
     assert found[blocks, product] == jnp.bfloat16
 
 
-def test_patches_return_and_are_local():
+def test_patches_are_local_and_invertible():
     image = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
     patches = to_patches(image, 2)
     np.testing.assert_array_equal(from_patches(patches, 2), image)

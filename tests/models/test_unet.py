@@ -1,4 +1,4 @@
-"""The U-Net's options: the same function at less memory, and at a coarser resolution."""
+"""The U-Net's options: remat computes the same function with less memory; patch_size is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def images(size):
 
 
 def random_params(net, image):
-    """Weights of which none is zero."""
+    """Weights without zeros."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), image, *OTHERS))["params"]
     return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
@@ -63,7 +63,7 @@ def test_remat_keeps_little_for_the_backward_pass():
     params = random_params(UNet(**OPTIONS), images(4))
 
     def kept(remat):
-        """Numbers that the backward pass needs, besides the weights."""
+        """How many numbers the backward pass keeps besides the weights."""
         backward = jax.eval_shape(lambda p: jax.vjp(training_loss(remat), p)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward)) - sum(
             leaf.size for leaf in jax.tree.leaves(params)

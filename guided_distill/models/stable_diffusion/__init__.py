@@ -1,1 +1,1 @@
-"""Latent diffusion (Rombach et al. 2022), with diffusers' names and shapes of weights."""
+"""Latent diffusion networks (Rombach et al. 2022), whose weights have diffusers' names and shapes."""

@@ -1,4 +1,4 @@
-"""Attention: between pixels, from pixels to a context, and what surrounds it."""
+"""Self-attention between pixels, cross-attention to a context, and the transformer blocks around them."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gated_gelu(hidden: jax.Array) -> jax.Array:
-    """[..., 2 D] -> [..., D]: the first half, gated by the exact GELU of the second."""
+    """[..., 2 D] -> [..., D]: the first half times the exact GELU of the second."""
     value, gate = jnp.split(hidden, 2, axis=-1)
     return value * nn.gelu(gate, approximate=False)
 
@@ -25,13 +25,13 @@ def attend(
     num_heads: int,
     is_causal: bool = False,
 ) -> jax.Array:
-    """queries [B, T, C], keys and values [B, S, C] -> [B, T, C], in num_heads parts of the channels."""
+    """Multi-head attention of queries [B, T, C] to keys and values [B, S, C] -> [B, T, C]."""
     heads = (array.reshape(*array.shape[:2], num_heads, -1) for array in (queries, keys, values))
     return jax.nn.dot_product_attention(*heads, is_causal=is_causal).reshape(queries.shape)
 
 
 class MultiHeadAttention(nn.Module):
-    """From tokens to a context, or to themselves."""
+    """Attention of tokens to a context or, without one, to themselves."""
 
     num_heads: int
     qkv_bias: bool = False
@@ -54,13 +54,13 @@ class MultiHeadAttention(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Residual attention of every pixel to every other, with one head."""
+    """Residual self-attention over the pixels, with one head."""
 
     norm_num_groups: int
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        """Normalization and attention, one layer in the names of the weights."""
+        """Create normalization and attention, whose weights share one scope."""
         self.group_norm = nn.GroupNorm(self.norm_num_groups, epsilon=1e-6, dtype=self.dtype)
         self.attention = MultiHeadAttention(num_heads=1, qkv_bias=True, dtype=self.dtype)
         nn.share_scope(self, self.attention)
@@ -81,12 +81,12 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[..., C] -> what the activation makes of [..., width]."""
+        """[..., C] -> the activation of [..., width]."""
         return self.activation(nn.Dense(self.width, dtype=self.dtype, name="proj")(tokens))
 
 
 class FeedForward(nn.Module):
-    """Dense -> activation -> Dense, with the width of the first."""
+    """Dense -> activation -> Dense. width: the output of the first Dense, before the activation."""
 
     width: int
     activation: Activation
@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Attention to the tokens themselves, attention to the context, and a gated perceptron."""
+    """Self-attention, cross-attention to the context, and a gated perceptron."""
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
@@ -121,10 +121,10 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block between pixels and context, residual.
+    """A residual transformer block between pixels and context.
 
-    use_linear_projection: whether the projections around it are kept as matrices, or as 1x1
-    convolutions.
+    use_linear_projection: whether the projections before and after the block are stored as matrices
+    rather than as 1x1 convolutions.
     """
 
     num_heads: int

@@ -1,4 +1,4 @@
-"""From images to latents and back: the autoencoders of latent diffusion (Rombach et al. 2022)."""
+"""The autoencoders of latent diffusion, from images to latents and back (Rombach et al. 2022)."""
 
 import functools
 from collections.abc import Iterator
@@ -35,26 +35,26 @@ class CoderBase(nn.Module):
     out_channels: int
 
     def resnet(self) -> Layer:
-        """Residual blocks without an embedding."""
+        """The constructor of residual blocks without an embedding."""
         return functools.partial(
             ResnetBlock, norm_num_groups=self.norm_num_groups, norm_eps=1e-6, dtype=self.dtype
         )
 
     def attention(self, level: int) -> Layer | None:
-        """What follows each residual block of a level."""
+        """The constructor of the attention after each residual block of a level; None if it has none."""
         return self._attention() if level in self.attention_levels else None
 
     def middle(self, image: jax.Array) -> jax.Array:
-        """The middle, at the lowest resolution."""
+        """Apply the middle block, at the lowest resolution."""
         channels = self.block_out_channels[-1]
         return Middle(channels, self.resnet(), self._attention(), name="mid_block")(image)
 
     def convolved_in(self, image: jax.Array, channels: int) -> jax.Array:
-        """The first convolution."""
+        """Apply the first convolution."""
         return nn.Conv(channels, (3, 3), dtype=self.dtype, name="conv_in")(image)
 
     def convolved_out(self, image: jax.Array) -> jax.Array:
-        """The last one."""
+        """Apply the last normalization and convolution."""
         image = nn.GroupNorm(
             self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="conv_norm_out"
         )(image)
@@ -67,13 +67,13 @@ class CoderBase(nn.Module):
 
 
 class Encoder(CoderBase):
-    """Each level halves the resolution, but the last."""
+    """The encoder; each level except the last halves the resolution."""
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, h, w, out_channels]."""
         image = self.convolved_in(image, self.block_out_channels[0])
-        # One more row and column on the far side alone, as these weights were trained.
+        # The published weights were trained with padding at the bottom and right only.
         downsampler = functools.partial(Downsample, (0, 1), self.dtype)
         last_level = len(self.block_out_channels) - 1
         for level, channels in enumerate(self.block_out_channels):
@@ -89,7 +89,7 @@ class Encoder(CoderBase):
 
 
 class Decoder(CoderBase):
-    """The encoder's levels in reverse, each with one residual block more."""
+    """The decoder: the encoder's levels in reverse, each with one more residual block."""
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> jax.Array:
@@ -112,10 +112,9 @@ class Decoder(CoderBase):
 
 
 class AutoencoderBase(nn.Module):
-    """Images in [-1, 1] to latents at 1/2^(levels-1) of the resolution, and back.
+    """Encodes images in [-1, 1] to latents at 1/2^(levels-1) of the resolution, and decodes them.
 
-    The diffusion's latents are the autoencoder's times scaling_factor; to_latents and to_images alone
-    apply it.
+    Diffusion uses the autoencoder's latents times scaling_factor; only to_latents and to_images apply it.
     """
 
     block_out_channels: tuple[kinds.Width, ...] = (128, 256, 512, 512)
@@ -128,7 +127,7 @@ class AutoencoderBase(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """Yields what is amiss with an option, by its name, for images of any shape."""
+        """Yields a message, beginning with the option, for each option that is wrong for any shape."""
         if not self.block_out_channels:
             yield "block_out_channels is empty: give one for each level"
         yield from misfit_levels("attention_levels", self.attention_levels, self.block_out_channels)
@@ -151,27 +150,27 @@ class AutoencoderBase(nn.Module):
         return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, latent_channels], not scaled -> images [B, H, W, C]."""
+        """Unscaled latents [B, h, w, latent_channels] -> images [B, H, W, C]."""
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
     def to_images(self, latents: jax.Array) -> jax.Array:
-        """The diffusion's latents [B, h, w, latent_channels] -> images [B, H, W, C]."""
+        """Scaled latents [B, h, w, latent_channels] -> images [B, H, W, C]."""
         return self.decode(latents / self.scaling_factor)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images to the diffusion's latents, and back."""
+        """Encode images to scaled latents and decode these."""
         return self.to_images(self.to_latents(images))
 
 
 class AutoencoderKL(AutoencoderBase):
-    """Latents are normal numbers around what the encoder says."""
+    """An autoencoder whose latents are normally distributed, with the encoder's mean and variance."""
 
     def setup(self) -> None:
-        """All layers."""
+        """Create all layers."""
         self._layers(encoded_channels=2 * self.latent_channels)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [B, H, W, C] -> mean and log variance [B, h, w, latent_channels], not scaled.
+        """Images [B, H, W, C] -> unscaled mean and log variance [B, h, w, latent_channels].
 
         The log variance is clipped to [-30, 20].
         """
@@ -179,7 +178,7 @@ class AutoencoderKL(AutoencoderBase):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def to_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Images -> the diffusion's latents, drawn with the key; without one, their mean."""
+        """Images -> scaled latents, drawn with the key; without a key, their mean."""
         latents, log_variance = self.encode(images)
         if key is not None:
             noise = jax.random.normal(key, latents.shape, latents.dtype)
@@ -188,26 +187,26 @@ class AutoencoderKL(AutoencoderBase):
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest entries of a codebook."""
+    """Replaces each latent by the nearest entry of a codebook."""
 
     size: int
     width: int
 
     def setup(self) -> None:
-        """The codebook."""
+        """Create the codebook."""
         self.embedding = nn.Embed(self.size, self.width)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """[B, h, w, width] -> the same."""
         codes = self.embedding.embedding
-        # Squares of distances, less what all entries share. Coarse products would move the choice.
+        # Squared distances, less the term that all entries share. Low precision could change the argmin.
         products = jnp.einsum("bhwc,kc->bhwk", latents, codes, precision="highest")
         distances = jnp.square(codes).sum(axis=-1)[None, None, None, :] - 2.0 * products
         return self.embedding(distances.argmin(axis=-1))
 
 
 class VQModel(AutoencoderBase):
-    """Latents become the nearest of num_vq_embeddings codes as they are decoded, and not before."""
+    """An autoencoder that quantizes latents to the nearest of num_vq_embeddings codes when it decodes."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
     latent_channels: int = 3
@@ -215,18 +214,18 @@ class VQModel(AutoencoderBase):
     num_vq_embeddings: int = 8192
 
     def setup(self) -> None:
-        """All layers."""
+        """Create all layers."""
         self._layers(encoded_channels=self.latent_channels)
         self.quantize = VectorQuantizer(self.num_vq_embeddings, self.latent_channels)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, C] -> latents [B, h, w, latent_channels], not scaled."""
+        """Images [B, H, W, C] -> unscaled latents [B, h, w, latent_channels]."""
         return self._encoded(images)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, latent_channels], not scaled -> images [B, H, W, C]."""
+        """Unscaled latents [B, h, w, latent_channels] -> images [B, H, W, C]."""
         return super().decode(self.quantize(latents))
 
     def to_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Images -> the diffusion's latents; nothing is drawn."""
+        """Images -> scaled latents, which are deterministic: the key is unused."""
         return self.encode(images) * self.scaling_factor

@@ -1,4 +1,4 @@
-"""The parts that the U-Net and both halves of the autoencoders are made of."""
+"""The blocks of the U-Net and of the autoencoders' encoders and decoders."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, residual; the embedding, where there is one, is added between them."""
+    """A residual block of two 3x3 convolutions; the embedding, if given, is added between them."""
 
     channels: int
     norm_num_groups: int
@@ -38,7 +38,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution at every other pixel. padding: rows and columns before and after."""
+    """A 3x3 convolution with stride 2. padding: rows and columns added before and after."""
 
     padding: tuple[int, int]
     dtype: DTypeLike = jnp.float32
@@ -57,7 +57,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel twice each way, then a 3x3 convolution. size: rows and columns, 2n or 2n - 1."""
+    """Doubles the image by repetition, then convolves it 3x3. size: rows and columns, 2n or 2n - 1."""
 
     size: tuple[int, int]
     dtype: DTypeLike = jnp.float32
@@ -71,14 +71,14 @@ class Upsample(nn.Module):
 
 
 Layer = Callable[..., nn.Module]
-"""A module's class, or a partial of it."""
+"""A module's class, or a functools.partial of it."""
 
 
 class Level(nn.Module):
-    """All layers at one resolution, and the step to the next.
+    """All layers at one resolution, and the resampling to the next.
 
-    resnet(channels, name=...) makes the residual blocks; attention(name=...) what follows each of them,
-    and downsampler(name=...) or upsampler(name=...) the last step; None where there is none.
+    resnet(channels, name=...) builds the residual blocks, attention(name=...) the attention after each of
+    them, and downsampler(name=...) or upsampler(name=...) the resampling; None leaves the layer out.
     """
 
     channels: int
@@ -96,9 +96,9 @@ class Level(nn.Module):
         context: jax.Array | None = None,
         skips: Sequence[jax.Array] = (),
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """image [B, H, W, C] -> the level's image, and the images after every step of it, in order.
+        """image [B, H, W, C] -> the level's output, and the images after each of its steps, in order.
 
-        skips: what is concatenated to the image before each layer, the last one first.
+        skips: the images to concatenate before each layer, used from last to first.
         """
         steps = []
         for index in range(self.num_layers):

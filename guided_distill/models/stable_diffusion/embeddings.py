@@ -1,4 +1,4 @@
-"""What conditions every block: the index of the noise level, and the guidance weight beside it."""
+"""The embedding that conditions every block, of the noise level's index and of the guidance weight."""
 
 import math
 
@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 
 
 def time_sinusoid(time: jax.Array, width: int, *, frequency_shift: int = 0) -> jax.Array:
-    """time [B] -> [B, width]: cosines, then sines, at width/2 frequencies from 1 down to 1/10000.
+    """time [B] -> [B, width]: cosines, then sines, at width/2 frequencies.
 
-    The frequency reached after width/2 - frequency_shift steps is the lowest.
+    Frequency k is 10000^(-k / (width/2 - frequency_shift)).
     """
     half = width // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift)
@@ -20,20 +20,20 @@ def time_sinusoid(time: jax.Array, width: int, *, frequency_shift: int = 0) -> j
 
 
 def check_w(w: jax.Array | None, *, w_conditioned: bool) -> None:
-    """Raises ValueError if w is given where it isn't taken, or missing where it is."""
+    """Raises ValueError if w is given but the network isn't conditioned on w, or the reverse."""
     if w_conditioned != (w is not None):
         raise ValueError(f"w_conditioned is {w_conditioned}, but w is {w}")
 
 
 class TimestepEmbedding(nn.Module):
-    """Dense -> swish -> Dense; what w adds to the sinusoid of time starts at zero."""
+    """Dense -> swish -> Dense; the projection of w, added to the sinusoid of time, starts at zero."""
 
     width: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, time: jax.Array, w: jax.Array | None = None) -> jax.Array:
-        """time [B, D] and w [B, E], as sinusoids or as W_FEATURES has it -> [B, width]."""
+        """Sinusoid of time [B, D] and features of w [B, E], from W_FEATURES -> [B, width]."""
         if w is not None:
             time += nn.Dense(
                 time.shape[-1],

@@ -17,7 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class TextEmbeddings(nn.Module):
-    """The sum of a token's embedding and its position's."""
+    """The sum of the embeddings of a token and of its position."""
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +35,7 @@ class TextEmbeddings(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """From every token to itself and those before it."""
+    """Attention of every token to itself and the tokens before it."""
 
     num_heads: int
     dtype: DTypeLike
@@ -71,7 +71,7 @@ class Perceptron(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Attention and a perceptron, each residual and normalized before."""
+    """Attention and a perceptron, both residual and pre-normalized."""
 
     num_heads: int
     intermediate_size: int
@@ -89,7 +89,7 @@ class TextLayer(nn.Module):
 
 
 class TextLayers(nn.Module):
-    """The layers, in order."""
+    """A stack of text layers."""
 
     num_layers: int
     num_heads: int
@@ -112,7 +112,7 @@ class TextLayers(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Tokens to what the U-Net attends to: all of the last layer, normalized.
+    """Encodes tokens to the context of the U-Net: all states of the last layer, normalized.
 
     Fields are those of transformers' CLIPTextConfig; hidden_act is one of ACTIVATIONS.
     """
@@ -128,7 +128,7 @@ class CLIPTextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[B, L] of at most max_position_embeddings, padding included -> [B, L, hidden_size]."""
+        """[B, L] -> [B, L, hidden_size]; L, with padding, is at most max_position_embeddings."""
         hidden = TextEmbeddings(
             self.vocab_size,
             self.hidden_size,

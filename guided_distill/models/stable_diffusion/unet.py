@@ -1,4 +1,4 @@
-"""The U-Net of latent diffusion (Rombach et al. 2022): Stable Diffusion 1 and 2, and LDMs of ImageNet."""
+"""The U-Net of latent diffusion (Rombach et al. 2022): Stable Diffusion 1 and 2, and ImageNet LDMs."""
 
 import functools
 from collections.abc import Iterator
@@ -30,14 +30,13 @@ from guided_distill.models.stable_diffusion.embeddings import (
 
 
 class UNet2DCondition(nn.Module):
-    """Down, middle and up, with a skip from every step of the way down to its like on the way up.
+    """Down, middle and up, with a skip connection from every step on the way down to its match going up.
 
-    Fields have diffusers' names where those say what they are.
-    cross_attention_levels: indices into block_out_channels, from full resolution down; the middle
-    always attends. num_attention_heads: at each level (diffusers writes it as attention_head_dim).
-    A label becomes a context of length one and width cross_attention_dim; label num_classes is the null
-    label. w_embedding: "fourier" is diffusers'; w_embedding_width is its time_cond_proj_dim. remat: one
-    of models/remat.py's KINDS.
+    Fields have diffusers' names where those are accurate. cross_attention_levels: indices into
+    block_out_channels, from full resolution down; the middle always attends. num_attention_heads: the
+    number at each level (diffusers calls it attention_head_dim). A label becomes a context of length one
+    and width cross_attention_dim; label num_classes is the null label. w_embedding: diffusers uses
+    "fourier"; w_embedding_width is its time_cond_proj_dim. remat: one of KINDS in models/remat.py.
     """
 
     head: ClassVar[str] = "conv_out"
@@ -61,12 +60,12 @@ class UNet2DCondition(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """Yields what is amiss with an option, by its name, for data of any shape."""
+        """Yields a message, beginning with the option, for each option that is wrong for any shape."""
         levels, heads = self.block_out_channels, self.num_attention_heads
         if not levels or len(levels) != len(heads):
             yield (
-                f"num_attention_heads has {len(heads)} numbers, and block_out_channels {len(levels)}: "
-                f"give both one for each level"
+                f"num_attention_heads has {len(heads)} numbers and block_out_channels has {len(levels)}: "
+                f"give each one number per level"
             )
             return
         yield from misfit_levels("cross_attention_levels", self.cross_attention_levels, levels)
@@ -85,11 +84,11 @@ class UNet2DCondition(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """z [B, H, W, C]; time [B], an index of the noise levels; w [B] -> [B, H, W, num_outputs C].
+        """z [B, H, W, C]; time [B], the index of the noise level; w [B] -> [B, H, W, num_outputs C].
 
-        condition: "text" [B, L, D] or "label" [B]; beside it, an in-painting network's "inpaint"
-        [B, H, W, 1 + C] is the mask (1 where to paint) and the masked image's latents. Raises ValueError
-        if w is given to a network that doesn't take it, or missing from one that does.
+        condition: "text" [B, L, D] or "label" [B]. An in-painting network also takes "inpaint"
+        [B, H, W, 1 + C]: the mask (1 where to paint) and the masked image's latents. Raises ValueError if
+        w is given but the network isn't conditioned on w, or the reverse.
         """
         check_w(w, w_conditioned=self.w_conditioned)
         embedding = self._embedding(time, w)
@@ -163,7 +162,7 @@ class UNet2DCondition(nn.Module):
         )(nn.swish(image))
 
     def _embedding(self, time: jax.Array, w: jax.Array | None) -> jax.Array:
-        """[B, 4 block_out_channels[0]], as every residual block adds it."""
+        """The embedding [B, 4 block_out_channels[0]] that every residual block projects and adds."""
         width = self.block_out_channels[0]
         if w is not None:
             features = W_FEATURES[self.w_embedding]
@@ -172,7 +171,7 @@ class UNet2DCondition(nn.Module):
         return nn.swish(embed(time_sinusoid(time, width), w))
 
     def _context(self, condition: Condition) -> jax.Array:
-        """[B, L, cross_attention_dim]."""
+        """The context [B, L, cross_attention_dim]."""
         if "text" in condition:
             return condition["text"]
         embed = nn.Embed(
