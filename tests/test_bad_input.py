@@ -109,8 +109,8 @@ def small(path):
     ("pictures", "said"),
     [
         ([], "no images"),
-        ([whole, lambda path: path.write_bytes(b"no picture")], "b.png cannot be read"),
-        ([cut, cut], ".png cannot be read"),
+        ([whole, lambda path: path.write_bytes(b"no picture")], "b.png can't be read"),
+        ([cut, cut], ".png can't be read"),
         ([whole, small], "b.png is 8 x 8"),
     ],
     ids=["empty", "corrupt header", "corrupt pixels", "wrong size"],

@@ -363,7 +363,11 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypa
         ("edit", ["--prompt", "a", "--image", "{image}", "--strength", "0"], "--strength is 0"),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{mask}"], "is 8 x 9 pixels"),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{text}"], "as an image"),
-        ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "{clear}"], "nowhere white"),
+        (
+            "inpaint",
+            ["--prompt", "a", "--image", "{image}", "--mask", "{clear}"],
+            "has no white pixel",
+        ),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "none"], "no image at none"),
         ("generate", ["--prompt", "caf\udce9"], "can't be read as text"),
         ("generate", ["--prompts", "{text}"], "can't be read as text, save it in UTF-8"),

@@ -1,1 +1,1 @@
-"""Data: sources by name, and the shuffled, resumable batches made of them."""
+"""Data: sources by name, and shuffled, resumable batches of their examples."""

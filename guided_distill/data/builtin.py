@@ -1,4 +1,4 @@
-"""Sources that need no files of the user's: handwritten digits and the 2-D mixture."""
+"""Sources that need no files: handwritten digits and the 2-D mixture."""
 
 import functools
 
@@ -14,7 +14,7 @@ _MIXTURE_SIZE = {"train": 50_000, "test": 10_000}
 
 
 def digits(split: str) -> Source:
-    """8x8x1 handwritten digits of scikit-learn: 1,797 in all, a fifth of each class for test."""
+    """Opens scikit-learn's 1,797 handwritten digits, 8x8x1; a fifth of each class is the test split."""
     images, labels = _digits()
     indices = split_indices(labels, split=split, test_fraction=0.2)
     return from_arrays(
@@ -28,7 +28,7 @@ def digits(split: str) -> Source:
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    # Imported here: scikit-learn takes a second to load, and only this source needs it.
+    # Imported here, because scikit-learn takes a second to load and only this source needs it.
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -37,7 +37,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixture2d(split: str, *, seed: int) -> Source:
-    """Fixed points [2] of `DEFAULT_MIXTURE`, drawn from seed, equally many of every class."""
+    """Opens points [2] of `DEFAULT_MIXTURE`, drawn once from the seed, equally many of every class."""
     labels = np.arange(_MIXTURE_SIZE[split]) % DEFAULT_MIXTURE.num_classes
     key = jax.random.fold_in(draws.key_of(seed), SPLITS.index(split))
     return from_arrays(

@@ -1,4 +1,4 @@
-"""Encodes a data source, by an autoencoder and a text encoder, into the folders of `data/encoded.py`."""
+"""Encodes a data source with an autoencoder and a text encoder, for `data/encoded.py` to read."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ ToLatents = Callable[[np.ndarray], np.ndarray]
 ToStates = Callable[[Sequence[str]], np.ndarray]
 """Prompts [n] -> states [n, L, D]."""
 
-# Latents and states don't compress, and readers access them one by one.
+# Latents and states don't compress, and they are read one record at a time.
 _OPTIONS = "group_size:1,uncompressed"
 
 
@@ -73,7 +73,7 @@ def encode_data(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.P
     local_path_named(str(out), "encoded data")
     for flag, value in (("--batch_size", request.batch_size), ("--shard_size", request.shard_size)):
         if value < 1:
-            raise UserError(f"{flag} is {value}: it must be at least 1")
+            raise UserError(f"{flag} is {value}: make it at least 1")
     splits = {
         split: sources.load_source(request.data, split=split, image_size=request.image_size)
         for split in sources.SPLITS
@@ -87,8 +87,8 @@ def encode_data(out: epath.Path, request: EncodeRequest, *, autoencoder: epath.P
     module, params = read_autoencoder(autoencoder)
     if len(shape) != 3 or shape[-1] != module.image_channels:
         raise UserError(
-            f"{autoencoder} takes images of {module.image_channels} channels, and an example of "
-            f"{request.data} is {list(shape)}"
+            f"{autoencoder} takes images of {module.image_channels} channels, but examples of "
+            f"{request.data} are {list(shape)}: choose another --data or --autoencoder"
         )
     check_image_shape(module, splits["train"])
     encoder = load_text_encoder(request.text_encoder) if request.text_encoder else None
@@ -129,7 +129,7 @@ def check_image_shape(module: AutoencoderKL | VQModel, source: Source) -> None:
     height, width, *_ = (*source.shape, 0)
     if len(source.shape) != 3 or height != width or height % 2**halvings:
         raise UserError(
-            f"the autoencoder halves square images {halvings} times, but those of {source.name} are "
+            f"the autoencoder halves square images {halvings} times, but examples of {source.name} are "
             f"{' x '.join(map(str, source.shape))}: set data.image_size to a multiple of {2**halvings}"
         )
 
@@ -173,7 +173,7 @@ def write_encoding(
 
 @dataclass(frozen=True)
 class _Latents:
-    """The image records of a split, a batch at a time."""
+    """The image records of a split; a call yields those from `start` up to `stop` in batches."""
 
     encoding: Encoding
     source: Source
@@ -195,10 +195,10 @@ class _Latents:
             records["image"], records["label"] = self._latents(images), examples["label"]
             if self.encoding.inpaint:
                 masks = np.stack([self._mask(int(number)) for number in numbers])[..., None]
-                # diffusers resizes a mask to its nearest pixels.
+                # diffusers also resizes masks by taking the nearest pixel.
                 size = images.shape[1] // self.encoding.shape[0]
-                around = self._latents(np.where(masks, 0.0, images).astype(np.float32))
-                records[INPAINT] = np.concatenate([masks[:, ::size, ::size], around], axis=-1)
+                masked = self._latents(np.where(masks, 0.0, images).astype(np.float32))
+                records[INPAINT] = np.concatenate([masks[:, ::size, ::size], masked], axis=-1)
             yield [record.tobytes() for record in records]
 
     def _latents(self, images: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ class _Latents:
 
 @dataclass(frozen=True)
 class _States:
-    """The text records of a split, a batch at a time."""
+    """The text records of a split; a call yields those from `start` up to `stop` in batches."""
 
     captions: list[str]
     to_states: ToStates
@@ -234,19 +234,19 @@ class _States:
 
 def _write_shards(folder: epath.Path, kind: str, records: _Latents | _States, size: int) -> None:
     missing = [each for each in shards(folder, kind, len(records), size) if not each.path.exists()]
-    there = len(records) - sum(stop - start for _, start, stop in missing)
+    done = len(records) - sum(stop - start for _, start, stop in missing)
     title = f"{folder.name} {kind}"
-    with progress(title, total=len(records), unit="records", done=there) as advance:
+    with progress(title, total=len(records), unit="records", done=done) as advance:
         for path, start, stop in missing:
             with contextlib.ExitStack() as written:
                 with _storing(path):
                     writer = ArrayRecordWriter(str(written.enter_context(whole(path))), _OPTIONS)
-                for some in records(start, stop):
+                for batch in records(start, stop):
                     with _storing(path):
-                        for record in some:
+                        for record in batch:
                             writer.write(record)
-                    there += len(some)
-                    advance(there, "")
+                    done += len(batch)
+                    advance(done, "")
                 with _storing(path):
                     writer.close()
                     written.close()
@@ -275,7 +275,7 @@ def _write_about(out: epath.Path, encoding: Encoding) -> None:
 
 
 def _write_captions(path: epath.Path, captions: list[str]) -> None:
-    """Raises UserError if the folder holds other captions, whose states finished shards contain."""
+    """Raises UserError if the folder holds other captions; its shards contain their states."""
     content = json.dumps(captions)
     if path.exists() and path.read_text() != content:
         raise UserError(

@@ -1,13 +1,13 @@
-"""Data as a latent diffusion model sees it, computed once: an autoencoder's latents, encoded captions.
+"""Encoded data: an autoencoder's latents and encoded captions, computed once and read from disk.
 
-A folder holds `encoding.json`, what was encoded and by what; `null.npy`, the encoded empty prompt; and
-for each split `captions.json`, a caption an example, and shards of ArrayRecord: `image-...`, latents and
-label of every example, and `text-...`, the states of every distinct caption in sorted order.
+A folder holds `encoding.json`, which describes the encoding; `null.npy`, the encoded empty prompt; and
+for each split `captions.json`, one caption per example, and ArrayRecord shards. The shards `image-...`
+hold the latents and label of every example, and `text-...` the states of every distinct caption, sorted.
 
-Latents are the mean of a KL autoencoder's. A draw would need a random number on every reading, or would
-be one draw for good; the mean is neither, and takes half the space of mean and deviation. A mirrored
-image has latents of its own, since an autoencoder doesn't commute with mirroring: both are stored, as
-two examples one after the other. Numbers are half precision on disk and float32 in batches.
+The latents of a KL autoencoder are their mean. A draw would need noise on every read, or would be the
+same draw in every epoch, and storing mean and variance would take twice the space. Because an
+autoencoder doesn't commute with mirroring, a mirror image has its own latents, stored as the next
+example. Arrays are half precision on disk and float32 in batches.
 `data/encode.py` writes such folders.
 """
 
@@ -34,18 +34,18 @@ FORMAT = 1
 
 ABOUT, NULL, CAPTIONS = "encoding.json", "null.npy", "captions.json"
 INPAINT = "inpaint"
-_AGAIN = "run guided-distill encode again with the arguments it had"
+_AGAIN = "run guided-distill encode again with the same arguments"
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a folder holds.
+    """Describes the encoded data in a folder.
 
-    data: the source's name. image_size: what it was resized to. autoencoder, text_encoder: names and
-    fingerprints; text_encoder is None where labels are the condition. shape: of latents [h, w, c].
-    text_shape: [L, D], or None. mirrored: whether every training image is there in both orientations.
-    sizes: examples of each split, mirrored ones not counted. shard_size: records a file. inpaint:
-    whether every record has a mask and the latents of the image without what it hides.
+    data: the source's name. image_size: the side in pixels that images were resized to. autoencoder,
+    text_encoder: fingerprints of the weights; text_encoder is None if the condition is the label. shape:
+    the latents' [h, w, c]. text_shape: the states' [L, D], or None. mirrored: whether training images
+    are also stored mirrored. sizes: examples per split, not counting mirror images. shard_size: records
+    per file. inpaint: whether every record has a mask and the latents of the masked image.
     """
 
     data: str
@@ -62,12 +62,12 @@ class Encoding:
     format: int = FORMAT
 
     def copies(self, split: str) -> int:
-        """Records of each example of a split."""
+        """The number of records per example of a split."""
         return 2 if self.mirrored and split == "train" else 1
 
     @property
     def record(self) -> np.dtype:
-        """Of an example."""
+        """The NumPy dtype of one example's record."""
         fields: list[Any] = [("image", NUMBERS, self.shape), ("label", "<i4")]
         if self.inpaint:
             fields.append((INPAINT, NUMBERS, self.inpaint_shape))
@@ -75,19 +75,19 @@ class Encoding:
 
     @property
     def inpaint_shape(self) -> tuple[int, ...]:
-        """Of a mask beside the latents that it leaves, [h, w, 1 + c]."""
+        """The shape of a mask beside the masked image's latents, [h, w, 1 + c]."""
         height, width, channels = self.shape
         return height, width, 1 + channels
 
 
 def load_encoded(path: str, *, split: str) -> Source:
-    """Opens one split of such a folder.
+    """Opens one split of a folder of encoded data.
 
-    Its examples are "image", latents [B, h, w, c], and "text" [B, L, D] or "label" [B]; null is the
-    encoded empty prompt. Where it was asked for, "inpaint" [B, h, w, 1 + c] is beside them.
+    Examples hold "image", the latents [B, h, w, c], "text" [B, L, D] or "label" [B], and, if encoded
+    with inpaint, "inpaint" [B, h, w, 1 + c]. The source's null is the encoded empty prompt.
 
     Raises:
-      UserError: there is no such folder, or it isn't finished, or is damaged.
+      UserError: the folder is missing, unfinished or damaged.
     """
     root = local_path_named(path, "encoded data")
     encoding = read_about(root)
@@ -104,16 +104,16 @@ def load_encoded(path: str, *, split: str) -> Source:
         "latent": True,
     }
 
-    numbers_of = ("image", INPAINT) if encoding.inpaint else ("image",)
-    beside = {INPAINT: encoding.inpaint_shape} if encoding.inpaint else {}
+    arrays = ("image", INPAINT) if encoding.inpaint else ("image",)
+    inpaint_shapes = {INPAINT: encoding.inpaint_shape} if encoding.inpaint else {}
 
     def read_labels(indices: np.ndarray) -> Examples:
         rows = np.frombuffer(b"".join(images.__getitems__(indices.tolist())), record)
-        numbers = {name: rows[name].astype(np.float32) for name in numbers_of}
-        return {**numbers, "label": rows["label"].astype("i4")}
+        examples = {name: rows[name].astype(np.float32) for name in arrays}
+        return {**examples, "label": rows["label"].astype("i4")}
 
     if encoding.text_shape is None:
-        return Source(read=read_labels, condition_shapes={"label": (), **beside}, **common)
+        return Source(read=read_labels, condition_shapes={"label": (), **inpaint_shapes}, **common)
 
     captions = np.repeat(_read_captions(folder / CAPTIONS, encoding.sizes[split]), copies)
     distinct, text_of = np.unique(captions, return_inverse=True)
@@ -130,7 +130,7 @@ def load_encoded(path: str, *, split: str) -> Source:
 
     return Source(
         read=read_texts,
-        condition_shapes={"text": shape, **beside},
+        condition_shapes={"text": shape, **inpaint_shapes},
         null={"text": _read_null(root, shape)},
         captions=captions,
         **common,
@@ -138,7 +138,7 @@ def load_encoded(path: str, *, split: str) -> Source:
 
 
 class Shard(NamedTuple):
-    """A file of the records start to stop."""
+    """The file with the records from start up to, but not including, stop."""
 
     path: epath.Path
     start: int
@@ -146,7 +146,7 @@ class Shard(NamedTuple):
 
 
 def shards(folder: epath.Path, kind: str, count: int, size: int) -> list[Shard]:
-    """The files of `count` records, `size` in each but the last; kind: "image" or "text"."""
+    """The files for `count` records, `size` in each but the last. kind: "image" or "text"."""
     total = math.ceil(count / size)
     return [
         Shard(
@@ -161,38 +161,37 @@ def shards(folder: epath.Path, kind: str, count: int, size: int) -> list[Shard]:
 def _open(
     folder: epath.Path, kind: str, width: int, count: int, size: int
 ) -> "ArrayRecordDataSource":
-    """`count` records of `width` bytes each, `size` in a file."""
-    # Takes a while, and of all that a loaded model imports, only this needs it.
+    """Opens `count` records of `width` bytes each, `size` per file."""
+    # Imported here, because it takes a while and of what a loaded model imports, only this needs it.
     from grain.sources import ArrayRecordDataSource
 
     paths = []
     for path, start, stop in shards(folder, kind, count, size):
         if not path.exists():
-            raise UserError(f"{path} is missing, so the encoding isn't finished: {_AGAIN}")
+            raise UserError(f"{path} is missing, because encoding didn't finish: {_AGAIN}")
         try:
             found = len(ArrayRecordDataSource([str(path)]))
         except RuntimeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it and {_AGAIN}") from error
         if found != stop - start:
             raise UserError(
-                f"{path} is damaged, it has {found} records in place of {stop - start}: remove it and "
-                f"{_AGAIN}"
+                f"{path} is damaged ({found} records instead of {stop - start}): remove it and {_AGAIN}"
             )
         paths.append(str(path))
     records = ArrayRecordDataSource(paths)
     if count and len(records[0]) != width:
         raise UserError(
-            f"{folder.parent / ABOUT} isn't what it should be (a record of {paths[0]} has "
-            f"{len(records[0])} bytes in place of {width}): {_AGAIN}"
+            f"{folder.parent / ABOUT} doesn't describe {paths[0]} (a record has {len(records[0])} bytes "
+            f"instead of {width}): {_AGAIN}"
         )
     return records
 
 
 def read_about(root: epath.Path) -> Encoding:
-    """What a folder holds. Raises UserError if it is no encoding, or of another format."""
+    """Read a folder's description. Raises UserError if the folder holds no encoding in this format."""
     if not (root / ABOUT).exists():
         raise UserError(
-            f"{root} holds no encoded data, {ABOUT} is missing: make it by guided-distill encode"
+            f"{root} holds no encoded data ({ABOUT} is missing): make it with guided-distill encode"
         )
     values = _read_json(root / ABOUT)
     try:
@@ -205,12 +204,12 @@ def read_about(root: epath.Path) -> Encoding:
         return encoding
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{root / ABOUT} isn't what it should be ({first_line(error)}): {_AGAIN}"
+            f"{root / ABOUT} doesn't describe an encoding ({first_line(error)}): {_AGAIN}"
         ) from error
 
 
 def _check(encoding: Encoding) -> None:
-    """Raises ValueError for a field that is not what `Encoding` says."""
+    """Raises ValueError for a field whose value doesn't fit `Encoding`."""
     numbers = {
         "shape": (encoding.shape, 3),
         "text_shape": ((1, 1) if encoding.text_shape is None else encoding.text_shape, 2),
@@ -221,7 +220,7 @@ def _check(encoding: Encoding) -> None:
         if len(found) != count or not all(type(each) is int and each > 0 for each in found):
             raise ValueError(f"{name} is {getattr(encoding, name)!r}")
     if (encoding.text_shape is None) != (encoding.text_encoder is None):
-        raise ValueError("text_shape and text_encoder must both be there, or neither")
+        raise ValueError("text_shape and text_encoder must both be given or both be null")
     if not all(map(is_text, encoding.class_names)):
         raise ValueError("class_names must be strings")
     for name in ("mirrored", "inpaint"):
@@ -232,7 +231,7 @@ def _check(encoding: Encoding) -> None:
 def _read_captions(path: epath.Path, count: int) -> np.ndarray:
     captions = _read_json(path)
     if not isinstance(captions, list) or len(captions) != count or not all(map(is_text, captions)):
-        raise UserError(f"{path} must be a list of {count} strings, one an example: {_AGAIN}")
+        raise UserError(f"{path} must be a list of {count} strings, one per example: {_AGAIN}")
     return np.array(captions, object)
 
 
@@ -246,10 +245,10 @@ def _read_json(path: epath.Path) -> Any:
 def _read_null(root: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         null = np.load(root / NULL)
-    except Exception as error:  # Whatever damaged bytes raise in NumPy.
+    except Exception as error:  # Damaged bytes raise many types of error in NumPy.
         raise UserError(f"{root / NULL} can't be read ({first_line(error)}): {_AGAIN}") from error
     if null.shape != shape or null.dtype.kind != "f":
         raise UserError(
-            f"{root / NULL} is {null.dtype} {list(null.shape)} and must be floats {list(shape)}: {_AGAIN}"
+            f"{root / NULL} is {null.dtype} {list(null.shape)} but must be floats {list(shape)}: {_AGAIN}"
         )
     return null

@@ -1,7 +1,7 @@
-"""Fields of npz files that a user gives: checked for size before anything is unpacked.
+"""Reads fields of the user's npz files, and checks their sizes before it unpacks them.
 
-A field's own header says how large it is. A field that this machine couldn't hold, or that is packed as
-no data are, is refused by what the headers say.
+A field's header states its size. A field that doesn't fit into memory, or whose compression ratio is
+implausible for images, is refused without being unpacked.
 """
 
 import contextlib
@@ -23,31 +23,31 @@ from guided_distill.storage import first_line
 
 _MEMORY_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 _LARGE, _PACKED_AT_MOST = 1 << 30, 500
-"""Fields of this many bytes aren't packed tighter than this: it takes a gigabyte of zeros."""
+"""A field of at least _LARGE bytes is refused if it is compressed more than _PACKED_AT_MOST times."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fields:
-    """Arrays by name, of the file at `path`; names: of all fields that it has, read or not."""
+    """Arrays by name, from the file `path`. names: all fields in the file, whether read or not."""
 
     path: str
     names: tuple[str, ...]
     arrays: Mapping[str, np.ndarray]
 
     def find(self, name: str) -> np.ndarray | None:
-        """The field, whose name may be plural, too; None if there is none."""
+        """The field with this name or its plural; None if there is no such field."""
         return self.arrays.get(name, self.arrays.get(name + "s"))
 
 
 def read_fields(path: epath.Path, names: Collection[str]) -> Fields:
-    """The fields of an npz file that are among `names`; what was read last is kept, and not read again.
+    """The fields of an npz file whose names are in `names`; the last result is cached.
 
-    Raises UserError if there is no such file, or it is damaged, encrypted or too large, or if a field
+    Raises UserError if the file is missing, damaged, encrypted or too large for memory, or if a field
     holds Python objects.
     """
     file = regular_file(path)
     if file is None:
-        raise UserError(f"no file {path}: give npz: the path of an .npz file")
+        raise UserError(f"no file {path}: give npz:PATH with the path of an .npz file")
     return _read(*file, frozenset(names))
 
 
@@ -62,45 +62,50 @@ def _read(path: epath.Path, _length: int, _modified: int, names: frozenset[str])
             arrays = {name: _array(archive, info) for name, info in wanted.items()}
     except UserError:
         raise
-    except Exception as error:  # Whatever damaged bytes raise in zipfile and NumPy.
-        raise UserError(f"{path} cannot be read as an .npz file: {first_line(error)}") from error
+    except Exception as error:  # Damaged bytes raise many types of error in zipfile and NumPy.
+        raise UserError(
+            f"{path} can't be read as an .npz file ({first_line(error)}): save it again"
+        ) from error
     return Fields(str(path), tuple(sorted(members)), arrays)
 
 
 def check_fits(size: int, what: str) -> None:
-    """Raises UserError if `what` takes more bytes than this machine, or its container, has."""
+    """Raises UserError if `size` bytes for `what` exceed the memory of this machine or container."""
     memory = _memory()
     if size > memory:
         raise UserError(
-            f"{what} takes {size / 2**30:.1f} GiB of memory, and there are {memory / 2**30:.1f}: give "
-            f"fewer or smaller images, or a folder: of files, which are read one by one"
+            f"{what} takes {size / 2**30:.1f} GiB of memory, but this machine has {memory / 2**30:.1f} "
+            f"GiB: give fewer or smaller images, or folder:PATH, whose files are read one by one"
         )
 
 
 def _memory() -> int:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, ValueError):  # There is none, or it is "max".
+    with contextlib.suppress(OSError, ValueError):  # There is no limit.
         limits.append(int(_MEMORY_OF_CONTAINER.read_text()))
     return min(limits)
 
 
 def _checked_size(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> int:
-    """Bytes of a field. Raises ValueError unless it is as long as its header says."""
+    """The size of a field in bytes. Raises ValueError if its contents don't have the header's size.
+
+    Also if it holds Python objects or its compression ratio is implausible.
+    """
     with archive.open(info) as stream:
         dtype, size = _header(stream)
         if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, save numbers or strings")
+            raise ValueError(f"{name} holds Python objects instead of numbers or strings")
         if stream.tell() + size != info.file_size:
-            raise ValueError(f"{name} isn't as long as its header says")
+            raise ValueError(f"{name} doesn't have the size that its header states")
     if size >= _LARGE and size > _PACKED_AT_MOST * info.compress_size:
         raise ValueError(
-            f"{name} is {info.compress_size} bytes that unpack to {size}, as no images do"
+            f"{name} unpacks from {info.compress_size} to {size} bytes, which is implausible for images"
         )
     return size
 
 
 def _header(stream: IO[bytes]) -> tuple[np.dtype, int]:
-    """The type of an array and its size in bytes."""
+    """An array's dtype and its size in bytes."""
     version = np.lib.format.read_magic(stream)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,

@@ -1,4 +1,4 @@
-"""Image files in folders, one a class, decoded when they are asked for."""
+"""The source `folder:`, image files in one folder per class, decoded when they are read."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ CAPTIONS = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class _Listing:
-    """The classes of a folder, its images with a class index each, and what lies there besides."""
+    """The classes of a folder, its images, their labels [N], and the paths that aren't images."""
 
     class_names: tuple[str, ...]
     files: tuple[File, ...]
@@ -33,20 +33,21 @@ class _Listing:
 
 
 def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
-    """RGB images; a class is a sub-folder, by sorted name, or all images directly in `path`.
+    """Opens a folder of images as RGB. Each sub-folder is a class, in sorted order.
 
-    With image_size, images are centre-cropped to squares and resized; without, all must be of one
-    size. Transparent pixels are laid over white. A tenth of each class is the test split. Files that
-    are no images, and folders in the classes' folders, are skipped, with a warning.
+    If `path` itself holds the images, there is one class. With image_size, images are centre-cropped to
+    squares and resized; without, all must have the same size. Transparent pixels are composited over
+    white. A tenth of each class is the test split. Other files, and folders within a class's folder, are
+    skipped with a warning.
 
-    Captions come from a file CAPTIONS in `path`, as Hugging Face's image folders have it: a JSON object
-    a line, with "file_name", a path below the folder, and "text". An image with several lines is an
-    example with each of its captions, all in the same split.
+    Captions come from the file CAPTIONS in `path`, in the format of Hugging Face's image folders: each
+    line is a JSON object with "file_name", a path below the folder, and "text". An image with several
+    lines becomes one example per caption, all in the same split.
 
     Raises:
-      UserError: no images, a damaged file, sizes that differ, or an image without a caption where
-        others have one. Headers are checked here; damage behind the header surfaces when the image is
-        read.
+      UserError: there are no images, a file is damaged, sizes differ, or some images have captions and
+        others don't. Only headers are checked here; damage after the header raises UserError when the
+        image is read.
     """
     root = path_named(path)
     listing = _list_images(root)
@@ -59,7 +60,9 @@ def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
             _check_size(file, found, expected=size)
     rows = split_indices(labels, split=split, test_fraction=0.1)
     if not len(rows):
-        raise UserError(f"{path} has too few images for a {split} split: two a class are needed")
+        raise UserError(
+            f"{path} has too few images for a {split} split: add some, at least two per class"
+        )
     captions = None
     if (root / CAPTIONS).exists():
         texts = _captions(root, files)
@@ -84,7 +87,7 @@ def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
 
 
 def _captions(root: epath.Path, files: Sequence[epath.Path]) -> list[list[str]]:
-    """The texts of each file, one or more."""
+    """The captions of each file, at least one."""
     path = root / CAPTIONS
     texts: dict[epath.Path, list[str]] = {file: [] for file in files}
     elsewhere = 0
@@ -99,40 +102,42 @@ def _captions(root: epath.Path, files: Sequence[epath.Path]) -> list[list[str]]:
     if missing := [file for file, those in texts.items() if not those]:
         raise UserError(f"{path} has no text for {missing[0]}: add a line for it")
     if elsewhere:
-        warn_once(f"{path} has {elsewhere} lines whose file_name is none of the images: skipped")
+        warn_once(
+            f"{path} has {elsewhere} lines whose file_name isn't one of the images: they are skipped"
+        )
     return [texts[file] for file in files]
 
 
 def _caption(line: str, *, where: str) -> tuple[str, str]:
-    """file_name and text of a line."""
+    """The file_name and text of a line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON: mend it") from error
+        raise UserError(f"{where} is not JSON: fix it") from error
     if not isinstance(row, dict) or not {"file_name", "text"} <= row.keys():
-        raise UserError(f"{where} is no JSON object with file_name and text: mend it")
+        raise UserError(f"{where} is not a JSON object with file_name and text: fix it")
     for key in ("file_name", "text"):
         if not is_text(row[key]):
             raise UserError(
-                f"{where} has the {key} {json.dumps(row[key])[:50]}: give one string; another caption of "
-                f"the same image is another line"
+                f"{where} has the {key} {json.dumps(row[key])[:50]}: give one string, and a line of its "
+                f"own for each caption"
             )
     return row["file_name"], row["text"]
 
 
 def _list_images(root: epath.Path) -> _Listing:
     if not root.is_dir():
-        raise UserError(f"no folder {root}: give folder: the path of a folder of images")
+        raise UserError(f"no folder {root}: give folder:PATH with the path of a folder of images")
     loose, others = images_in(root)
     folders = [entry for entry in others if entry.is_dir()]
     if loose and folders:
         raise UserError(
             f"{root} has both images, such as {loose[0].name}, and folders, such as "
-            f"{folders[0].name}: keep one folder a class, or only images"
+            f"{folders[0].name}: keep one folder per class, or only images"
         )
     classes = [root] if loose else folders
     if not classes:
-        raise UserError(f"no images in {root}: expected {', '.join(SUFFIXES)} files")
+        raise UserError(f"no images in {root}: add {', '.join(SUFFIXES)} files")
     skipped = [each for each in others if each not in folders and each.name != CAPTIONS]
     files, labels = [], []
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
@@ -143,7 +148,7 @@ def _list_images(root: epath.Path) -> _Listing:
             skipped += others
             skipped += [path for path, file in zip(named, found, strict=True) if file is None]
             if not images:
-                raise UserError(f"no images in {folder}: fill or remove this folder")
+                raise UserError(f"no images in {folder}: add some, or remove this folder")
             files += images
             labels += [label] * len(images)
     names = tuple(folder.name for folder in classes)
@@ -154,23 +159,23 @@ def _warn_of_skipped(root: epath.Path, listing: _Listing) -> None:
     if not listing.skipped:
         return
     kinds = collections.Counter(path.suffix.lower() or "no suffix" for path in listing.skipped)
-    words = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5))
+    counts = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5))
     warn_once(
         f"{root}: {len(listing.files)} images are read, and {len(listing.skipped)} other files and "
-        f"folders skipped ({words}; such as {listing.skipped[0]}): images are files named "
-        f"{', '.join(SUFFIXES)}, directly in the folder of a class"
+        f"folders are skipped ({counts}; such as {listing.skipped[0]}): images are files named "
+        f"{', '.join(SUFFIXES)}, directly in a class's folder"
     )
 
 
 @functools.lru_cache(maxsize=4)
 def _header_sizes(files: tuple[File, ...]) -> list[tuple[int, int]]:
-    """(width, height) of each, upright; kept, for both splits need them and headers take long."""
+    """(width, height) of each upright image; cached, because both splits need them."""
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         return list(pool.map(upright_size, files))
 
 
 def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] of an upright image over white."""
+    """The pixels, uint8 [H, W, 3], of an upright image composited over white."""
     image = read_image(file)
     if resize:
         image = crop_and_resize(image, size[0])
@@ -181,6 +186,6 @@ def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarra
 def _check_size(file: epath.Path, size: Sequence[int], *, expected: Sequence[int]) -> None:
     if tuple(size) != tuple(expected):
         raise UserError(
-            f"{file} is {size[0]} x {size[1]} and others are {expected[0]} x {expected[1]}: set "
-            "data.image_size to resize them all"
+            f"{file} is {size[0]} x {size[1]}, but others are {expected[0]} x {expected[1]}: set "
+            "data.image_size to resize all images"
         )

@@ -1,8 +1,8 @@
-"""The one reader of image files: every source, mask and image of the command line goes through it.
+"""Reads image files: those of every data source, every mask and every image on the command line.
 
-What a file is, its content says, not its name. It is turned as its EXIF data say, gray of 16 bits is
-scaled to 8, transparent pixels are laid over one colour, and the result is RGB. Of a file with several
-frames, the first is read.
+The format is recognized by the file's content, not by its name. The image is rotated by its EXIF
+orientation, 16-bit gray is scaled to 8 bits, transparent pixels are composited over one colour, and the
+result is RGB. Only the first of several frames is read.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from guided_distill.storage import first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Names of files that are taken for images."""
+"""Suffixes of the files that count as images."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels that an image may have: above it, Pillow speaks of a decompression bomb."""
+"""The most pixels in an image; above this, Pillow warns of a decompression bomb."""
 
 _SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations of images that are stored lying on a side."""
+"""EXIF orientations that swap width and height."""
 
-# Pillow's own way to refuse what is above MAX_PIXELS, before any of it is decoded.
+# So Pillow refuses images of more than MAX_PIXELS before decoding them.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """What a folder holds, by name: paths that are named like images, and all others; no hidden ones."""
+    """Split a folder's paths, sorted and without hidden ones, into images (by suffix) and others."""
     there = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
         key=lambda entry: entry.name,
@@ -45,49 +45,50 @@ def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 
 
 def upright_size(file: File) -> tuple[int, int]:
-    """(width, height) of an image, turned upright, by its header. Raises UserError if it is damaged."""
+    """(width, height) of the upright image, from its header. Raises UserError if it is damaged."""
     with _reading(str(file.path)), file.path.open("rb") as stream, _open(stream) as image:
-        if image.format == "TIFF":  # Pillow turns it on opening, or on loading, by its version.
+        # Some versions of Pillow rotate a TIFF file on opening, others on loading.
+        if image.format == "TIFF":
             return ImageOps.exif_transpose(image).size
-        # A PNG file may have EXIF data behind its pixels, which would all be decoded to get there.
-        knows = image.format != "PNG" or "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation) if knows else 1
+        # A PNG file can have EXIF data after its pixels; reading them would decode all pixels.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(ExifTags.Base.Orientation) if has_exif else 1
         width, height = image.size
         return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 def size_at(path: epath.Path) -> tuple[int, int]:
-    """As `upright_size`, of the file that a user names. Raises UserError if there is none, too."""
+    """Like `upright_size`, for a path. Raises UserError also if there is no such file."""
     file = regular_file(path)
     if file is None:
-        raise UserError(f"no image at {path}: give a file")
+        raise UserError(f"no image at {path}: give the path of an image file")
     return upright_size(file)
 
 
 def read_image(path: epath.Path, *, over: str = "white") -> Image.Image:
-    """The image in a regular file: RGB, upright, over the colour.
+    """The image in a regular file: RGB, upright, composited over the colour `over`.
 
-    Raises UserError if there is no such file, or it is damaged.
+    Raises UserError if the file is missing or damaged.
     """
     if regular_file(path) is None:
-        raise UserError(f"no image at {path}: give a file")
+        raise UserError(f"no image at {path}: give the path of an image file")
     with _reading(str(path)), path.open("rb") as stream, _open(stream) as image:
         return upright(image, over=over)
 
 
 def decode_image(content: bytes, *, what: str) -> Image.Image:
-    """As `read_image`, of a file's bytes; `what` is its name in errors."""
+    """Like `read_image`, for a file's bytes. what: the file's name in errors."""
     with _reading(what), _open(io.BytesIO(content)) as image:
         return upright(image)
 
 
 def upright(image: Image.Image, *, over: str = "white") -> Image.Image:
-    """RGB of 8 bits, turned as its EXIF data say, its transparent pixels laid over a colour."""
+    """The image as 8-bit RGB, rotated by its EXIF orientation and composited over the colour `over`."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = _of_16_bits(image, over)
     if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a pixel, convert it to 8")
+        raise ValueError("it has 32 bits per pixel instead of 8 or 16")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
@@ -96,16 +97,16 @@ def upright(image: Image.Image, *, over: str = "white") -> Image.Image:
 
 def _of_16_bits(image: Image.Image, over: str) -> Image.Image:
     values = np.array(image, np.uint16)
-    # One value may stand for what is transparent.
+    # The file may reserve one value for transparent pixels.
     values[values == image.info.get("transparency", -1)] = 65535 if over == "white" else 0
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 def read_images(path: epath.Path, *, shape: Sequence[int], limit: int) -> np.ndarray:
-    """A file, or the first `limit` of a folder by name: float32 [n, *shape] in [-1, 1].
+    """The image in a file, or the first `limit` of a folder by name: float32 [n, *shape] in [-1, 1].
 
-    Centre-cropped to squares and resized to shape, which is (size, size, 1 or 3). Raises UserError if
-    there is no image, or a damaged one.
+    Images are centre-cropped to squares and resized. shape: (size, size, 1 or 3). Raises UserError if
+    there is no image, or if one is damaged.
     """
     files = images_in(path)[0] if path.is_dir() else [path] if regular_file(path) else []
     if not files:
@@ -114,14 +115,14 @@ def read_images(path: epath.Path, *, shape: Sequence[int], limit: int) -> np.nda
 
 
 def read_mask(path: epath.Path, *, shape: Sequence[int]) -> np.ndarray:
-    """bool [*shape], (size, size), True where an image is white; what is transparent counts as black.
+    """A mask, bool [*shape], from an image: True where it is white; transparent pixels count as black.
 
-    Raises UserError if it is damaged, or has no white.
+    shape: (size, size). Raises UserError if the image is missing or damaged, or has no white pixel.
     """
     white = fitted(read_image(path, over="black"), (*shape, 1))[..., 0] > 127
     if not white.any():
         raise UserError(
-            f"{path} is nowhere white, so nothing would be painted: paint white where to"
+            f"{path} has no white pixel, so nothing would be painted: make the region to paint white"
         )
     return white
 
@@ -139,9 +140,10 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except Image.UnidentifiedImageError as error:
         raise UserError(
-            f"{what} cannot be read as an image, repair or remove it: it is none of {', '.join(FORMATS)}"
+            f"{what} can't be read as an image (it isn't {', '.join(FORMATS[:-1])} or {FORMATS[-1]}): "
+            f"repair or remove it"
         ) from error
-    except Exception as error:  # Whatever damaged bytes raise in Pillow.
+    except Exception as error:  # Damaged bytes raise many types of error in Pillow.
         raise UserError(
-            f"{what} cannot be read as an image, repair or remove it: {first_line(error)}"
+            f"{what} can't be read as an image ({first_line(error)}): repair or remove it"
         ) from error

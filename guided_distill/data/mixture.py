@@ -1,4 +1,4 @@
-"""A labelled 2-D Gaussian mixture whose best denoiser, and so its guided score, is known exactly.
+"""A labelled 2-D Gaussian mixture whose optimal denoiser, and so its guided score, is known exactly.
 
 With x | k ~ N(m_k, s_k^2 I) and z = alpha x + sigma eps, for a component k of weight pi_k:
 
@@ -93,7 +93,7 @@ class Mixture:
 
 
 def _pinwheel(num_classes: int) -> Mixture:
-    """Spiral arms, one a class, which start close together and bend away from each other."""
+    """Spiral arms, one per class, which start close together and bend away from each other."""
     radii = np.array([0.25, 0.5, 0.75], np.float32)
     bend = np.array([0.0, 0.35, 0.7], np.float32)
     turn = 2 * np.pi * np.arange(num_classes)[:, None] / num_classes + bend

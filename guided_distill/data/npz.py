@@ -1,4 +1,4 @@
-"""Images in .npz files: one with both splits, or one for each; as arrays, or as encoded files."""
+"""The source `npz:`, images in one .npz file or one per split, as arrays or as encoded image files."""
 
 import math
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ SPLIT = "{split}"
 TEST_FRACTION = 0.1
 
 MAX_CLASSES = 100_000
-"""Labels from this number on are no classes, but numbers of something else."""
+"""Labels must be below this; numbers from here on probably don't number classes."""
 
 _KINDS = ("image", "label", "caption")
 _NAMES = frozenset(
@@ -38,7 +38,7 @@ _NAMES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """Files end to end in `content`, bytes; that of image i is content[offset[i]:offset[i + 1]]."""
+    """Image files, concatenated in `content`; that of image i is content[offset[i]:offset[i + 1]]."""
 
     path: str
     content: np.ndarray
@@ -49,11 +49,14 @@ class _Encoded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[N, H, W, 3], by the first image."""
+        """[N, H, W, 3], with the size of the first image."""
         return len(self), *self._pixels(0, None).shape
 
     def decode(self, rows: np.ndarray, image_size: int | None) -> np.ndarray:
-        """Those of some rows, uint8 [n, H, W, 3]. Raises UserError if they are damaged or don't fit."""
+        """The images of `rows`, uint8 [n, H, W, 3].
+
+        Raises UserError if one is damaged or they differ in size or exceed the memory.
+        """
         shape = self.shape[1:] if image_size is None else (image_size, image_size, 3)
         check_fits(len(rows) * math.prod(shape), f"{self.path}: `jpeg`, decoded,")
         images = np.empty((len(rows), *shape), np.uint8)
@@ -61,7 +64,7 @@ class _Encoded:
             pixels = self._pixels(row, image_size)
             if pixels.shape != shape:
                 raise UserError(
-                    f"{self.path}: the images of `jpeg` differ in size; make them one size, or set "
+                    f"{self.path}: the images of `jpeg` differ in size: make them one size, or set "
                     f"data.image_size"
                 )
             images[place] = pixels
@@ -75,7 +78,7 @@ class _Encoded:
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """images, an array [N, H, W, C] or encoded; labels [N]; captions [N] strings, if there are any."""
+    """images: [N, H, W, C], or encoded. labels: [N]. captions: strings [N], or None."""
 
     images: np.ndarray | _Encoded
     labels: np.ndarray
@@ -83,23 +86,23 @@ class _Examples:
 
 
 def load_npz(path: str, *, split: str, image_size: int | None) -> Source:
-    """Reads `image` and, where there, `label`; both may also be plural.
+    """Opens an .npz file with the field `image` and optionally `label`; names may be plural.
 
-    Images are uint8, or floats already in [-1, 1], [N, H, W, C] of 1 or 3 channels or [N, H, W]; or, in
-    place of `image`, `jpeg` and `offset`: image i is the file jpeg[offset[i]:offset[i + 1]] of bytes, in
-    any format that `data.images` reads. Labels are integers [N] in [0, MAX_CLASSES). With image_size,
-    images of bytes are centre-cropped to squares and resized. `class_names`, strings [K], and `caption`,
-    strings [N], are optional; strings may be bytes in UTF-8.
+    Images are uint8, or floats in [-1, 1], with shape [N, H, W, C], C = 1 or 3, or [N, H, W]. Instead
+    of `image`, a file can have `jpeg` and `offset`: image i is then the image file
+    jpeg[offset[i]:offset[i + 1]], in any format that `data.images` reads. Labels are integers [N] in
+    [0, MAX_CLASSES). With image_size, uint8 images are centre-cropped to squares and resized.
+    `class_names`, strings [K], and `caption`, strings [N], are optional; strings may be UTF-8 bytes.
 
-    The test split is a file of its own where the path holds "{split}", which stands for train and
-    test; or `test_image`, `test_label` and `test_caption`; or a tenth of the images, held out by a
-    fixed shuffle. With `group`, numbers or strings [N], it is a tenth of the groups: all images of one
-    are in the same split.
+    The test split is a separate file if the path contains "{split}", which stands for train and test;
+    or the fields `test_image`, `test_label` and `test_caption`; or a tenth of the images, held out by a
+    fixed shuffle. With `group`, numbers or strings [N], a tenth of the groups is held out, so that all
+    images of a group are in the same split.
 
-    A class without images, and floats without negative numbers, are warned of.
+    A class without images, and floats that are never negative, cause a warning.
 
     Raises:
-      UserError: the file or a field of it is missing or not as said, or is larger than the memory.
+      UserError: the file or a field is missing, doesn't fit this description, or exceeds the memory.
     """
     fields = read_fields(path_named(path.replace(SPLIT, split)), _NAMES)
     in_file = SPLIT not in path and fields.find("test_image") is not None
@@ -127,7 +130,7 @@ def load_npz(path: str, *, split: str, image_size: int | None) -> Source:
         labels=chosen.labels[rows],
         class_names=class_names,
         captions=None if chosen.captions is None else chosen.captions[rows],
-        # Both splits share an array of the file, and no part of it is copied.
+        # Both splits share the file's array without copying it.
         rows=rows if images is chosen.images else None,
     )
 
@@ -136,12 +139,12 @@ def _check_one_shape(fields: Fields, train: _Examples, test: _Examples) -> None:
     shape, other = train.images.shape[1:], test.images.shape[1:]
     if shape != other:
         raise UserError(
-            f"{fields.path}: test_image is {other} an image and image is {shape}; make them one size"
+            f"{fields.path}: test_image has images of {other}, but image has {shape}: make them one size"
         )
 
 
 def _held_out(fields: Fields, count: int, split: str) -> np.ndarray:
-    """Indices of one split of a file that doesn't have two."""
+    """The indices of one split of a file that holds only one."""
     groups = fields.find("group")
     if groups is None:
         return split_indices(np.zeros(count, int), split=split, test_fraction=TEST_FRACTION)
@@ -154,7 +157,7 @@ def _held_out(fields: Fields, count: int, split: str) -> np.ndarray:
 
 
 def _labels_of_other_files(path: str, split: str) -> list[np.ndarray]:
-    """Those of the other split's file, where there are two."""
+    """The labels in the file of the other split; none if there is no such file."""
     others = [path_named(path.replace(SPLIT, each)) for each in SPLITS if each != split]
     if SPLIT not in path or regular_file(others[0]) is None:
         return []
@@ -172,7 +175,7 @@ def _resized(images: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def _examples(fields: Fields, *, prefix: str) -> _Examples:
-    """What the fields hold whose names start with prefix, checked."""
+    """The examples in the fields whose names start with prefix, checked."""
     images = _images(fields, prefix)
     labels = fields.find(prefix + "label")
     if labels is None:
@@ -200,9 +203,9 @@ def _images(fields: Fields, prefix: str) -> np.ndarray | _Encoded:
         )
     if images.shape[-1] not in (1, 3):
         turned = images.shape[1] in (1, 3)
-        hint = ": transpose it by (0, 2, 3, 1)" if turned else ", of gray or of red, green and blue"
+        hint = "transpose it by (0, 2, 3, 1)" if turned else "save gray or RGB images"
         raise UserError(
-            f"{fields.path}: {name} is {list(images.shape)}, and [N, H, W, C] has 1 or 3 channels{hint}"
+            f"{fields.path}: {name} is {list(images.shape)}, but [N, H, W, C] has 1 or 3 channels: {hint}"
         )
     if kind == "f" and images.size:
         least, most = images.min(), images.max()
@@ -213,8 +216,8 @@ def _images(fields: Fields, prefix: str) -> np.ndarray | _Encoded:
             )
         if least >= 0:
             warn_once(
-                f"{fields.path}: {name} lies in [{least:g}, {most:g}], half of the range [-1, 1]: if it "
-                f"was meant to be [0, 1], save 2 * {name} - 1, or uint8"
+                f"{fields.path}: {name} lies in [{least:g}, {most:g}], half of the range [-1, 1]: if its "
+                f"range is [0, 1], save 2 * {name} - 1, or uint8"
             )
     return images
 
@@ -232,13 +235,13 @@ def _encoded(fields: Fields) -> _Encoded:
         )
     if offset[0] < 0 or np.any(offset[1:] < offset[:-1]) or offset[-1] > len(content):
         raise UserError(
-            f"{fields.path}: offset must rise from 0 to the {len(content)} bytes of jpeg: save both anew"
+            f"{fields.path}: offset must rise from 0 to the {len(content)} bytes of jpeg: save both again"
         )
     return _Encoded(fields.path, content, offset.astype(np.int64))
 
 
 def _checked_labels(fields: Fields, labels: np.ndarray, name: str, count: int) -> np.ndarray:
-    """int32 [count]."""
+    """The labels as int32 [count]."""
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise UserError(
             f"{fields.path}: {name} must be non-negative integers [{count}]; it is "
@@ -246,7 +249,7 @@ def _checked_labels(fields: Fields, labels: np.ndarray, name: str, count: int) -
         )
     if (largest := int(labels.max(initial=0))) >= MAX_CLASSES:
         raise UserError(
-            f"{fields.path}: {name} goes up to {largest}, and labels are numbers of classes, below "
+            f"{fields.path}: {name} goes up to {largest}, but labels are class numbers below "
             f"{MAX_CLASSES}: number the classes from 0"
         )
     return labels.astype(np.int32)
@@ -262,7 +265,7 @@ def _captions(fields: Fields, count: int, *, prefix: str) -> np.ndarray | None:
 def _strings(
     fields: Fields, values: np.ndarray, name: str, *, shape: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """A list of strings, of that shape if one is given."""
+    """The strings, decoded from bytes if necessary. shape: the required shape, if any."""
     expected = f"[{shape[0]}]" if shape else "[K]"
     if values.ndim != 1 or shape not in (None, values.shape) or values.dtype.kind not in "US":
         raise UserError(
@@ -273,15 +276,17 @@ def _strings(
         texts = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{fields.path}: {name} holds bytes that are no UTF-8: save strings"
+            f"{fields.path}: {name} holds bytes that aren't UTF-8: save strings"
         ) from error
     if bad := [str(text) for text in texts if not is_text(text)]:
-        raise UserError(f"{fields.path}: {name} holds {bad[0]!a}, which is no whole text: mend it")
+        raise UserError(
+            f"{fields.path}: {name} holds {bad[0]!a}, which can't be encoded in UTF-8: fix it"
+        )
     return texts
 
 
 def _class_names(fields: Fields, labels: Iterable[np.ndarray]) -> list[str]:
-    """A name for each class of the labels of all splits."""
+    """The name of each class in the labels of all splits."""
     counts = np.bincount(np.concatenate(list(labels)), minlength=1)
     given = fields.arrays.get("class_names")
     names = [str(label) for label in range(len(counts))]
@@ -296,7 +301,7 @@ def _class_names(fields: Fields, labels: Iterable[np.ndarray]) -> list[str]:
     if empty and counts.sum():
         some = ", ".join(f"{label} {names[label]!r}" for label in empty[:5])
         warn_once(
-            f"{fields.path}: {len(empty)} of {len(names)} classes have no image ({some}), and samples of "
-            f"them will be asked for: number the classes from 0 without gaps, and name no others"
+            f"{fields.path}: {len(empty)} of {len(names)} classes have no image ({some}), but will be "
+            f"sampled: number the classes from 0 without gaps, and name no others"
         )
     return names

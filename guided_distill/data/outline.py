@@ -1,4 +1,4 @@
-"""What data are like, without the data: all that a network, or a plan, needs to know of them."""
+"""Outlines of data: the shapes and classes that a network or a plan needs, without the data."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from guided_distill.models.outline import Outline
 
 
 def outline_of(source: Source) -> Outline:
-    """That of data which are there."""
+    """The outline of an opened source."""
     return Outline(source.shape, source.num_classes, source.condition_shapes, source.latent)
 
 
 def expected_outline(data: Data) -> Outline | None:
-    """What config.data.shape and config.data.condition say of data that need not be there."""
+    """The outline in config.data.shape and config.data.condition, for data that need not exist."""
     if not data.shape:
         return None
     condition = dict(data.condition)
@@ -24,17 +24,17 @@ def expected_outline(data: Data) -> Outline | None:
 
 
 def check_expected(data: Data, source: Source) -> None:
-    """Raises UserError unless the data are what their config says."""
+    """Raises UserError unless the data have the shape and the condition of their config."""
     expected, found = expected_outline(data), outline_of(source)
     if expected is None:
         return
-    said: list[tuple[str, Any, Any]] = [("shape", expected.shape, found.shape)]
-    said.append(("condition", _condition(expected), _condition(found)))
-    for key, wanted, there in said:
-        if wanted != there:
+    pairs: list[tuple[str, Any, Any]] = [("shape", expected.shape, found.shape)]
+    pairs.append(("condition", _condition(expected), _condition(found)))
+    for key, wanted, actual in pairs:
+        if wanted != actual:
             raise UserError(
-                f"config.data.{key} is {wanted}, but that of {data.name} is {there}: give the data that "
-                f"the config is for, or change it"
+                f"config.data.{key} is {wanted}, but the {key} of {data.name} is {actual}: give the data "
+                f"that the config is for, or change the key"
             )
 
 

@@ -18,7 +18,7 @@ from guided_distill.errors import UserError
 PATCH = 32
 STRIDE = 8
 MIN_STD = 8.0
-# Vertical bands of the half-size photograph, repeated from left to right.
+# Widths of the vertical bands, which alternate from left to right in the half-size photograph.
 TRAIN_BAND = 128
 TEST_BAND = 48
 
@@ -39,9 +39,9 @@ PHOTOS = {
 
 
 def photo10(split: str) -> Source:
-    """Deals the classes evenly: index i is of class i % 10, and walks through its patches.
+    """Opens photo10. Classes alternate: example i is of class i % 10.
 
-    The length is ten times the patches of the largest class; smaller classes start over.
+    The size is ten times the patches of the largest class; smaller classes repeat theirs.
 
     Raises:
       UserError: a photograph is missing from the installed packages.
@@ -69,8 +69,8 @@ def photo10(split: str) -> Source:
 def patch_origins(length: int, *, split: str) -> np.ndarray:
     """Left edges of the patches of one split in a photograph `length` pixels wide.
 
-    A patch belongs to a split only if it lies within one of its bands, so that no pixel is seen
-    by both; those across a border are dropped.
+    A patch belongs to a split only if it lies within one of the split's bands, so that the splits share
+    no pixel; patches across a border are dropped.
     """
     left = np.arange(0, length - PATCH + 1, STRIDE)
     within = left % (TRAIN_BAND + TEST_BAND)
@@ -94,7 +94,7 @@ def _cut(photo: np.ndarray, *, split: str) -> np.ndarray:
 
 
 def _half_size(package: str, file: str) -> np.ndarray:
-    # find_spec does not import the package: skimage.data would offer to download.
+    # find_spec doesn't import the package; skimage.data would offer to download the photograph.
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -104,7 +104,7 @@ def _half_size(package: str, file: str) -> np.ndarray:
             photo = image.convert("RGB")
     except OSError as error:
         raise UserError(
-            f"photo10 cannot read {path}: reinstall {_DISTRIBUTIONS[package]}, which contains it"
+            f"photo10 can't read {path}: reinstall {_DISTRIBUTIONS[package]}, which contains it"
         ) from error
     half = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS)
     return np.asarray(half)

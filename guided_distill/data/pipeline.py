@@ -1,9 +1,9 @@
 """Endless shuffled batches of a source, resumable at any step.
 
-Order is decided a batch at a time: examples are numbered along an endless stream in which epoch e
-holds the whole source once, permuted by (seed, e). Step k of all processes together takes the k-th
-block of that stream. So the global batch depends on its size alone, not on the number of processes,
-and the state of an iterator is one step number.
+Examples are numbered along an endless stream in which epoch e holds every example of the source once,
+permuted by (seed, e). Step k of all processes together takes the k-th block of that stream. The global
+batch therefore depends only on its size, not on the number of processes, and an iterator's state is one
+step number.
 """
 
 import functools
@@ -29,34 +29,34 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Iterates for ever over what the source reads: "image" [B, *shape], "label" [B] and the like.
+    """Iterates endlessly over shuffled batches of the source: "image" [B, *shape], "label" [B] etc.
 
-    Every epoch visits each example exactly once, over all processes together. A batch may span
-    epochs: where the global batch does not divide the source, an epoch ends within a batch.
+    Every epoch visits each example exactly once, over all processes together. If the global batch
+    doesn't divide the source, an epoch ends within a batch.
 
     Args:
-      source: what to read; batches are read ahead by a few threads.
-      batch_size: B, of this process; the global batch is process_count times that.
-      seed: in [0, 2**32); decides the order and the flips.
-      flip: mirror every image with probability one half.
-      process_index: in [0, process_count); each process gets a block of every global batch.
-      process_count: number of processes that read in step.
+      source: the examples; threads prefetch batches.
+      batch_size: B, for this process; the global batch is process_count times that.
+      seed: in [0, 2**32); determines the order and the flips.
+      flip: whether to mirror each image with probability one half.
+      process_index: in [0, process_count); each process reads a block of every global batch.
+      process_count: number of processes that read the same steps.
 
     Returns:
       An iterator whose get_state() is a dict of ints, for set_state() of an iterator made with the
-      same arguments. It reads ahead in threads until its close().
+      same arguments. Its threads prefetch until its close().
 
     Raises:
-      UserError: batch_size is below 1, or flip is asked of a source without images, or of latents.
+      UserError: batch_size is below 1, or flip is set for latents or for data that aren't images.
     """
     if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}: it must be at least 1")
+        raise UserError(f"the batch size is {batch_size}: make it at least 1")
     if flip and len(source.shape) != 3:
         raise UserError(f"data.flip needs images, and {source.name!r} has none: set it to False")
     if flip and source.latent:
         raise UserError(
-            "data.flip can't mirror latents: set it to False, and encode the images both ways by "
-            "guided-distill encode --flip"
+            "data.flip can't mirror latents: set it to False, and run guided-distill encode --flip to "
+            "encode the mirror images too"
         )
     shard = _Shard(batch_size=batch_size, index=process_index, count=process_count)
     permutation = functools.lru_cache(maxsize=2)(
@@ -81,7 +81,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Shard:
-    """This process's part of every global batch: the index-th of `count` blocks."""
+    """This process's part of every global batch: block `index` of `count` blocks."""
 
     batch_size: int
     index: int
@@ -96,13 +96,13 @@ class _Shard:
         return slice(self.index * self.batch_size, (self.index + 1) * self.batch_size)
 
     def positions(self, step: int) -> np.ndarray:
-        """Places [B] in the endless stream of examples, ascending."""
+        """Positions [B] of a step's examples in the endless stream, ascending."""
         return step * self.global_size + np.arange(self.global_size)[self.block]
 
 
 @dataclass(frozen=True)
 class _RandomFlip(grain.transforms.RandomMap):
-    """Mirrors images [B, H, W, C] in place; the draws are those of the global batch."""
+    """Mirrors random images of a batch [B, H, W, C] in place, by draws for the global batch."""
 
     shard: _Shard
 

@@ -1,4 +1,4 @@
-"""The one rule between 8-bit images and the model's range, and one way to resize."""
+"""Converts between 8-bit images and the model's range [-1, 1], and resizes images."""
 
 from collections.abc import Sequence
 
@@ -32,9 +32,9 @@ def crop_and_resize(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def fitted(image: Image.Image, shape: Sequence[int]) -> np.ndarray:
-    """Pixels uint8 [*shape] of an RGB image as a model of that shape takes it.
+    """The pixels, uint8 [*shape], of an RGB image, centre-cropped to a square and resized.
 
-    shape: (size, size, 1 or 3); the image is centre-cropped to a square and resized.
+    shape: (size, size, 1 or 3).
     """
     image = crop_and_resize(image, shape[0])
     return np.asarray(image.convert("L") if shape[-1] == 1 else image).reshape(shape)

@@ -1,4 +1,4 @@
-"""What a data source is, and how one is held out for testing."""
+"""Data sources: random access to labelled examples, and the test split held out from them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,14 +13,14 @@ from guided_distill.errors import UserError
 SPLITS = ("train", "test")
 
 Examples = dict[str, np.ndarray]
-"""Arrays [n, ...] by name: "image", and the condition's."""
+"""Arrays [n, ...] by name: "image" and those of the condition."""
 
 _CHUNK = 4096
 _CHUNK_PARTS = 16
 _BYTES = 128 << 20
-"""How much of the examples is held at once."""
+"""The most bytes of examples in memory at once."""
 
-# Fixed for good: another seed would move test examples of existing runs into their training set.
+# Never change it: another seed would move test examples of existing runs into their training set.
 _SPLIT_SEED = 20221204
 
 
@@ -32,10 +32,9 @@ class Source:
     in [-1, 1] for pixels, and the arrays of the condition, such as "label" [B], int32 in
     [0, num_classes). Several threads call it.
 
-    condition_shapes: the shapes of one example's condition, by name. null: what stands for none in
-    its place, one example's; None for the label num_classes. latent: whether "image" is an
-    autoencoder's latents. captions: what is said of each example, [size] strings, where something is.
-    labels: those of all examples [size], where they can be had without the images.
+    condition_shapes: the shapes of one example's condition, by name. null: the null condition of one
+    example; None if it is the label num_classes. latent: whether "image" is an autoencoder's latents.
+    captions: strings [size], or None. labels: [size], or None if they can't be read without the images.
     """
 
     name: str
@@ -52,19 +51,19 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels; 1 where the data has none, 0 where it has texts in their place."""
+        """The number of classes: 1 for data without labels, 0 for data with captions instead."""
         return len(self.class_names)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One example of what `read` returns: "image" [*shape], "label" scalar."""
+        """One example as `read` returns it: "image" [*shape], "label" a scalar."""
         example = self.read(np.array([range(self.size)[index]]))
         return {name: each[0] for name, each in example.items()}
 
     def chunks(self, limit: int | None = None) -> Iterator[Examples]:
-        """Yields all examples, some [n, ...] at a time, or a fixed random subset of `limit`."""
+        """Yields all examples, or a fixed random subset of `limit`, in chunks [n, ...]."""
         indices = np.arange(self.size)
         if limit is not None and limit < self.size:
             subset = np.random.default_rng(0).permutation(self.size)[:limit]
@@ -72,7 +71,7 @@ class Source:
         return self.chunks_of(indices)
 
     def chunks_of(self, indices: np.ndarray) -> Iterator[Examples]:
-        """Yields the examples at `indices` in their order, some [n, ...] at a time."""
+        """Yields the examples at `indices`, in that order, in chunks [n, ...]."""
         size = within_memory(self.shape, most=_CHUNK)
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(indices), size):
@@ -81,7 +80,7 @@ class Source:
                 yield _joined(pool.map(self.read, parts))
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """The labels [n] at `indices` [n], one or more of them."""
+        """The labels [n] at `indices` [n], n >= 1."""
         if self.labels is not None:
             return self.labels[indices]
         distinct, places = np.unique(indices, return_inverse=True)
@@ -93,7 +92,7 @@ class Source:
 
 
 def within_memory(shape: Sequence[int], *, most: int) -> int:
-    """How many examples of `shape` to hold at once: `most`, or a half, a quarter, ... of it."""
+    """How many examples of `shape` fit into memory at once: `most`, or a half, a quarter, ... of it."""
     size = most
     while size > 1 and size * math.prod(shape) * np.dtype(np.float32).itemsize > _BYTES:
         size //= 2
@@ -117,7 +116,7 @@ def from_arrays(
 ) -> Source:
     """Builds a source of N examples over images [M, ...], uint8 pixels or floats, and labels [N].
 
-    captions: strings [N], if there are any. rows: the image of each example [N], if they aren't in order.
+    captions: strings [N], or None. rows: indices [N] of the examples' images, None for 0 ... N-1.
     """
     labels = labels.astype(np.int32)
 
@@ -140,9 +139,9 @@ def from_arrays(
 
 
 def split_indices(groups: np.ndarray, *, split: str, test_fraction: float) -> np.ndarray:
-    """Indices of one split, in a fixed shuffled order; every group [N] gives its share to test.
+    """The indices of one split, in a fixed random order; test takes test_fraction of every group.
 
-    A group of one stays in train. The two splits are disjoint and together are all N.
+    groups: numbers [N]. A group with one member stays in train. The splits are disjoint and cover all N.
     """
     rng = np.random.default_rng(_SPLIT_SEED)
     by_group = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
@@ -156,10 +155,10 @@ def split_indices(groups: np.ndarray, *, split: str, test_fraction: float) -> np
 
 
 def split_whole_groups(groups: np.ndarray, *, split: str, test_fraction: float) -> np.ndarray:
-    """Indices of one split, in a fixed shuffled order; test gets its share of the groups, whole.
+    """The indices of one split, in a fixed random order; test takes test_fraction of the groups.
 
-    groups: numbers or strings [N]; those alike stay together. Which go to test depends on nothing but
-    the set of groups.
+    groups: numbers or strings [N]; members of a group are in the same split. Which groups are in test
+    depends only on the set of groups.
     """
     names, group = np.unique(groups, return_inverse=True)
     chosen = split_indices(np.zeros(len(names), int), split=split, test_fraction=test_fraction)
@@ -172,6 +171,6 @@ def check_image_size(source: Source, image_size: int | None) -> None:
     if image_size is not None and source.shape[:2] != (image_size, image_size):
         size = " x ".join(map(str, source.shape))
         raise UserError(
-            f"data.image_size is {image_size}, but examples of {source.name!r} are {size} and this "
-            "source is never resized: leave data.image_size unset"
+            f"data.image_size is {image_size}, but examples of {source.name!r} are {size}, and this "
+            "source can't be resized: leave data.image_size unset"
         )

@@ -19,13 +19,13 @@ def load_source(
 
     Args:
       name: one of `KNOWN`; a PATH may be on any file system that etils.epath reads.
-      split: "train" or "test"; which example is in which never depends on seed.
-      image_size: side in pixels. folder:, tfds: and npz: (uint8) are resized to it; for others it
-        is checked.
-      seed: draws the points of mixture2d, and nothing else.
+      split: "train" or "test"; which examples are in a split doesn't depend on seed.
+      image_size: side in pixels. Images of folder:, tfds: and npz: (uint8) are resized to it; those of
+        other sources must already have it.
+      seed: determines the points of mixture2d, and nothing else.
 
     Raises:
-      UserError: unknown name or split, or data that cannot be read as the source says.
+      UserError: the name or split is unknown, or the data can't be read.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of data source {name!r}: use train or test")

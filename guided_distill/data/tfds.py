@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared on disk, read without TensorFlow."""
+"""The source `tfds:`, data sets prepared by TensorFlow Datasets and read without TensorFlow."""
 
 import numpy as np
 from PIL import Image
@@ -9,17 +9,17 @@ from guided_distill.errors import UserError
 
 
 def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
-    """Reads features `image`, uint8 with 1 or 3 channels, and, where there, `label`.
+    """Opens a data set with the feature `image`, uint8 with 1 or 3 channels, and optionally `label`.
 
     The test split is the set's `test`, or else its `validation`. With image_size, images are
-    centre-cropped to squares and resized; without, they must be of one size. The folder is TFDS's
+    centre-cropped to squares and resized; without, they must have one size. The folder is TFDS's
     own, ~/tensorflow_datasets or the environment variable TFDS_DATA_DIR.
 
     Raises:
-      UserError: the set is unknown, is not prepared as array_record, or lacks what is said above; or,
-        when they are read, labels outside the classes (TFDS gives -1 where a split has none).
+      UserError: the set is unknown, isn't prepared as array_record, or doesn't fit this description;
+        on reading, a label is outside the classes (TFDS stores -1 in a split without labels).
     """
-    # Imported here: it takes seconds, and only this source needs it.
+    # Imported here, because it takes seconds and only this source needs it.
     import tensorflow_datasets as tfds
 
     try:
@@ -27,8 +27,8 @@ def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
     except (ValueError, AssertionError) as error:  # unknown name, config or format; unknown version
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"tfds:{name} cannot be opened, check its name and that it is prepared as array_record: "
-            f"{reason}"
+            f"tfds:{name} can't be opened ({reason}): check its name, and that it is prepared as "
+            f"array_record"
         ) from error
     chosen = _choose_split(name, split=split, available=list(builder.info.splits))
     try:
@@ -38,10 +38,15 @@ def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
 
     features = builder.info.features
     if "image" not in features:
-        raise UserError(f"tfds:{name} has no feature `image`, only {sorted(features)}")
+        raise UserError(
+            f"tfds:{name} has no feature `image`, only {sorted(features)}: choose a set of images"
+        )
     shape = features["image"].shape
     if features["image"].np_dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3):
-        raise UserError(f"tfds:{name} must have uint8 images of 1 or 3 channels, not {shape}")
+        raise UserError(
+            f"tfds:{name} has {features['image'].np_dtype} images of shape {shape}: choose a set of "
+            f"uint8 images with 1 or 3 channels"
+        )
     height, width, channels = shape
     if image_size is not None:
         height = width = image_size
@@ -50,7 +55,9 @@ def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
     class_names = ["all"]
     if "label" in features:
         if not isinstance(features["label"], tfds.features.ClassLabel):
-            raise UserError(f"tfds:{name} must have class labels, not {features['label']}")
+            raise UserError(
+                f"tfds:{name} has the label {features['label']}: choose a set with class labels"
+            )
         class_names = features["label"].names
 
     def read(indices: np.ndarray) -> Examples:
@@ -60,7 +67,7 @@ def load_tfds(name: str, *, split: str, image_size: int | None) -> Source:
         unknown = labels[(labels < 0) | (labels >= len(class_names))]
         if len(unknown):
             raise UserError(
-                f"tfds:{name} has the label {unknown[0]} in its {chosen} split, which is none of its "
+                f"tfds:{name} has the label {unknown[0]} in its {chosen} split, but only "
                 f"{len(class_names)} classes: choose a set whose splits are labelled"
             )
         return {"image": from_uint8(pixels), "label": labels}
@@ -81,7 +88,7 @@ def _choose_split(name: str, *, split: str, available: list[str]) -> str:
     for candidate in ("test", "validation") if split == "test" else ("train",):
         if candidate in available:
             return candidate
-    raise UserError(f"tfds:{name} has no {split} split, only {available}")
+    raise UserError(f"tfds:{name} has no {split} split, only {available}: choose a set with one")
 
 
 def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from guided_distill.errors import UserError
 
 
 def numbered(count):
-    """A source whose image i holds i on its left half and -i on its right; label i % 5."""
+    """A source whose image i is i in its left half and -i in its right half, with label i % 5."""
     index = np.arange(count, dtype=np.float32)[:, None, None, None]
     images = np.concatenate([index, index, -index, -index], axis=2)
     return from_arrays(
@@ -34,7 +34,7 @@ def take(count, source, **options):
 
 
 def order(batches):
-    """Indices of the examples in the order they came."""
+    """The examples' indices, in the order of the batches."""
     return np.concatenate([np.abs(batch["image"][:, 0, 0, 0]) for batch in batches]).astype(int)
 
 
@@ -65,7 +65,7 @@ def test_every_epoch_visits_each_example_once(size, batch_size):
     assert len({tuple(epoch) for epoch in seen}) > 2
 
 
-def test_order_depends_on_the_seed_alone():
+def test_order_depends_only_on_the_seed():
     def first(seed):
         return order(take(3, numbered(50), batch_size=10, seed=seed)).tolist()
 
@@ -96,7 +96,7 @@ def test_resumes_from_any_state(step):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_out_the_same_global_batches(count):
+def test_processes_divide_the_same_global_batches(count):
     common = {"seed": 2, "flip": True}
     whole = take(9, numbered(20), batch_size=4 * count, **common)
     parts = [
@@ -126,7 +126,7 @@ def test_flip_mirrors_the_width_of_about_half():
     np.testing.assert_array_equal(images[:, :2], -images[:, 2:])
     mirrored = images[:, 0] < 0
     assert 0.46 < mirrored.mean() < 0.54
-    # Drawn for each image anew, not for each batch or each example.
+    # Each epoch draws anew for each image, rather than once per batch or per example.
     assert len({tuple(row) for row in mirrored[: 49 * 40].reshape(40, 49)}) == 40
     unflipped = np.concatenate([b["image"] for b in take(2, numbered(50), batch_size=50, seed=0)])
     assert (unflipped[:, 0, 0, 0] >= 0).all()
@@ -147,7 +147,7 @@ def test_unreadable_examples_surface_as_user_errors(tmp_path):
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:3000])
     iterator = pipeline.batches(sources.load_source(f"folder:{tmp_path}"), batch_size=2, seed=0)
-    with pytest.raises(UserError, match=r"\.png cannot be read"):
+    with pytest.raises(UserError, match=r"\.png can't be read"):
         next(iterator)
     iterator.close()
 
@@ -162,7 +162,7 @@ def test_bad_requests_are_refused():
         pipeline.batches(points, batch_size=4, seed=0, flip=True)
 
 
-def test_an_open_iterator_does_not_hinder_exit():
+def test_an_open_iterator_does_not_prevent_exit():
     script = """
         import numpy as np
         from guided_distill.data import pipeline, source

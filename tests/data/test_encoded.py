@@ -24,20 +24,20 @@ BATCH = 4
 
 
 class Words:
-    """Encodes a prompt as its length, twice; remembers how many it was asked for."""
+    """Encodes a prompt as its length, and records the prompts in `encoded`."""
 
     shape = (2, 3)
 
     def __init__(self):
-        self.asked = []
+        self.encoded = []
 
     def encode(self, prompts):
-        self.asked += prompts
+        self.encoded += prompts
         return np.array([np.full(self.shape, len(prompt)) for prompt in prompts], np.float32)
 
 
 class Quarters:
-    """Latents: each second pixel, of the first channel; remembers its calls, and may break off."""
+    """Encodes images as every second pixel of the first channel, and fails after `allowed` calls."""
 
     def __init__(self, allowed=1000):
         self.calls, self.allowed = 0, allowed
@@ -104,10 +104,10 @@ def test_labels_and_latents_of_every_example(tmp_path, split):
     np.testing.assert_array_equal(source.read(some)["image"], found["image"][some])
 
 
-def test_captions_are_encoded_once_each_and_go_with_their_images(tmp_path):
+def test_each_caption_is_encoded_once_and_stays_with_its_images(tmp_path):
     words = Words()
     encode(tmp_path, words=words)
-    assert sorted(words.asked) == [
+    assert sorted(words.encoded) == [
         "",
         *("test ", "test x", "test xx"),
         *("train ", "train x", "train xx"),
@@ -123,7 +123,7 @@ def test_captions_are_encoded_once_each_and_go_with_their_images(tmp_path):
     assert (batch["image"].shape, batch["text"].shape) == ((5, 2, 2, 1), (5, 2, 3))
 
 
-def test_mirrored_images_are_encoded_themselves(tmp_path):
+def test_mirror_images_have_their_own_latents(tmp_path):
     encode(tmp_path, words=Words(), mirrored=True)
     source = sources.load_source(f"encoded:{tmp_path}")
     images = data("train").arrays()["image"]
@@ -139,13 +139,13 @@ def test_mirrored_images_are_encoded_themselves(tmp_path):
         batches(source, batch_size=2, seed=0, flip=True)
 
 
-def test_encoding_goes_on_where_it_was_cut(tmp_path):
+def test_interrupted_encoding_resumes(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     once = Quarters()
     encode(whole, latents=once, words=Words())
     with pytest.raises(KeyboardInterrupt):
         encode(cut, latents=Quarters(allowed=2), words=Words())
-    with pytest.raises(UserError, match=r"image-00002-of-00003.*isn't finished"):
+    with pytest.raises(UserError, match=r"image-00002-of-00003.*didn't finish"):
         sources.load_source(f"encoded:{cut}")
     again = Quarters()
     encode(cut, latents=again, words=Words())
@@ -196,7 +196,7 @@ def test_damage_is_named(tmp_path):
         sources.load_source(f"encoded:{tmp_path}")
     about = json.loads((tmp_path / "encoding.json").read_text())
     (tmp_path / "encoding.json").write_text(json.dumps({**about, "format": 2}))
-    with pytest.raises(UserError, match=r"encoding\.json isn't what it should be \(format 2"):
+    with pytest.raises(UserError, match=r"encoding\.json doesn't describe an encoding \(format 2"):
         sources.load_source(f"encoded:{tmp_path}")
 
 
@@ -204,16 +204,16 @@ def test_damage_is_named(tmp_path):
     ("file", "changes", "said"),
     [
         ("encoding.json", {"shape": [2, 2]}, "shape is .2, 2."),
-        ("encoding.json", {"shape": [2, 2, 3]}, "a record of .* has 12 bytes in place of 28"),
+        ("encoding.json", {"shape": [2, 2, 3]}, r"image.* \(a record has 12 bytes instead of 28"),
         ("encoding.json", {"text_shape": [2, True]}, "text_shape is .2, True."),
-        ("encoding.json", {"text_shape": [2, 4]}, "a record of .* has 12 bytes in place of 16"),
+        ("encoding.json", {"text_shape": [2, 4]}, r"text.* \(a record has 12 bytes instead of 16"),
         ("encoding.json", {"sizes": {"train": 7, "test": "3"}}, "sizes is"),
-        ("encoding.json", {"sizes": 3}, "encoding.json isn't what it should be"),
+        ("encoding.json", {"sizes": 3}, "encoding.json doesn't describe an encoding"),
         ("encoding.json", {"mirrored": "no"}, "mirrored is 'no'"),
         ("encoding.json", {"shard_size": 0}, "shard_size is 0"),
         ("train/captions.json", ["a"] * 6, "must be a list of 7 strings"),
         ("train/captions.json", ["a", {}] * 4, "must be a list of 7 strings"),
-        ("null.npy", np.zeros((2, 4)), "float64 .2, 4. and must be floats .2, 3."),
+        ("null.npy", np.zeros((2, 4)), "float64 .2, 4. but must be floats .2, 3."),
     ],
 )
 def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, said):
@@ -239,7 +239,7 @@ def captioned(tmp_path):
 
 @pytest.fixture
 def autoencoder(tmp_path):
-    """A folder with a small autoencoder; its module and weights."""
+    """A folder with a small autoencoder, its module and its weights."""
     sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
     module = AutoencoderKL(**sizes, latent_channels=2, scaling_factor=0.5)
     params = random_params(module, jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32))
@@ -254,7 +254,7 @@ def autoencoder(tmp_path):
     return folder, module, params
 
 
-def test_the_verb_encodes_by_an_autoencoder_and_a_text_encoder(
+def test_the_verb_encodes_with_an_autoencoder_and_a_text_encoder(
     tmp_path, captioned, autoencoder, capsys
 ):
     folder, module, params = autoencoder
@@ -285,7 +285,7 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     command = ["encode", "--autoencoder", str(folder), "--out", str(tmp_path / "out")]
     for arguments, message in (
         (["--data", "digits", "--shard_size", "0"], "--shard_size is 0; make it at least 1"),
-        (["--data", "digits"], "takes images of 3 channels, and an example of digits is [8, 8, 1]"),
+        (["--data", "digits"], "takes images of 3 channels, but examples of digits are [8, 8, 1]"),
         (["--data", captioned, "--text_encoder", "t5"], "unknown text encoder 't5'"),
     ):
         assert cli.main([*command, *arguments]) == 2
@@ -297,7 +297,7 @@ def test_bad_arguments_of_the_verb(tmp_path, captioned, autoencoder, capsys):
     assert "has no captions to encode: leave out --text_encoder" in capsys.readouterr().err
 
 
-def test_other_captions_are_not_read_by_the_states_of_the_old_ones(tmp_path):
+def test_states_of_old_captions_are_not_used_for_others(tmp_path):
     encode(tmp_path, words=Words())
     path = tmp_path / "train" / "captions.json"
     path.write_text(path.read_text().replace("train xx", "train zz"))
@@ -305,7 +305,7 @@ def test_other_captions_are_not_read_by_the_states_of_the_old_ones(tmp_path):
         encode(tmp_path, words=Words())
 
 
-def test_masks_hide_the_same_of_mask_and_latents_and_differ_by_record(tmp_path):
+def test_masks_match_the_masked_latents_and_differ_by_record(tmp_path):
     for name in ("one", "other"):
         encode(tmp_path / name, inpaint=True, mirrored=True)
     one, other = (
@@ -316,12 +316,12 @@ def test_masks_hide_the_same_of_mask_and_latents_and_differ_by_record(tmp_path):
     assert one.shape == (14, 2, 2, 2)
     source = sources.load_source(f"encoded:{tmp_path / 'one'}")
     assert source.condition_shapes == {"label": (), "inpaint": (2, 2, 2)}
-    mask, around = one[..., 0], one[..., 1]
+    mask, masked = one[..., 0], one[..., 1]
     assert set(np.unique(mask)) == {0, 1}
-    # Quarters' latents are pixels: none where the mask hides them, and the image's elsewhere.
-    np.testing.assert_array_equal(around[mask == 1], 0)
+    # Latents of Quarters are pixels: zero under the mask, and the image's elsewhere.
+    np.testing.assert_array_equal(masked[mask == 1], 0)
     kept = mask == 0
-    np.testing.assert_array_equal(around[kept], source.arrays()["image"][..., 0][kept])
+    np.testing.assert_array_equal(masked[kept], source.arrays()["image"][..., 0][kept])
     assert len({each.tobytes() for each in mask}) > 1
 
 

@@ -39,7 +39,7 @@ def test_classes_are_the_sorted_folders_and_labels_match(colour_folder):
         np.testing.assert_array_equal(np.bincount(labels), counts)
         expected = np.array(list(COLOURS.values()))[labels]
         error = np.abs(to_uint8(images)[:, 3, 3].astype(int) - expected)
-        assert error.max() < 12  # webp is lossy
+        assert error.max() < 12  # WebP is lossy.
 
 
 def test_images_directly_in_the_folder_are_one_class(tmp_path):
@@ -73,7 +73,7 @@ def test_transparent_pixels_are_white_and_rotated_photos_upright(tmp_path):
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side: the white half belongs on the right
+    exif[0x0112] = 6  # Stored rotated: the white half belongs on the right.
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / "turned" / f"{name}.jpg", exif=exif, quality=95)
     image = load(tmp_path / "turned")[0]["image"]
@@ -90,7 +90,7 @@ def test_sizes_that_differ_need_image_size(colour_folder):
 
 def test_damaged_header_is_found_at_load(colour_folder):
     (colour_folder / "green" / "bad.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"bad\.png cannot be read"):
+    with pytest.raises(UserError, match=r"bad\.png can't be read"):
         load(colour_folder)
 
 
@@ -101,14 +101,14 @@ def test_damaged_pixels_are_found_at_access(tmp_path):
         Image.fromarray(noise).save(file)
         file.write_bytes(file.read_bytes()[:3000])
     source = load(tmp_path)
-    with pytest.raises(UserError, match=r"[ab]\.png cannot be read"):
+    with pytest.raises(UserError, match=r"[ab]\.png can't be read"):
         source[0]
 
 
 def test_gray_of_32_bits_is_refused(tmp_path):
     for name in "ab":
         Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / f"{name}.tif")
-    with pytest.raises(UserError, match=r"[ab]\.tif .*32 bits a pixel"):
+    with pytest.raises(UserError, match=r"[ab]\.tif .*32 bits per pixel"):
         load(tmp_path)[0]
 
 
@@ -142,7 +142,7 @@ def test_every_header_is_opened_once_for_both_splits(colour_folder, monkeypatch)
         load(colour_folder)
 
 
-def test_what_is_skipped_is_counted(colour_folder, caplog):
+def test_skipped_files_are_counted(colour_folder, caplog):
     (colour_folder / "red" / "older").mkdir()
     for name in ("a.gif", "b.tif", "c.jfif"):
         kind = "jpeg" if name == "c.jfif" else None
@@ -201,7 +201,7 @@ def test_captions_belong_to_their_images_in_both_splits(colour_folder):
     assert len(set(seen)) == len(seen) == 40
 
 
-def test_an_image_of_several_captions_is_an_example_with_each(colour_folder):
+def test_an_image_with_several_captions_is_one_example_per_caption(colour_folder):
     more = [
         json.dumps({"file_name": f"./{name}/0.png", "text": f"{name} once more"})
         for name in COLOURS
@@ -225,17 +225,17 @@ def test_an_image_of_several_captions_is_an_example_with_each(colour_folder):
 def test_lines_of_other_files_are_counted(colour_folder, caplog):
     write_captions(colour_folder, [*rows_of(colour_folder), '{"file_name": "x.png", "text": "x"}'])
     load(colour_folder)
-    assert any("2 lines whose file_name is none of the images" in each for each in caplog.messages)
+    assert any("2 lines whose file_name isn't one of the images" in m for m in caplog.messages)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda rows: rows[1:], "has no text for"),
-        (lambda rows: ["{", *rows], "line 1, is no JSON"),
-        (lambda rows: [*rows, "[" * 100_000], "line 42, is no JSON"),
-        (lambda rows: [*rows, "7"], "line 42, is no JSON object"),
-        (lambda rows: [*rows, '{"file_name": "a.png"}'], "line 42, is no JSON object"),
+        (lambda rows: ["{", *rows], "line 1, is not JSON"),
+        (lambda rows: [*rows, "[" * 100_000], "line 42, is not JSON"),
+        (lambda rows: [*rows, "7"], "line 42, is not a JSON object"),
+        (lambda rows: [*rows, '{"file_name": "a.png"}'], "line 42, is not a JSON object"),
         (
             lambda rows: [*rows, '{"file_name": "a.png", "text": null}'],
             "line 42, has the text null",

@@ -22,7 +22,7 @@ def samples():
 
 @pytest.fixture
 def noisy(samples):
-    """Makes (z, alpha, sigma, label) of 50 points at a noise level, labels 0..K (K: any class)."""
+    """Makes (z, alpha, sigma, label) for 50 points at a noise level, labels 0..K (K: any class)."""
 
     def at(level):
         rng = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def noisy(samples):
 
 
 def prior_density(points, label):
-    """Density of clean points in float64, by scipy."""
+    """The density of clean points in float64, computed by scipy."""
     classes = range(NUM_CLASSES) if label == NUM_CLASSES else [label]
     total = 0.0
     for c in classes:
@@ -50,7 +50,7 @@ def prior_density(points, label):
 
 
 def integrate(z, alpha, sigma, label):
-    """Evidence p(z) and E[x | z] on a grid over where the posterior can be."""
+    """The evidence p(z) and E[x | z], integrated on a grid that covers the posterior."""
     narrow = 9 * sigma < 1.4 * alpha
     center, half = (z / alpha, 9 * sigma / alpha) if narrow else (np.zeros(2), 1.4)
     side = np.linspace(-half, half, 301)
@@ -87,7 +87,7 @@ def test_denoise_has_the_right_limits(noisy):
     prior_means = np.concatenate([class_means, class_means.mean(0, keepdims=True)])
     pure_noise = denoise(z, nothing, everything, labels)
     np.testing.assert_allclose(pure_noise, prior_means[labels], atol=1e-6)
-    # Where the prior's density is not negligible, almost no noise moves z by almost nothing.
+    # Where the prior's density is not negligible, a tiny sigma hardly moves z.
     z, _, _, labels = noisy(5e-5)
     np.testing.assert_allclose(denoise(z, everything, little, labels), z, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_samples_have_the_moments_of_their_class(samples):
         np.testing.assert_allclose(np.cov(points.T), covariance, atol=0.003)
 
 
-def test_classes_overlap_but_can_be_told_apart(samples):
+def test_classes_overlap_but_can_be_distinguished(samples):
     points = samples[:, :500]
     by_class = [prior_density(points, label) for label in range(NUM_CLASSES)]
     guess = np.argmax(by_class, axis=0)

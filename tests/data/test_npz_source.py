@@ -13,7 +13,7 @@ from guided_distill.errors import UserError
 
 
 def pixels(count, *, size=4, channels=3, start=0):
-    """Images whose every value is their own index."""
+    """Images in which every value is the image's index, counted from `start`."""
     index = np.arange(start, start + count, dtype=np.uint8)
     return np.broadcast_to(index[:, None, None, None], (count, size, size, channels))
 
@@ -135,7 +135,7 @@ def test_captions_stay_with_their_images_and_groups_are_held_out_whole(save):
         ({"image": pixels(5), "class_names": np.arange(2)}, r"class_names must be strings.*int64"),
         (
             {"image": pixels(5), "class_names": np.array([b"\xff"])},
-            r"class_names holds bytes that are no",
+            r"class_names holds bytes that aren't UTF-8",
         ),
         (
             {"image": pixels(5), "caption": np.array(["a"] * 4 + ["\ud83d"])},
@@ -175,7 +175,7 @@ def test_bad_fields_are_named(save, fields, message):
 
 
 def encoded(images, *, kind="png"):
-    """The fields jpeg and offset of images; bytes are taken as they are."""
+    """The fields jpeg and offset for images; an image in bytes is used as it is."""
     files = []
     for image in images:
         file = io.BytesIO()
@@ -204,7 +204,7 @@ def test_encoded_files_of_two_splits(tmp_path):
         assert source.num_classes == 5
     small = sources.load_source(name, image_size=2)
     assert small.shape == (2, 2, 3)
-    # The middle 4 x 4 counts, its rows above and below don't.
+    # Only the middle 4 x 4 pixels count, not the rows above and below.
     found = small.arrays()["image"].mean((1, 2))
     middle = from_uint8(expected["train"][:, 1:5]).mean((1, 2))
     np.testing.assert_allclose(found, middle, atol=0.15)
@@ -223,7 +223,7 @@ def test_jpeg_files_and_a_held_out_tenth(save):
 
 WHOLE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 PNG = encoded([WHOLE])["jpeg"].tobytes()
-# The first chunk of pixels says that it is shorter than it is.
+# The header of the first chunk of pixels states too small a length.
 assert PNG[37:41] == b"IDAT"
 BROKEN = PNG[:33] + bytes([0, 0, 0, 5]) + PNG[37:]
 
@@ -231,9 +231,9 @@ BROKEN = PNG[:33] + bytes([0, 0, 0, 5]) + PNG[37:]
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([WHOLE, b"no image"], "image 1 of `jpeg` cannot be read"),
-        ([WHOLE, PNG[:400]], "image 1 of `jpeg` cannot be read"),
-        ([BROKEN, WHOLE], "image 0 of `jpeg` cannot be read"),
+        ([WHOLE, b"no image"], "image 1 of `jpeg` can't be read"),
+        ([WHOLE, PNG[:400]], "image 1 of `jpeg` can't be read"),
+        ([BROKEN, WHOLE], "image 0 of `jpeg` can't be read"),
         ([WHOLE, WHOLE[:8]], "differ in size"),
         ([], "offset must be integers"),
     ],
@@ -259,7 +259,7 @@ def test_unreadable_files_are_named(tmp_path):
     np.save(tmp_path / "single.npy", np.zeros(3))
     np.savez(tmp_path / "objects.npz", image=np.array([{}], dtype=object))
     for name in (*damaged, "single.npy", "objects.npz"):
-        with pytest.raises(UserError, match=rf"{name} cannot be read"):
+        with pytest.raises(UserError, match=rf"{name} can't be read"):
             sources.load_source(f"npz:{tmp_path}/{name}")
 
 
@@ -344,7 +344,7 @@ def test_no_image_is_decoded_twice(save, monkeypatch):
     both_splits(name)
     counts = collections.Counter(decoded)
     assert len(counts) == 20
-    # The first one says how large all are.
+    # The first image is decoded a second time, for the size of all.
     assert sum(count > 1 for count in counts.values()) <= 1
 
 
@@ -362,7 +362,7 @@ def test_both_splits_share_what_is_read(save, monkeypatch):
 
 
 def zip_of(path, method, shape, *, written=0):
-    """An npz file whose image is said to have that shape; `written` bytes of zeros are there."""
+    """An npz file whose field image has this shape by its header, but holds `written` bytes of zeros."""
     with zipfile.ZipFile(path, "w", method) as archive, archive.open("image.npy", "w") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -375,7 +375,9 @@ def test_fields_larger_than_the_memory_are_refused_unread(tmp_path, monkeypatch)
     monkeypatch.setattr(fields, "_memory", lambda: 1 << 20)
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (4 << 10, 32, 32), written=4 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
-    with pytest.raises(UserError, match=r"a\.npz takes 0\.0 GiB of memory, and there are 0\.0"):
+    with pytest.raises(
+        UserError, match=r"a\.npz takes 0\.0 GiB of memory, but this machine has 0\.0"
+    ):
         sources.load_source(name)
 
 
@@ -389,14 +391,16 @@ def test_bombs_are_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(fields, "_LARGE", 8 << 20)
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, (8 << 10, 32, 32), written=8 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
-    with pytest.raises(UserError, match=r"a\.npz cannot be read.*as no images do"):
+    with pytest.raises(UserError, match=r"a\.npz can't be read.*implausible for images"):
         sources.load_source(name)
 
 
-def test_fields_that_are_shorter_than_they_say_are_refused_unread(tmp_path, monkeypatch):
+def test_fields_shorter_than_their_header_states_are_refused_unread(tmp_path, monkeypatch):
     name = zip_of(tmp_path / "a.npz", zipfile.ZIP_STORED, (1 << 40, 32, 32))
     monkeypatch.setattr(np.lib.format, "read_array", None)
-    with pytest.raises(UserError, match=r"a\.npz cannot be read.*isn't as long as its header says"):
+    with pytest.raises(
+        UserError, match=r"a\.npz can't be read.*doesn't have the size that its header states"
+    ):
         sources.load_source(name)
 
 
@@ -407,7 +411,7 @@ def test_encrypted_files_and_pipes_are_refused(tmp_path):
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(mark) + place] |= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.npz cannot be read.*encrypted"):
+    with pytest.raises(UserError, match=r"a\.npz can't be read.*encrypted"):
         sources.load_source(f"npz:{path}")
     os.mkfifo(tmp_path / "b.npz")
     with pytest.raises(UserError, match=r"no file .*b\.npz"):

@@ -14,7 +14,7 @@ def fresh_photos():
 
 
 def coded_photo(package, file):
-    """A photograph whose every pixel tells where it is: x, y, and the ninth bits of both."""
+    """A photograph whose every pixel encodes its position: x, y, and the ninth bits of both."""
     y, x = np.mgrid[:300, :500]
     return np.stack([x % 256, y % 256, x // 256 * 64 + y // 256 * 128], axis=-1).astype(np.uint8)
 
@@ -27,7 +27,7 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
         pixels = to_uint8(source.read(np.arange(0, len(source), 10))["image"]).astype(int)
         x = pixels[..., 0] + 256 * (pixels[..., 2] % 128 // 64)
         y = pixels[..., 1] + 256 * (pixels[..., 2] // 128)
-        # A patch is one upright, unmirrored piece of the photograph.
+        # A patch is a contiguous piece of the photograph, neither rotated nor mirrored.
         assert (np.diff(x, axis=2) == 1).all()
         assert (np.diff(y, axis=1) == 1).all()
         assert (x[:, 0, 0] % photo10.STRIDE == 0).all()
@@ -37,7 +37,7 @@ def test_train_and_test_share_no_pixel(monkeypatch, fresh_photos):
     assert len(seen["test"]) > 0.15 * len(seen["train"])
 
 
-def test_classes_are_dealt_evenly_and_every_patch_is_dealt():
+def test_classes_alternate_and_every_patch_is_used():
     source = sources.load_source("photo10", split="test")
     labels = source.arrays()["label"]
     np.testing.assert_array_equal(labels, np.arange(len(source)) % 10)

@@ -60,7 +60,7 @@ def test_repr_is_short_and_stable(name):
     assert len(text) < 120
 
 
-def test_digits_are_all_there_once_in_balanced_splits():
+def test_every_digit_is_in_one_of_two_balanced_splits():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -99,7 +99,7 @@ def test_mixture_points_are_balanced_and_follow_the_mixture():
     np.testing.assert_allclose(means, expected, atol=0.01)
 
 
-def test_a_limited_reading_of_sorted_classes_is_a_fair_sample():
+def test_a_limited_read_of_sorted_classes_is_a_fair_sample():
     labels = np.repeat(np.arange(4), 100)
     source = from_arrays(
         "sorted", split="test", images=np.zeros((400, 1)), labels=labels, class_names=list("abcd")
@@ -149,11 +149,11 @@ def test_points_have_no_image_size():
     ],
 )
 def test_large_images_are_read_a_few_at_a_time(shape, most, count):
-    # 128 MiB hold 42 images of 512 x 512 x 3 float32, of which the power of two below is taken.
+    # 128 MiB hold 42 float32 images of 512 x 512 x 3, which is rounded down to a power of two.
     assert within_memory(shape, most=most) == count
 
 
-def test_chunks_hold_no_more_than_they_may(monkeypatch):
+def test_chunks_stay_within_the_memory_limit(monkeypatch):
     monkeypatch.setattr(source, "_BYTES", 64 * 4 * 10)
     read = sources.load_source("digits")
     whole, chunks = read.arrays(), list(read.chunks())
@@ -163,7 +163,7 @@ def test_chunks_hold_no_more_than_they_may(monkeypatch):
 
 
 @pytest.mark.parametrize("at_hand", [True, False])
-def test_labels_are_had_without_images_where_they_are_known(monkeypatch, at_hand):
+def test_known_labels_are_read_without_images(monkeypatch, at_hand):
     monkeypatch.setattr(source, "_BYTES", 64 * 4 * 50)
     digits, sizes = sources.load_source("digits"), []
 

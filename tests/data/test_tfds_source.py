@@ -13,7 +13,7 @@ from guided_distill.errors import UserError
 
 
 def png(image):
-    """An encoded file: arrays would be encoded with TensorFlow."""
+    """An encoded PNG file, because TFDS would encode an array with TensorFlow."""
     file = io.BytesIO()
     image.save(file, "png")
     file.seek(0)
@@ -21,7 +21,7 @@ def png(image):
 
 
 class TinySquares(tfds.core.GeneratorBasedBuilder):
-    """Plain gray images of two sizes; the label is the shade's parity."""
+    """Plain gray images of two sizes, labelled with the parity of their shade."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012
@@ -98,7 +98,7 @@ def test_sets_not_prepared_say_how_to_prepare(prepared):
 
 @pytest.mark.parametrize("name", ["no_such_set", "tiny_squares/odd", "tiny_squares/even:7.0.0"])
 def test_unknown_sets_are_named(prepared, name):
-    with pytest.raises(UserError, match=f"tfds:{name} cannot be opened"):
+    with pytest.raises(UserError, match=f"tfds:{name} can't be opened"):
         sources.load_source(f"tfds:{name}")
 
 
@@ -107,7 +107,7 @@ def test_unknown_sets_are_named(prepared, name):
     [("cifar10", 32, "test"), ("imagenet_resized/64x64", 64, "validation")],
 )
 def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split):
-    """Their own features, with a few examples of ours."""
+    """The data sets' own features, with a few made-up examples."""
     builder = tfds.builder(name, data_dir=tmp_path, file_format="array_record")
     last = builder.info.features["label"].num_classes - 1
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_the_papers_data_sets(tmp_path, monkeypatch, name, side, test_split):
 
     splits = {"train": examples(3), test_split: examples(1)}
     monkeypatch.setattr(type(builder), "_split_generators", lambda *_: splits)
-    # To prepare, TFDS asks for the module by the name of its backport.
+    # To prepare a set, TFDS imports the module by the name of its backport.
     monkeypatch.setitem(sys.modules, "importlib_resources", importlib.resources)
     builder.download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
