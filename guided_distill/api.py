@@ -1,12 +1,12 @@
-"""What a notebook needs: load what was trained, then sample, edit, in-paint or encode with it.
+"""The API for notebooks: load a trained model, then sample, edit, in-paint or encode with it.
 
     import guided_distill
 
     student = guided_distill.load("runs/digits/halving_ddim_4")
     images = student.sample(labels=[3, 7], w=1.0)
 
-Every request that can't be met raises guided_distill.UserError, a sentence that says what to do. It may
-call an option as the command line does, --num_steps for num_steps.
+A request that can't be met raises guided_distill.UserError, whose message says in one sentence what to
+do. The message may name an option by its flag, such as --num_steps for num_steps.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from guided_distill.sampling.sample import encode, sample
 
 
 def load(path: str | epath.Path) -> "Model":
-    """The stage in a folder, or of a run's folder the last finished one that samples; or a model's file.
+    """Load a stage's folder, a model's file, or the last finished stage of a run that samples.
 
-    Raises UserError if there is none, or if a run of latents lacks its companions.
+    Raises UserError if there is none, or if a run on latents lacks its companions folder.
     """
     directory = path_named(str(path))
     if not (directory / "checkpoints").exists():
@@ -47,10 +47,11 @@ def load(path: str | epath.Path) -> "Model":
 
 @dataclass(frozen=True)
 class Model:
-    """A trained stage. Students know their number of steps and their sampler; w is the paper's, and
-    `usual_w` where it is left out (of `encode`, what was trained nearest to 0).
+    """A trained stage. A student uses its own number of steps and its own sampler by default.
 
-    space: the autoencoder of a model of latents. prompted: what makes images of texts.
+    w is the paper's guidance weight; it defaults to `usual_w` or, for `encode`, to the trained w nearest
+    to 0. space: the autoencoder of a latent model. prompted: the text-to-image model, if the stage is
+    conditioned on text.
     """
 
     trained: Trained
@@ -59,12 +60,12 @@ class Model:
 
     @property
     def about(self) -> Description:
-        """Its stage, number of steps, sampler, range of w, classes and whole config."""
+        """The stage, number of steps, sampler, range of w, classes and whole config."""
         return self.trained.description
 
     @property
     def usual_w(self) -> float:
-        """The guidance weight where none is given: 1, or what was trained nearest to it."""
+        """The default guidance weight: 1, or the trained w nearest to it."""
         return usual_w(self.about)
 
     def sample(
@@ -76,22 +77,22 @@ class Model:
         noise: np.ndarray | None = None,
         **request: Any,
     ) -> np.ndarray:
-        """An image for each class or text, float32 [n, H, W, C] in [-1, 1], or a point [n, 2].
+        """Return an image for each label or prompt, float32 [n, H, W, C] in [-1, 1], or points [n, 2].
 
-        labels: names of classes, strings, or their numbers from 0; prompts: texts; the one that the model
-        is conditioned on. noise: what `encode` returned. request: num_steps, sampler, seed, batch_size
-        and allow_untrained, as of `guided_distill.sampling.request.Request`. Image i depends on (seed, i)
-        and its condition.
+        Give labels (names of classes as strings, or their numbers from 0) or prompts, whichever the model
+        is conditioned on. noise: the output of `encode`. request: num_steps, sampler, seed, batch_size
+        and allow_untrained, as in `guided_distill.sampling.request.Request`. Image i depends only on
+        (seed, i) and its condition.
         """
         w = self.usual_w if w is None else w
         if self.prompted is not None:
             if prompts is None or labels is not None or noise is not None:
                 raise UserError(
-                    "this model is conditioned on texts: give prompts, and no labels or noise"
+                    "this model is conditioned on text: give prompts, and no labels or noise"
                 )
             return text_to_image.generate(self.prompted, prompts, w=w, **request)
         if prompts is not None:
-            raise UserError("this model is conditioned on classes, not on texts: give labels")
+            raise UserError("this model is conditioned on classes, not on text: give labels")
         samples = sample(self.trained, Request(self._of_classes(labels), w, noise=noise, **request))
         return self.space.to_images(samples) if self.space else samples
 
@@ -104,9 +105,9 @@ class Model:
         w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
-        """Images [n, H, W, C] in [-1, 1], each changed after its text; more with a strength near 1.
+        """Return images [n, H, W, C] in [-1, 1], each edited to fit its prompt; strength 1 changes most.
 
-        Raises UserError as `applications.text_to_image.edit` does, which also tells how many steps run.
+        Raises UserError as `applications.text_to_image.edit` does, where the number of steps is given.
         """
         model = self._of_texts(images, prompts)
         w = self.usual_w if w is None else w
@@ -122,13 +123,13 @@ class Model:
         w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
-        """Images [n, H, W, C] painted after their texts where masks [n, H, W] are True."""
+        """Return images [n, H, W, C], painted to fit their prompts where masks [n, H, W] are True."""
         model = self._of_texts(images, prompts)
         w = self.usual_w if w is None else w
         if masks.dtype != bool or masks.shape != images.shape[:-1]:
             raise UserError(
                 f"masks are {masks.dtype} {list(masks.shape)}: give bool {list(images.shape[:-1])}, True "
-                f"where to paint"
+                f"in the region to paint"
             )
         return text_to_image.inpaint(model, images, masks, prompts, w=w, **request)
 
@@ -140,18 +141,20 @@ class Model:
         w: float | None = None,
         **request: Any,
     ) -> np.ndarray:
-        """The noise [n, *data_shape] that images [n, H, W, C] of these classes come from.
+        """Return the noise [n, *data_shape] that encodes images [n, H, W, C] of these classes.
 
-        By an encoder student, or by the teacher or stage one in many steps. request: num_steps,
-        batch_size.
+        Works with an encoder student, or in many steps with the teacher or the stage-one student.
+        request: num_steps, batch_size.
         """
         if self.prompted is not None:
-            raise UserError("a model of texts doesn't encode: choose a model of classes")
+            raise UserError(
+                "a model conditioned on text can't encode: choose one that is conditioned on classes"
+            )
         values = self.space.to_latents(images) if self.space else images
         if values.shape[1:] != self.about.data_shape or len(values) != len(labels):
             raise UserError(
-                f"there are images {list(np.shape(images))} and {len(labels)} labels: give as many, of "
-                f"the size that the model makes"
+                f"there are images {list(np.shape(images))} and {len(labels)} labels: give a label for "
+                f"each image, and images of the model's size"
             )
         if w is None:
             w = usual_w(self.about, 0.0)
@@ -168,11 +171,11 @@ class Model:
     def _of_texts(self, images: np.ndarray, prompts: Sequence[str]) -> TextToImage:
         if self.prompted is None:
             raise UserError(
-                "this model is conditioned on classes: editing and in-painting need texts"
+                "this model is conditioned on classes: edit and in-paint with one conditioned on text"
             )
         expected = (len(prompts), *self.prompted.image_shape)
         if images.shape != expected:
             raise UserError(
-                f"images are {list(images.shape)}: give one for each text, {list(expected)} in all"
+                f"images have shape {list(images.shape)}: give one for each prompt, {list(expected)}"
             )
         return self.prompted

@@ -17,7 +17,7 @@ DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 2 for an error to fix, 75 to run it again."""
+    """Run one verb. Return its exit status: 0, 2 for bad input, 75 or 130 if the same command resumes."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _hush_threads()
     try:
@@ -50,14 +50,14 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     surroundings.settle()
     try:
         status = main(argv)
-    except SystemExit as ending:  # argparse's.
+    except SystemExit as ending:  # Raised by argparse.
         status = int(ending.code or 0)
     stopping.end_by(status)
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
     except UserError as error:
-        # If this is what ended the verb, it has been reported.
+        # If this error ended the verb, it has been reported already.
         if status == 0:
             print(f"guided-distill: {error}", file=sys.stderr)
         status = status or 2

@@ -1,4 +1,4 @@
-"""Samples as pictures: grids of images by Pillow, points in the plane by matplotlib."""
+"""Draw samples: grids of images with Pillow, points in the plane with matplotlib."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE, WIDTH = 64, 1600
 
 
 def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
-    """Images [n, H, W, C] in [-1, 1], row by row, each pixel drawn as scale x scale."""
+    """A grid of images [n, H, W, C] in [-1, 1], filled row by row, each pixel scale x scale."""
     pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
@@ -35,13 +35,13 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int) -> Image.Image:
 
 
 def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
-    """Points [n, 2] in the plane, coloured by label [n]."""
+    """A plot of points [n, 2] in the plane, coloured by label [n]."""
     return point_plots(points[None], labels, size=4)
 
 
 def point_plots(points: np.ndarray, labels: np.ndarray, *, size: float) -> Figure:
-    """Sets of points [k, n, 2] beside each other, `size` inches each, coloured by label [n]."""
-    from matplotlib.figure import Figure  # Takes a second, and images need none of it.
+    """Plots of k sets of points [k, n, 2] side by side, `size` inches each, coloured by label [n]."""
+    from matplotlib.figure import Figure  # Slow to import, and not needed for images.
 
     figure = Figure(figsize=(size * len(points), size), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]
@@ -52,10 +52,10 @@ def point_plots(points: np.ndarray, labels: np.ndarray, *, size: float) -> Figur
 
 
 def grid_or_plot(samples: np.ndarray, labels: np.ndarray, *, columns: int) -> Image.Image | Figure:
-    """Samples of any kind: a grid of images [n, H, W, C] of moderate size, or a plot of points [n, 2].
+    """A grid of images [n, H, W, C], or a plot of points [n, 2].
 
-    Small images are drawn at a whole multiple of their size that is at least SIDE pixels; of large
-    ones, the grid is drawn at most WIDTH wide.
+    Small images are enlarged by a whole factor to at least SIDE pixels; a grid wider than WIDTH pixels
+    is shrunk to it.
     """
     if samples.ndim == 2:
         return point_plot(samples, labels)
@@ -67,7 +67,7 @@ def grid_or_plot(samples: np.ndarray, labels: np.ndarray, *, columns: int) -> Im
 def png(
     picture: Image.Image | Figure, *, dpi: int = 130, information: PngInfo | None = None
 ) -> bytes:
-    """The picture as a file; dpi is for figures, whose sizes are in inches; information, for images."""
+    """The picture as a PNG file. dpi: for figures, whose sizes are in inches. information: for images."""
     data = io.BytesIO()
     if isinstance(picture, Image.Image):
         picture.save(data, "PNG", pnginfo=information)

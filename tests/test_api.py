@@ -1,4 +1,4 @@
-"""What a notebook does, on small runs: the same images as by the command line, and errors that teach."""
+"""The Python API on small runs: it returns the same images as the sampler, and helpful errors."""
 
 import numpy as np
 import pytest
@@ -55,8 +55,8 @@ def test_requests_that_cannot_be_met_say_why(student, tmp_path):
         (lambda: student.sample(labels=[-1]), "labels is -1"),
         (lambda: student.sample(prompts=["a"]), "give labels"),
         (lambda: student.sample(labels=[1], num_steps=3), "trained for 2 steps"),
-        (lambda: student.edit(image, ["a"], strength=0.5), "need texts"),
-        (lambda: student.inpaint(image, image[..., 0] > 0, ["a"]), "need texts"),
+        (lambda: student.edit(image, ["a"], strength=0.5), "conditioned on text"),
+        (lambda: student.inpaint(image, image[..., 0] > 0, ["a"]), "conditioned on text"),
         (lambda: guided_distill.load(tmp_path), "holds no run"),
     ):
         with pytest.raises(guided_distill.UserError, match=message):

@@ -1,4 +1,4 @@
-"""What the commands say of bad input: one sentence, and no run begun."""
+"""Bad input: each verb prints one sentence and starts no run."""
 
 from pathlib import Path
 

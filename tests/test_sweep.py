@@ -86,7 +86,7 @@ def test_every_ablation_fits_every_config(name, file):
 
 @pytest.fixture(autouse=True)
 def quick_measures(monkeypatch):
-    """The measure itself needs no training here, nor every image of the data."""
+    """Evaluate with an extractor trained for one step, and a few images of the data."""
     extractor = functools.partial(registry.train_extractor, steps=1)
     monkeypatch.setattr(registry, "train_extractor", extractor)
     for module in (evaluate, reference):
@@ -123,7 +123,7 @@ def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, cap
     assert failed in capsys.readouterr().err
     both = checkpoints(tmp_path)
     assert alone.items() < both.items()
-    # They have the same teacher, which is trained once.
+    # Both points have the same teacher, which is trained once.
     assert (tmp_path / ddim / "teacher").exists()
     assert not (tmp_path / stochastic / "teacher").exists()
 
@@ -163,9 +163,9 @@ def test_a_table_has_the_rows_of_shards_that_end_while_it_is_written(tmp_path, m
         ("get_config", [], "neither a function that"),
         ("default_config", [], "neither a function that"),
         ("base", [], "neither a function that"),
-        ("helper", [], "helper is no sweep: let it return a list of points"),
+        ("helper", [], "helper is not a sweep: it must return a list of points"),
         ("of_two", [], "of_two fails: TypeError"),
-        ("twice", [], "two of one name"),
+        ("twice", [], "two with the same name"),
         ("misspelt", [], "stepz"),
     ],
 )

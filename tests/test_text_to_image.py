@@ -1,4 +1,4 @@
-"""A small text-to-image run of its own latent space, and what is made with its students."""
+"""A small text-to-image run with its own latent space, and the images that its students make."""
 
 import csv
 import json
@@ -294,9 +294,9 @@ def test_a_loaded_run_does_the_same(workdir, model):
     )
     for request, message in (
         (lambda: loaded.sample(labels=[1]), "give prompts"),
-        (lambda: loaded.edit(images, PROMPTS[:1], strength=0.5), "one for each text"),
-        (lambda: loaded.inpaint(images, masks[:1], PROMPTS), "True where to paint"),
-        (lambda: loaded.encode(images, labels=[1, 2]), "doesn't encode"),
+        (lambda: loaded.edit(images, PROMPTS[:1], strength=0.5), "one for each prompt"),
+        (lambda: loaded.inpaint(images, masks[:1], PROMPTS), "True in the region to paint"),
+        (lambda: loaded.encode(images, labels=[1, 2]), "can't encode"),
     ):
         with pytest.raises(UserError, match=message):
             request()

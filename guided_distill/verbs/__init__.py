@@ -1,1 +1,1 @@
-"""The verbs of the command line, each with its arguments and what it calls."""
+"""The verbs of the command line: the flags of each, and the call that it makes."""

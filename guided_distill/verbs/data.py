@@ -8,7 +8,7 @@ from guided_distill.verbs.shared import CACHE, command, number, path
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds them to the parser's verbs."""
+    """Add these verbs to the parser."""
     _add_prepare(verbs)
     _add_encode(verbs)
 
@@ -34,7 +34,7 @@ def _add_prepare(verbs: Any) -> None:
     emoji.add_argument(
         "--skin_tones",
         action="store_true",
-        help="keep the copies of people in different skin tones",
+        help="keep the variants of people with different skin tones",
     )
     emoji.add_argument("--cache", **CACHE)
     minilm = command(
@@ -88,7 +88,7 @@ def _add_encode(verbs: Any) -> None:
     encode.add_argument(
         "--inpaint",
         action="store_true",
-        help="also encode every image with a random region masked out, for in-painting models",
+        help="also encode every image with a random region masked out, to train in-painting models",
     )
     encode.add_argument(
         "--batch_size",

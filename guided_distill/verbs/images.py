@@ -22,22 +22,25 @@ from guided_distill.verbs.shared import (
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds them to the parser's verbs."""
+    """Add these verbs to the parser."""
     sample = command_of_run(
         verbs,
         "sample",
         _sample,
-        "draw samples: a PNG grid and an npz file",
+        "draw samples, and write them as a PNG grid and an npz file",
         "guided-distill sample --workdir runs/digits --stage halving_ddim_4 --w 1 --num 40",
         what=RUN_OR_FILE,
     )
     sample.add_argument(
-        "--num", type=number(kinds.Count), default=64, help="how many (default: %(default)s)"
+        "--num",
+        type=number(kinds.Count),
+        default=64,
+        help="number of samples (default: %(default)s)",
     )
     sample.add_argument(
         "--labels",
         type=several(label),
-        help="classes by number, from 0, or by name, separated by commas; samples take them in turn "
+        help="classes by number (from 0) or by name, separated by commas; samples cycle through them "
         "(default: all)",
     )
     add_sampling_arguments(sample)
@@ -47,16 +50,17 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "transfer",
         _transfer,
-        "transfer images from one class or run to another through noise: a PNG figure and an npz file",
+        "transfer images from one class or run to another through noise; write a PNG figure and an npz "
+        "file",
         "guided-distill transfer --workdir runs/digits --images data --from_label 7 --to_label 5",
     )
     transfer.add_argument(
-        "--to", type=path, help="run that decodes (default: WORKDIR, which encodes)"
+        "--to", type=path, help="the run that decodes (default: WORKDIR, the run that encodes)"
     )
     transfer.add_argument(
         "--images",
         required=True,
-        help="an image file, a folder of image files, or the word data: test images of --from_label",
+        help="an image file, a folder of image files, or the word data for test images of --from_label",
     )
     transfer.add_argument(
         "--from_label", required=True, type=label, help="class of the images, by number or name"
@@ -67,12 +71,12 @@ def add_verbs(verbs: Any) -> None:
     transfer.add_argument(
         "--encoder",
         type=stage_folder,
-        help="folder of the encoder (default: the round nearest to 8 steps)",
+        help="the encoder's folder (default: that of the encoder student nearest to 8 steps)",
     )
     transfer.add_argument(
         "--decoder",
         type=stage_folder,
-        help="folder of the decoder, in both runs (default: the ddim round nearest to 8 steps)",
+        help="the decoder's folder, in both runs (default: that of the ddim student nearest to 8 steps)",
     )
     transfer.add_argument(
         "--w_encode",
@@ -88,13 +92,13 @@ def add_verbs(verbs: Any) -> None:
         "--num",
         type=number(kinds.Count),
         default=8,
-        help="at most this many images (default: %(default)s)",
+        help="maximum number of images (default: %(default)s)",
     )
     transfer.add_argument(
         "--seed",
         type=number(kinds.Seed),
         default=0,
-        help="seed that selects the test images for data (default: %(default)s)",
+        help="with --images data, seed that selects the test images (default: %(default)s)",
     )
     transfer.add_argument(
         "--out", type=path, help="folder to write to (default: WORKDIR/transfers)"
@@ -104,7 +108,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "generate",
         _generate,
-        "generate images from prompts: a PNG file for each, and a sheet of all",
+        "generate images from prompts; write a PNG file for each and a sheet of all",
         "guided-distill generate --workdir runs/emoji --prompt 'red apple, 3D Fluent style' --num 4",
         what=RUN_OR_FILE,
     )
@@ -112,7 +116,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "edit",
         _edit,
-        "change images to fit a prompt: add noise to them, and sample from there",
+        "change an image to fit a prompt: add noise to it, and sample from there",
         "guided-distill edit --workdir runs/emoji --image apple.png --prompt 'green apple' "
         "--strength 0.5",
         what=RUN_OR_FILE,
@@ -136,7 +140,10 @@ def add_verbs(verbs: Any) -> None:
     )
     inpaint.add_argument("--image", required=True, type=path, help="an image file")
     inpaint.add_argument(
-        "--mask", required=True, type=path, help="an image of the same size, white where to paint"
+        "--mask",
+        required=True,
+        type=path,
+        help="an image of the same size, white in the region to paint",
     )
     for verb in (generate, edit, inpaint):
         verb.add_argument("--prompt", action="append", help="a prompt; repeat the flag for more")
@@ -216,7 +223,7 @@ def _inpaint(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _prompted(options: argparse.Namespace) -> dict[str, Any]:
-    """What generate, edit and inpaint share."""
+    """The arguments that generate, edit and inpaint share."""
     from guided_distill.report.prompted import PromptRequest, read_prompts
     from guided_distill.runs.folder import folder_of
 
@@ -227,7 +234,7 @@ def _prompted(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sampling(options: argparse.Namespace) -> Any:
-    """The `Options` of a verb that samples."""
+    """The `Options` of a verb that samples, from its flags."""
     from guided_distill.sampling.request import Options
 
     return Options(
@@ -240,7 +247,7 @@ def _sampling(options: argparse.Namespace) -> Any:
 
 
 def _print_all(make: Callable[[], Iterable[epath.Path]]) -> None:
-    """Make the files and print their paths; a signal stops it at once."""
+    """Make files and print their paths; a signal stops this at once."""
     from guided_distill.training.preemption import stopping_at_once
 
     with stopping_at_once():

@@ -7,12 +7,12 @@ from guided_distill.verbs.shared import command
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds it to the parser's verbs."""
+    """Add this verb to the parser."""
     command(
         verbs,
         "doctor",
         _doctor,
-        "report what is installed and which devices are present, and try a tiny run of everything",
+        "report the installed versions and the devices, and try a tiny run of every part",
         "guided-distill doctor",
     )
 

@@ -11,12 +11,12 @@ from guided_distill.verbs.shared import RUN_OR_FILE, command_of_run, path, sever
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds them to the parser's verbs."""
+    """Add these verbs to the parser."""
     imported = command_of_run(
         verbs,
         "import",
         _import,
-        "turn a published model into a teacher: a diffusers folder or a single .safetensors file",
+        "turn a published model, a diffusers folder or a single .safetensors file, into a teacher",
         "guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15",
     )
     imported.add_argument(
@@ -28,7 +28,7 @@ def add_verbs(verbs: Any) -> None:
     )
     imported.add_argument(
         "--prediction_type",
-        help="epsilon or v_prediction, if a single file doesn't say (Stable Diffusion 2)",
+        help="epsilon or v_prediction, for a single file that doesn't say (Stable Diffusion 2)",
     )
     imported.add_argument(
         "--tokenizer",
@@ -39,23 +39,23 @@ def add_verbs(verbs: Any) -> None:
     imported.add_argument(
         "--averaged",
         action="store_true",
-        help="import the EMA weights (model_ema.*) of a single file in place of the others",
+        help="import the EMA weights (model_ema.*) of a single file instead of the others",
     )
 
     export = command_of_run(
         verbs,
         "export",
         _export,
-        "export stages of a run to a new folder",
+        "export stages of a run to a new folder or file",
         "guided-distill export --workdir runs/digits --stages teacher,halving_ddim_4 --out digits",
         what=RUN_OR_FILE,
     )
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint, a run to sample from or train on here; safetensors, one stage as one file "
-        "for the same; diffusers, one stage as a folder that its pipelines load; or stablehlo, one "
-        "student as a standalone program (default: %(default)s)",
+        help="checkpoint: a run that this package samples from and trains on; safetensors: one stage in "
+        "one file, for the same; diffusers: one stage as a folder that diffusers pipelines load; "
+        "stablehlo: one student as a standalone program (default: %(default)s)",
     )
     export.add_argument(
         "--stages",
@@ -64,10 +64,13 @@ def add_verbs(verbs: Any) -> None:
         "formats, the last one)",
     )
     export.add_argument(
-        "--dtype", help="for safetensors: float32 or float16 (default: float32, which is exact)"
+        "--dtype", help="with safetensors, float32 or float16 (default: float32, which is exact)"
     )
     export.add_argument(
-        "--out", required=True, type=path, help="new folder to write to; for safetensors, new file"
+        "--out",
+        required=True,
+        type=path,
+        help="new folder to write to; with safetensors, a new file",
     )
 
 

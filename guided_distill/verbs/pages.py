@@ -18,12 +18,12 @@ from guided_distill.verbs.shared import (
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds it to the parser's verbs."""
+    """Add this verb to the parser."""
     serve = command_of_run(
         verbs,
         "serve",
         _serve,
-        "serve a local web page to sample from a run, until Ctrl-C",
+        "serve a local web page that samples from a run, until Ctrl-C",
         "guided-distill serve --workdir runs/digits --stage halving_ddim_4",
     )
     serve.add_argument(
@@ -34,7 +34,7 @@ def add_verbs(verbs: Any) -> None:
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 admits everybody who can reach this machine and is in --auth "
+        help="address to listen on; 0.0.0.0 also serves other machines, and needs --auth "
         "(default: %(default)s)",
     )
     serve.add_argument(
@@ -54,7 +54,7 @@ def _serve(options: argparse.Namespace, _: list[str]) -> None:
         raise UserError(
             "serve needs Gradio, which isn't installed: pip install gradio (the extra `serve`)"
         )
-    # Gradio reads it when it is imported.
+    # Gradio reads this variable when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from guided_distill.serve.page import build_page
     from guided_distill.serve.server import check_free, check_host, launch, read_logins

@@ -32,7 +32,7 @@ from guided_distill.verbs.shared import (
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds them to the parser's verbs."""
+    """Add these verbs to the parser."""
     plan = command(
         verbs,
         "plan",
@@ -44,26 +44,26 @@ def add_verbs(verbs: Any) -> None:
     plan.add_argument(
         "--topology",
         required=True,
-        help="generation and sides of the slice: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x1, 7x:2x2x1",
+        help="TPU generation and sides of the slice: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x1, 7x:2x2x1",
     )
     plan.add_argument(
         "--slices",
         type=number(kinds.Width),
         default=1,
-        help="number of such slices: weights are sharded within each, a batch over all "
+        help="number of slices; weights are sharded within each slice, the batch over all slices "
         "(default: %(default)s)",
     )
     plan.add_argument(
         "--stage",
         default="all",
-        help="teacher, guidance, halving, sampling (one call of the student, and its N-step samples) "
+        help="teacher, guidance, halving, sampling (one call of the student, and sampling in N steps) "
         "or all (default: %(default)s)",
     )
     plan.add_argument(
         "--optimization_level",
         default="O0",
         choices=("O0", "O1", "O2", "O3"),
-        help="optimization level of the compiler; O0 compiles by far the fastest (default: %(default)s)",
+        help="optimization level of the compiler; O0 is by far the fastest (default: %(default)s)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument("--cache", **CACHE)
@@ -80,7 +80,7 @@ def add_verbs(verbs: Any) -> None:
     train.add_argument(
         "--workdir",
         type=path,
-        help="the run's folder (default: runs/ and the config's name)",
+        help="the run's folder (default: runs/NAME for the config NAME.py)",
     )
     train.add_argument("--cache", **CACHE)
     add_process_arguments(train)
@@ -95,8 +95,8 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--extractor",
         help="classifier (trained on the run's data), lite0, lite0:PATH, inception:PATH, or clip:PATH, "
-        "which adds the CLIP score of runs conditioned on text (default, here and below: the run's "
-        "config)",
+        "which adds the CLIP score if the run is conditioned on text (default of this flag and the "
+        "next ones: as in the run's config)",
     )
     evaluate.add_argument("--num_samples", type=number(kinds.Count), help="samples per row")
     evaluate.add_argument(
@@ -110,15 +110,15 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--num_steps",
         type=several(number(kinds.NumSteps)),
-        help="sampling steps of the teacher, separated by commas",
+        help="numbers of sampling steps of the teacher, separated by commas",
     )
     evaluate.add_argument(
         "--reference",
         type=path,
-        help="an .npz file of statistics to measure against (default: those of the training data)",
+        help="an .npz file of the statistics to compare with (default: those of the training data)",
     )
     evaluate.add_argument(
-        "--again", action="store_true", help="repeat rows that are already measured"
+        "--again", action="store_true", help="measure again the rows that results.csv already holds"
     )
     evaluate.add_argument("--cache", **CACHE)
     add_process_arguments(evaluate)
@@ -127,17 +127,17 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "report",
         _report,
-        "write report.html, the run on one page",
+        "write report.html, a page that shows the whole run",
         "guided-distill report --workdir runs/digits",
     )
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
-    """The flag --config."""
+    """Add the flag --config."""
     verb.add_argument(
         "--config",
         required=True,
-        help="a config file, with :variant if it has any; --config.KEY=VALUE overrides a key",
+        help="a config file, or FILE:VARIANT; --config.KEY=VALUE overrides a key",
     )
 
 
@@ -218,13 +218,13 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _default_workdir(config: str) -> epath.Path:
-    """runs/NAME for NAME.py, runs/NAME_VARIANT for NAME.py:VARIANT."""
+    """Return runs/NAME for NAME.py, and runs/NAME_VARIANT for NAME.py:VARIANT."""
     file, _, variant = config.partition(":")
     return epath.Path("runs") / "_".join([epath.Path(file).stem, *filter(None, variant.split(","))])
 
 
 def find_config(file: str) -> str:
-    """The path of configs/NAME.py: the file itself, the package's copy, or the one beside it in a clone.
+    """Find a config file: the path itself, the package's copy, or the one beside the package in a clone.
 
     Raises UserError if there is none.
     """
@@ -236,9 +236,9 @@ def find_config(file: str) -> str:
 
 
 def read_config_file(path: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """The ConfigDict of FILE or FILE:VARIANT, with --config.KEY=VALUE read as ml_collections does.
+    """Read the ConfigDict of FILE or FILE:VARIANT and apply each override --config.KEY=VALUE.
 
-    For a key that may be None, the value None means None.
+    Values are parsed as ml_collections does; for a key that may be None, the value None means None.
     """
     from guided_distill.config import Experiment
 
@@ -281,8 +281,8 @@ def _check_key(config: ml_collections.ConfigDict, key: str, file: str) -> None:
         keys = list(section) if isinstance(section, ml_collections.ConfigDict) else []
         if name not in keys:
             raise UserError(
-                f"config.{key} is not a key of {file}; in place of {name} there could be: "
-                f"{', '.join(keys) or 'nothing'}"
+                f"config.{key} is not a key of {file}; in place of {name}, choose one of: "
+                f"{', '.join(keys) or 'no key'}"
             )
         section = section[name]
 

@@ -1,4 +1,4 @@
-"""What the verbs of the command line have in common."""
+"""What the verbs of the command line share: flags, and parsers of their values."""
 
 import argparse
 import json
@@ -15,13 +15,13 @@ from guided_distill.places import path_named
 Value = TypeVar("Value")
 
 RUN_OR_FILE = "the run's folder, or a model's .safetensors file"
-"""What --workdir is to the verbs that need no more than one model."""
+"""The help of --workdir for verbs that need only one model."""
 
 
 def command(
     verbs: Any, name: str, run: Callable[..., None], words: str, example: str
 ) -> argparse.ArgumentParser:
-    """Adds a verb without its arguments; `run` is called with the options and config overrides."""
+    """Add a verb without its flags; `run` is called with the options and the config overrides."""
     verb = verbs.add_parser(name, help=words, description=words, epilog=f"example: {example}")
     verb.set_defaults(run=run)
     return verb
@@ -36,7 +36,7 @@ def command_of_run(
     *,
     what: str = "the run's folder",
 ) -> argparse.ArgumentParser:
-    """Like `command`, for a verb that works on a run's folder, or on `what`."""
+    """Add a verb with the flag --workdir, whose help is `what`; otherwise like `command`."""
     verb = command(verbs, name, run, words, example)
     verb.add_argument("--workdir", required=True, type=path, help=what)
     return verb
@@ -52,9 +52,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> epath.Path:
-    """The file or folder that a flag names; an empty name isn't the current folder."""
+    """Parse the name of a file or folder. An empty name is an error, not the current folder."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty; name a file or folder, . for the current one")
+        raise argparse.ArgumentTypeError("is empty; name a file or folder (. is the current one)")
     try:
         return path_named(text)
     except UserError as error:
@@ -62,16 +62,16 @@ def path(text: str) -> epath.Path:
 
 
 def stage_folder(text: str) -> str:
-    """The name of a stage's folder within its run."""
+    """Parse the name of a stage's folder within its run."""
     if text in ("", ".", "..") or set(text) & {"/", "\\"}:
         raise argparse.ArgumentTypeError(
-            f"is {text!r}; give the name of a stage's folder in the run's, such as halving_ddim_4"
+            f"is {text!r}; give the name of a stage's folder in the run, such as halving_ddim_4"
         )
     return text
 
 
 def number(kind: Any) -> Callable[[str], Any]:
-    """A reader of numbers of this kind."""
+    """Return a parser of numbers of this kind."""
 
     def read(text: str) -> Any:
         try:
@@ -99,18 +99,18 @@ def keep_compiled_programs(cache: epath.Path) -> None:
 
 
 def add_process_arguments(verb: argparse.ArgumentParser) -> None:
-    """Adds the flags of every verb that many processes can run together."""
+    """Add the flags of every verb that several processes can run together."""
     verb.add_argument(
         "--start_timeout",
         type=number(kinds.Count),
         default=300,
         metavar="SECONDS",
-        help="with many processes: how long to wait for the others to start (default: %(default)s)",
+        help="with several processes, how long to wait for all to start (default: %(default)s)",
     )
 
 
 def check_same_options(options: argparse.Namespace) -> None:
-    """Raises UserError in every process unless all processes have the same flags."""
+    """Raise UserError in every process unless all processes have the same flags."""
     from guided_distill.training.processes import texts_of_all
 
     flags = {
@@ -124,7 +124,7 @@ def check_same_options(options: argparse.Namespace) -> None:
             if other.get(flag) != ours:
                 raise UserError(
                     f"{flag} is {other.get(flag)} in process {index} and {ours} in process 0: start all "
-                    f"processes by the same command"
+                    f"processes with the same command"
                 )
 
 
@@ -136,7 +136,7 @@ def _written(value: Any) -> str:
 
 
 def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
-    """Adds the flags of every verb that samples."""
+    """Add the flags of every verb that samples."""
     verb.add_argument(
         "--stage",
         type=stage_folder,
@@ -163,10 +163,10 @@ def add_sampling_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def label(text: str) -> int | str:
-    """A class as the command line names it: by number, or else by name."""
+    """Parse a class: its number, or else its name."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
 def several(read: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """A reader of a flag's values, separated by commas."""
+    """Return a parser of values separated by commas."""
     return lambda text: tuple(read(part.strip()) for part in text.split(","))

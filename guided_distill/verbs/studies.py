@@ -19,7 +19,7 @@ _CONFIG = "config_file"
 
 
 def add_verbs(verbs: Any) -> None:
-    """Adds them to the parser's verbs."""
+    """Add these verbs to the parser."""
     sweep = command(
         verbs,
         "sweep",
@@ -31,18 +31,18 @@ def add_verbs(verbs: Any) -> None:
     sweep.add_argument(
         "--sweep",
         required=True,
-        help="a function of the config file, or one of guided_distill.experiments.sweeps.ABLATIONS",
+        help="a function of the config file, or a name in guided_distill.experiments.sweeps.ABLATIONS",
     )
     sweep.add_argument(
         "--workdir",
         type=path,
-        help="the study's folder (default: runs/ and the names of config and sweep)",
+        help="the study's folder (default: runs/CONFIG_SWEEP)",
     )
     sweep.add_argument(
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="run every N-th point, starting with the I-th, counted from 0: one shard per machine",
+        help="run every N-th point, starting with the I-th, counted from 0; run one shard per machine",
     )
     sweep.add_argument("--cache", **CACHE)
 
@@ -50,7 +50,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "compare",
         _compare,
-        "write one page that puts runs side by side",
+        "write a page that compares runs side by side",
         "guided-distill compare runs/range/* --out compare.html",
     )
     compare.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's folder")
@@ -79,7 +79,10 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     ]
     names = [run.name for run in runs]
     if len(set(names)) < len(names) or not names:
-        raise UserError(f"--sweep {options.sweep} has no points, or two of one name: {names}")
+        raise UserError(
+            f"--sweep {options.sweep} has no points, or two with the same name: {names}; make it return "
+            f"distinct points"
+        )
     stem = epath.Path(options.config.partition(":")[0]).stem
     folder = options.workdir or epath.Path("runs") / f"{stem}_{options.sweep}"
     keep_compiled_programs(options.cache)
@@ -137,6 +140,7 @@ def _points_of(options: argparse.Namespace, base: ConfigDict) -> list[Any]:
         ) from error
     if not isinstance(points, list) or not all(isinstance(each, Mapping) for each in points):
         raise UserError(
-            f"--sweep {options.sweep} is no sweep: let it return a list of points, as `values` makes them"
+            f"--sweep {options.sweep} is not a sweep: it must return a list of points, such as `values` "
+            f"returns"
         )
     return points
