@@ -1,6 +1,6 @@
-"""A headless browser that looks at the project's pages, and what axe-core says of them.
+"""A headless browser for tests of the project's pages, and axe-core's findings on them.
 
-It needs the packages playwright and axe-playwright-python, and a Chromium: the one that the
+They need the packages playwright and axe-playwright-python, and Chromium: the one that the
 environment variable GUIDED_DISTILL_CHROMIUM names, or one on the PATH.
 """
 
@@ -14,13 +14,13 @@ import pytest
 
 CHROMIUM = "GUIDED_DISTILL_CHROMIUM"
 _PATIENCE = 240_000
-"""Milliseconds: what a page waits for may have to be compiled first, on a busy machine."""
+"""Milliseconds; long, because a page may wait for a compile on a busy machine."""
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def chromium() -> str:
-    """The browser's path; skips the test where there is none."""
+    """Return the browser's path, or skip the test if there is none."""
     found = os.environ.get(CHROMIUM) or next(filter(None, map(shutil.which, _NAMES)), None)
     if found is None:
         pytest.skip(f"no Chromium on the PATH: name one in {CHROMIUM}")
@@ -29,11 +29,11 @@ def chromium() -> str:
 
 @contextlib.contextmanager
 def opened_page(**context: Any) -> Iterator[Any]:
-    """A page of a headless browser; `context` as of playwright's new_context. Skips without one."""
+    """Open a page in a headless browser, or skip the test without one. context: as for new_context."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
     path = chromium()
     with playwright.sync_playwright() as driver:
-        # Chromium's own sandbox can't be had in most containers, and these pages are ours.
+        # Most containers don't allow Chromium's sandbox, and these pages are our own.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
             page = browser.new_context(**context).new_page()
@@ -44,7 +44,7 @@ def opened_page(**context: Any) -> Iterator[Any]:
 
 
 def serious_findings(page: Any) -> list[str]:
-    """What axe-core finds serious or critical on a page as it is now: rules, and where they break."""
+    """axe-core's serious and critical findings on a page as it is now: each rule and where it fails."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe isn't installed")
     return [
         f"{finding['id']}: {node['html']}"

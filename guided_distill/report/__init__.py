@@ -1,1 +1,1 @@
-"""What a run looks like: its page and its pictures."""
+"""Pages, figures and files of samples that show runs."""

@@ -1,4 +1,4 @@
-"""One self-contained page that puts runs side by side."""
+"""A self-contained page that compares runs side by side."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from guided_distill.runs.folder import read_config
 from guided_distill.storage import write_text
 
 FEW_STEPS = 8
-"""Students of at most so many steps are in the first table."""
+"""The first table holds the students of at most this many steps."""
 
 
 class Run(NamedTuple):
@@ -32,9 +32,9 @@ class Run(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What distances must have in common to be compared: the data, and how samples were measured.
+    """What distances must share to be comparable: the data, and how samples were measured.
 
-    extractor: as in `results.csv`, with the reference if it isn't the training data.
+    extractor: as in `results.csv`, which includes the reference if it isn't the training data.
     """
 
     data: str
@@ -48,9 +48,9 @@ class Ground(NamedTuple):
 
 
 def write_comparison(workdirs: Sequence[epath.Path], out: epath.Path) -> epath.Path:
-    """Write the page from the files of runs; answer its path. Files among the workdirs are passed over.
+    """Write the page from the files of runs; return its path. Files among the workdirs are skipped.
 
-    Raises UserError if a folder holds no run, if none was evaluated, or if the page can't be written.
+    Raises UserError if a folder holds no run, if no run was evaluated, or if the page can't be written.
     """
     runs = read_runs(workdirs)
     shown, ground = comparable_runs(runs)
@@ -85,13 +85,13 @@ def write_comparison(workdirs: Sequence[epath.Path], out: epath.Path) -> epath.P
 
 
 def read_runs(workdirs: Sequence[epath.Path]) -> dict[str, Run]:
-    """The runs by name: that of the folder, or its whole path where two folders have one name.
+    """The runs by name: the folder's name, or its whole path if two folders have the same name.
 
-    Points of a sweep, KEY=VALUE,KEY=VALUE, are named by what they don't share.
+    Names of a sweep's points, KEY=VALUE,KEY=VALUE, are shortened to the parts that differ.
     """
     folders = [each for each in dict.fromkeys(workdirs) if not each.is_file()]
     if not folders:
-        raise UserError("none of what was named is a folder: name the folders of runs")
+        raise UserError("none of the arguments is a folder: name the folders of runs")
     names = without_shared_parts([each.name for each in folders])
     if len(set(names)) < len(names):
         names = list(map(str, folders))
@@ -102,10 +102,10 @@ def read_runs(workdirs: Sequence[epath.Path]) -> dict[str, Run]:
 
 
 def comparable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], Ground]:
-    """The runs that stand on the ground that most share, with their rows on it, and that ground.
+    """The ground that most runs share, and those runs, each with only its rows on that ground.
 
-    Of equally shared ones, that with most rows, the larger n. Real images stay. Raises UserError if no
-    run was evaluated.
+    Ties are broken by the number of rows, then by the larger n. Rows of real images are kept. Raises
+    UserError if no run was evaluated.
     """
     grounds = {name: Counter(_grounds(run)) for name, run in runs.items()}
     shares = Counter(ground for found in grounds.values() for ground in found)
@@ -130,9 +130,9 @@ def comparable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], Ground]:
 
 
 def summary(runs: Mapping[str, Sequence[Result]]) -> tuple[list[str], list[list[str]]]:
-    """A table's head and body: a row for each run's students of one sampler, with its own teacher's.
+    """The head and body of a table: a row for each run and sampler of its students, with its teacher.
 
-    Values are mean distances; the least of each column is strong.
+    Values are mean distances; the lowest of each column is bold.
     """
     curves = {name: mean_over_w(results, "fd") for name, results in runs.items()}
     students = [
@@ -165,7 +165,7 @@ def _teacher(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
 
 
 def config_changes(experiments: Mapping[str, Experiment]) -> list[list[str]]:
-    """The keys in which any two configs differ, each with its value in every run."""
+    """The keys whose values differ between configs, each with its value in every run."""
     configs = [asdict(experiment) for experiment in experiments.values()]
     changes = [differences(configs[0], other) for other in configs]
     first = {key: values[0] for found in changes for key, values in found.items()}
@@ -191,6 +191,6 @@ def _grounds(run: Run) -> list[Ground]:
 
 
 def why_left_out(run: Run) -> str:
-    """What is said of a run that stands on other ground."""
+    """Why a run is left out of the comparison."""
     grounds = dict.fromkeys(map(str, _grounds(run)))
     return f"measured on {'; '.join(grounds)}" if grounds else "not evaluated"

@@ -1,4 +1,4 @@
-"""Figures of a run, and of several."""
+"""Figures of one run or of several."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from guided_distill.pictures import image_grid
 
 
 def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
-    """A row of images [n, H, W, C] in [-1, 1] for each name, as many in every row."""
+    """A figure with a row of images [n, H, W, C] in [-1, 1] for each name; n is the same in all rows."""
     pictures = [image_grid(images, columns=len(images), scale=scale) for images in rows.values()]
     width, height = pictures[0].size
     row_height = 8 * height / width
@@ -44,7 +44,7 @@ def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str],
 
 
 def words_of_weights(weights: Collection[float]) -> str:
-    """What figures say of the w that they are means over; of none, that each point has its own."""
+    """The words for the w that a figure averages over; without any, each point has its own w."""
     listed = ", ".join(f"{w:g}" for w in sorted(weights))
     if not weights:
         return "mean over the w that were measured"
@@ -58,7 +58,7 @@ _PANEL = (5.0, 4.3)
 
 
 def faithfulness_column(results: Sequence[Result]) -> str | None:
-    """The best measured column for how faithful samples are to their condition; None without any."""
+    """The best measured column for the faithfulness of samples to their condition, or None."""
     measured = (
         name
         for name in _FAITHFULNESS
@@ -68,7 +68,7 @@ def faithfulness_column(results: Sequence[Result]) -> str | None:
 
 
 def quality_figure(results: Sequence[Result]) -> Figure:
-    """Distance, and faithfulness to the condition, against steps, a panel each; see `panel_figure`."""
+    """Distance and faithfulness to the condition against steps, in a panel each; see `panel_figure`."""
     columns = ["fd", *filter(None, [faithfulness_column(results)])]
     figure = Figure(figsize=(_PANEL[0] * len(columns), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
@@ -80,9 +80,9 @@ def quality_figure(results: Sequence[Result]) -> Figure:
 
 
 def panel_figure(results: Sequence[Result], column: str, *, against: str = "num_steps") -> Figure:
-    """A column against num_steps or seconds_per_sample, a curve for each sampler; real images dotted.
+    """A column against num_steps or seconds_per_sample: a curve for each sampler, real images dotted.
 
-    Results are of one extractor. The means are over the w that everything was measured at.
+    results: rows of one extractor. Means are over the w at which everything was measured.
     """
     figure = Figure(figsize=_PANEL, layout="constrained")
     axes = figure.subplots()
@@ -111,7 +111,7 @@ def _draw_panel(axes: Axes, results: Sequence[Result], column: str, *, against: 
     else:
         axes.set_xscale("log")
         axes.margins(x=0.1)
-        axes.set_xlabel("seconds a sample; numbers at points are sampling steps")
+        axes.set_xlabel("seconds per sample; points are labelled with sampling steps")
     better = " (lower is better)" if column == "fd" else ""
     axes.set_ylabel(
         f"{metric_name(column, results[0].extractor)}{better}\n{words_of_weights(weights)}"
@@ -122,7 +122,7 @@ def _draw_panel(axes: Axes, results: Sequence[Result], column: str, *, against: 
 
 
 def weight_figure(results: Sequence[Result]) -> Figure:
-    """Distance against steps at every w, a small panel each. Results are of one extractor."""
+    """Distance against steps, in a small panel for each w. results: rows of one extractor."""
     weights = sorted({result.w for result in results if result.w is not None})
     columns = min(2, len(weights))
     rows = -(-len(weights) // columns)
@@ -133,7 +133,7 @@ def weight_figure(results: Sequence[Result]) -> Figure:
     steps = {result.num_steps for result in results if result.num_steps is not None}
     for axes, w in zip(panels, weights, strict=False):
         curves = mean_over_w([result for result in results if result.w == w], "fd")
-        # A curve that isn't there has its place in the legend, and every curve its own colour.
+        # A missing curve is drawn empty: it keeps its colour and its place in the legend.
         for stage, sampler in names:
             curve = curves.get((stage, sampler), {})
             label = f"{WORDS[stage]}, {sampler}"
@@ -153,7 +153,7 @@ def weight_figure(results: Sequence[Result]) -> Figure:
 
 
 def round_trip_figure(rows: Sequence[RoundTrip]) -> Figure:
-    """What a round trip loses against its steps, averaged over w: students and plain DDIM."""
+    """The error of a round trip against its steps, averaged over w, of students and of plain DDIM."""
     curves: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
     for row in rows:
         by_students = row.encoder != row.decoder
@@ -190,7 +190,7 @@ def plain_log_axis(axes: Axes) -> None:
 
 
 def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """The loss of every stage against its updates, one small panel each."""
+    """The loss of every stage against its updates, in a small panel each."""
     columns = min(3, len(logs))
     rows = -(-len(logs) // columns)
     figure = Figure(figsize=(2.9 * columns, 2.2 * rows), layout="constrained")
@@ -199,7 +199,7 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         losses = [row.get("loss") for row in log]
         axes.plot([row["step"] for row in log], losses)
         axes.set_title(name, fontsize=9)
-        # A stochastic student of one step has its teacher's own x as its target: no loss at all.
+        # The target of a one-step stochastic student is its teacher's own x: its loss is zero.
         if any(loss is not None and loss > 0 for loss in losses):
             plain_log_axis(axes)
         axes.tick_params(labelsize=7)

@@ -1,4 +1,4 @@
-"""Samples on a page: the same seeds down the rounds, across w, and step by step."""
+"""Samples for a page: the same seeds in every round, at every w, and step by step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ FEW_STEPS = 4
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of samples: its title and a few words, and the picture with what it shows in words.
+    """A row of samples: a title, a few words, and a picture with its alternative text.
 
-    share: of the width that there is; points: whether it plots points in the plane.
+    points: whether the picture plots points in the plane. share: its share of the available width.
     """
 
     title: str
@@ -37,14 +37,14 @@ class Strip:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a slider shows at one of its places."""
+    """The rows that a slider shows at one of its positions."""
 
     title: str
     rows: list[Strip]
 
 
 def middle_weight(results: Iterable[Result]) -> float | None:
-    """The w to show where there is room for one."""
+    """The w to show where there is room for only one."""
     weights = {result.w for result in results if result.w is not None}
     return middle(tuple(weights)) if weights else None
 
@@ -58,7 +58,7 @@ def rounds(workdir: epath.Path, results: Sequence[Result]) -> list[Strip]:
 
 
 def pair(results: Sequence[Result]) -> list[Result]:
-    """Rows of the few-step students at every w, and of the teacher at most steps at the same w."""
+    """Rows of the few-step students at every w, and of the teacher with the most steps at these w."""
     students = [each for each in results if each.stage == "halving" and each.num_steps]
     if not students:
         return []
@@ -71,7 +71,7 @@ def pair(results: Sequence[Result]) -> list[Result]:
             measured.setdefault((each.num_steps or 0, str(each.sampler)), set()).add(each.w)
     if not measured:
         return students
-    # A teacher that was measured at every w comes before one of more steps.
+    # Prefer a teacher that was measured at every w to one with more steps.
     chosen = max(measured, key=lambda key: (len(measured[key]), key[0], key[1] == "ddim"))
     teachers = [
         each
@@ -82,7 +82,7 @@ def pair(results: Sequence[Result]) -> list[Result]:
 
 
 def frames(runs: Mapping[str, tuple[epath.Path, Sequence[Result]]]) -> list[Frame]:
-    """For each w, the `pair` of every run; where there are several, their names stand before it."""
+    """For each w, the `pair` of every run; with several runs, titles begin with the run's name."""
     pairs = {name: (workdir, pair(results)) for name, (workdir, results) in runs.items()}
     weights = sorted({each.w for _, rows in pairs.values() for each in rows if each.w is not None})
     found = []
@@ -100,7 +100,7 @@ def frames(runs: Mapping[str, tuple[epath.Path, Sequence[Result]]]) -> list[Fram
 
 
 def paths(workdir: epath.Path, results: Sequence[Result]) -> tuple[float | None, list[Strip]]:
-    """The w at which paths were drawn, and what each step predicts there, from most steps to fewest."""
+    """The w at which paths were drawn, and the x predicted at each step, from most steps to fewest."""
     drawn = {
         each: file
         for each in results
@@ -141,9 +141,9 @@ def _strips(workdir: epath.Path, results: Iterable[Result], run: str = "") -> li
 def _read(
     file: epath.Path, name: str, *, leading: int
 ) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
-    """Images or points, behind `leading` axes whose last is that of examples; their labels; all arrays.
+    """Return a file's images or points, their labels, and all of its arrays.
 
-    Raises UserError for a file that holds anything else.
+    The last of the `leading` axes counts examples. Raises UserError if the file holds anything else.
     """
     arrays = read_npz(file)
     samples, labels = arrays.get(name), arrays.get("label")
@@ -160,7 +160,7 @@ def _read(
 
 def _not_samples(file: epath.Path) -> UserError:
     return UserError(
-        f"{file} holds no samples as `guided-distill evaluate` writes them: remove it, and evaluate again"
+        f"{file} holds no samples that `guided-distill evaluate` wrote: remove it, and evaluate again"
     )
 
 
@@ -194,7 +194,7 @@ def _name(result: Result) -> str:
 
 
 def _measured(result: Result) -> str:
-    """What was measured of all samples of the row, for those who want numbers."""
+    """The name and value of the distance, which is that of all samples of the row."""
     return f"{metric_name('fd', result.extractor)} {result.fd:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""What pages are made of: templates, and pictures and numbers as HTML takes them."""
+"""Helpers that build pages: templates, and pictures and numbers as HTML."""
 
 import base64
 from typing import Any
@@ -13,7 +13,7 @@ DPI = 150
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a page; its values are escaped."""
+    """Return the text of a page; values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("guided_distill.report", ""),
         autoescape=True,
@@ -24,12 +24,12 @@ def render(template: str, **values: Any) -> str:
 
 
 def data_url(picture: Image.Image | Figure) -> str:
-    """The picture itself as an address, so that a page is one file."""
+    """The picture as a data URL, so that a page is a single file."""
     return f"data:image/png;base64,{base64.b64encode(png(picture, dpi=DPI)).decode()}"
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it; None is empty."""
+    """A value as the text of a table's cell; None is empty."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""One self-contained page that shows a run: `report.html`."""
+"""`report.html`: a self-contained page that shows a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,9 +33,9 @@ Logs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def write_report(workdir: epath.Path) -> epath.Path:
-    """Write the page from the files of a run; answer its path.
+    """Write the page from the files of a run; return its path.
 
-    Raises UserError if the folder holds no run or was not evaluated.
+    Raises UserError if the folder holds no run, or one that was not evaluated.
     """
     experiment = read_config(workdir)
     results = read_results(workdir / "results.csv")
@@ -84,38 +84,38 @@ def write_report(workdir: epath.Path) -> epath.Path:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """The run in a sentence: a few-step student beside its teacher at most steps.
+    """A summary of the run: a few-step student, and its teacher with the most steps.
 
-    results: those of one extractor (`comparable`). Means are over the w that everything was measured at.
+    results: rows of one extractor (`comparable`). Means are over the w at which everything was measured.
     """
     weights = shared_weights(results)
     distances = mean_over_w(at_weights(results, weights), "fd")
     teacher = distances.get(("teacher", "ddim"), {})
     students = [curve for (stage, _), curve in distances.items() if stage == "halving"]
     if not teacher or not students:
-        return "Distances to the training data, and samples, of what was trained so far."
+        return "Distances to the training data, and samples, of the stages trained so far."
     most = max(teacher)
     best = min(teacher, key=lambda n: teacher[n])
     few = few_steps(students[0])
     at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
     count = next(result.n for result in results if result.stage != "real")
     return (
-        f"The {few}-step student, with {_calls(results, 'halving', few)} network calls a sample: "
+        f"The {few}-step student, with {_calls(results, 'halving', few)} network calls per sample: "
         f"{metric_name('fd', results[0].extractor)} {students[0][few]:.3f}. Its teacher: "
         f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. "
-        f"{_sentence(words_of_weights(weights))}, of n = {count} samples each."
+        f"{_sentence(words_of_weights(weights))}, with n = {count} samples each."
     )
 
 
 def few_steps(curve: Mapping[int, Any]) -> int:
-    """The number of steps to speak of, of those that students have."""
+    """The students' number of steps that is nearest to FEW_STEPS."""
     return min(curve, key=lambda n: (abs(n - FEW_STEPS), n))
 
 
 def tiles(results: Sequence[Result]) -> list[dict[str, str]]:
-    """What distillation bought, in figures: the few-step student's, each beside its teacher's.
+    """The gain of distillation: figures of the few-step student, each with its teacher's.
 
-    None unless both were measured; of the teacher those at most steps, means as in `headline`.
+    The teacher's are with the most steps; means are as in `headline`. Empty unless both were measured.
     """
     results = at_weights(results, shared_weights(results))
     distances = mean_over_w(results, "fd")
@@ -127,19 +127,19 @@ def tiles(results: Sequence[Result]) -> list[dict[str, str]]:
     seconds = mean_over_w(results, "seconds_per_sample")
     own, its = distances[students[0]][few], teacher[most]
     found = [
-        ("Network calls a sample", str(_calls(results, "halving", few)), f"teacher: {2 * most}"),
+        ("Network calls per sample", str(_calls(results, "halving", few)), f"teacher: {2 * most}"),
         (metric_name("fd", results[0].extractor), f"{own:.4g}", f"teacher: {its:.4g}"),
     ]
     if timed(results):
         own, its = seconds[students[0]][few], seconds["teacher", "ddim"][most]
         if own > 0 and its > 0:
             ratio = f"teacher: {_duration(its)}, {its / own:.3g} times as long"
-            found.append(("Time a sample", _duration(own), ratio))
+            found.append(("Time per sample", _duration(own), ratio))
     return [{"name": name, "value": value, "words": words} for name, value, words in found]
 
 
 def timed(results: Sequence[Result]) -> bool:
-    """Whether it is known how long any sampling took."""
+    """Whether the sampling time of any row is known."""
     return any(result.seconds for result in results)
 
 
@@ -157,12 +157,12 @@ def _sentence(words: str) -> str:
 
 
 def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
-    """The curves: distance and faithfulness against steps, and distance against seconds if known."""
+    """The panels: distance and faithfulness against steps, and distance against seconds if known."""
     if middle_weight(results) is None:
         return []
     panels = [("fd", "num_steps", "Distance to the training data against sampling steps")]
     if timed(results):
-        words = "Distance to the training data against seconds a sample"
+        words = "Distance to the training data against seconds per sample"
         panels.append(("fd", "seconds_per_sample", words))
     if column := faithfulness_column(results):
         words = f"{metric_name(column, results[0].extractor)} against sampling steps"
@@ -174,7 +174,7 @@ def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
 
 
 def _stages(workdir: epath.Path, experiment: Experiment, logs: Logs) -> list[list[str]]:
-    """Of each stage that was or will be trained here: its name, updates, batch, and last loss."""
+    """The name, updates, batch size and last loss of each stage that was or will be trained here."""
     expected = expected_stages(workdir, experiment)
     rows = []
     for stage in all_stages(experiment):

@@ -1,4 +1,4 @@
-"""Plans as tables, and for programs."""
+"""Plans as a table and as JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ COMFORT = 0.1
 
 
 def plan_table(plans: Sequence[Plan], topology: Topology, *, level: str) -> Table:
-    """A column a program."""
+    """A table of plans with a column for each program."""
     table = Table(
         title=f"{topology.slices} x {topology.name}, {chips_of(topology)} chips; compiled at {level} by "
         f"{topology.compiler}, not run",
         caption=" ".join(_notes(topology)),
     )
-    table.add_column("a device")
+    table.add_column("per device")
     for plan in plans:
         table.add_column(plan.kind, justify="right")
     for name, cells in _rows(plans).items():
@@ -28,7 +28,7 @@ def plan_table(plans: Sequence[Plan], topology: Topology, *, level: str) -> Tabl
 
 
 def plan_json(plans: Sequence[Plan], topology: Topology, *, level: str) -> dict[str, Any]:
-    """What was asked, each program's plan, and the hours of all stages among them."""
+    """The request, the plan of each program, and the total hours of the planned stages."""
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -42,14 +42,14 @@ def plan_json(plans: Sequence[Plan], topology: Topology, *, level: str) -> dict[
 
 
 def lines_under(plans: Sequence[Plan]) -> list[str]:
-    """Why a program has no figures, the time of samples, and the hours of all stages planned."""
+    """The lines below the table: why a program has no figures, sampling times, and total hours."""
     lines = [f"{plan.kind}: {plan.why}" for plan in plans if plan.why]
     lines += [_sample_line(plan) for plan in plans if plan.sample_seconds]
     kinds = [plan.kind for plan in plans if plan.kind != CALL]
     if kinds:
         hours = total_hours(plans)
         lines.append(
-            "Not all stages have a plan: see why above."
+            "Some stages have no plan, for the reasons above."
             if hours is None
             else f"All of {', '.join(kinds)}: {hours:,.3g} hours."
         )
@@ -57,18 +57,20 @@ def lines_under(plans: Sequence[Plan]) -> list[str]:
 
 
 def _sample_line(plan: Plan) -> str:
-    times = [f"{each:.3g} s in {num_steps}" for num_steps, each in plan.sample_seconds.items()]
-    return f"{plan.batch_size} samples, by the student's steps: {', '.join(times)}."
+    times = [
+        f"{seconds:.3g} s in {n} step{'s' * (n > 1)}" for n, seconds in plan.sample_seconds.items()
+    ]
+    return f"{plan.batch_size} samples take {', '.join(times)}."
 
 
 def _notes(topology: Topology) -> list[str]:
     notes = [
-        "Seconds are the compiler's estimate, or the largest bound if that is more.",
-        "The largest batch is an estimate by proportion.",
+        "Times are the compiler's estimate, or the largest bound if that is larger.",
+        "The largest batch is an estimate in proportion to memory.",
     ]
     if topology.slices > 1:
         notes.append(
-            "What slices send each other is counted at the speed of links within one: it takes longer."
+            "Traffic between slices is counted at the speed of links within a slice; it takes longer."
         )
     return notes
 
@@ -84,7 +86,7 @@ def _column(plan: Plan, kinds: Sequence[str]) -> dict[str, str]:
     about = {
         "parameters": f"{plan.parameters:,}",
         "batch, all devices": str(plan.batch_size),
-        "MB an example for the backward pass": f"{plan.kept / 1e6:.3g}",
+        "MB per example for the backward pass": f"{plan.kept / 1e6:.3g}",
         "fits": _fits(plan),
     }
     measured, seconds = plan.measured, plan.seconds
@@ -110,7 +112,7 @@ def _column(plan: Plan, kinds: Sequence[str]) -> dict[str, str]:
     about |= {f"ms at peak {name}": f"{1e3 * each:.3g}" for name, each in plan.bounds.items()}
     about |= {
         "ms, estimated": f"{1e3 * seconds:.3g}",
-        "images a second, all devices": f"{plan.images_per_second:,.0f}",
+        "images per second, all devices": f"{plan.images_per_second:,.0f}",
     }
     if plan.kind != CALL:
         about |= {"updates": f"{plan.updates:,}", "hours": f"{plan.hours:,.3g}"}
@@ -123,7 +125,7 @@ def _gib(size: float) -> str:
 
 def _fits(plan: Plan) -> str:
     if plan.shortage is not None:
-        return f"no, {_gib(plan.shortage.available)} GiB to use"
+        return f"no, {_gib(plan.shortage.available)} GiB available"
     if plan.spare is None:
         return "not known" if plan.broke else "no"
     return f"{'yes' if plan.spare >= COMFORT else 'barely'}, {plan.spare:.0%} spare"

@@ -1,4 +1,4 @@
-"""Images of texts as files: a PNG each, which says how it was made, and a sheet of all."""
+"""Files of images made from prompts: a PNG each, with its settings as metadata, and a sheet of all."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ from guided_distill.sampling.request import Options, given_or_trained
 from guided_distill.storage import write_bytes
 
 METADATA = "guided_distill"
-"""The text chunk of a PNG that holds its settings, in JSON."""
+"""The text chunk of a PNG that holds its settings as JSON."""
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """Texts, one for each image, and how to sample."""
+    """Prompts, one for each image, and sampling options."""
 
     prompts: Sequence[str]
     options: Options
@@ -42,7 +42,7 @@ class PromptRequest:
 def read_prompts(
     given: Sequence[str] | None, file: epath.Path | None, *, num: int
 ) -> tuple[str, ...]:
-    """The texts that are given and those of a file, one a line, each `num` times.
+    """The prompts given and those in a file, one per line, each repeated `num` times.
 
     Raises UserError if there are none.
     """
@@ -53,14 +53,14 @@ def read_prompts(
         lines = read_text(file, what="--prompts ").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError("there is no text: give --prompt, or --prompts and a file of them")
+        raise UserError("there is no prompt: give --prompt, or --prompts and a file of prompts")
     return tuple(prompt for prompt in prompts for _ in range(num))
 
 
 def generate_to_files(
     *, workdir: epath.Path, stage: str | None, request: PromptRequest, out: epath.Path
 ) -> list[epath.Path]:
-    """Draw an image for each text; returns the files. Raises UserError as `generate` does."""
+    """Generate an image for each prompt; return the files. Raises UserError as `generate` does."""
     model, request = _open(workdir, stage, request)
     images = generate(model, request.prompts, **request.options.keywords)
     return _write(out, "generate", model, request, images, {})
@@ -75,7 +75,7 @@ def edit_to_files(
     image: epath.Path,
     strength: float,
 ) -> list[epath.Path]:
-    """Change an image after each text; returns the files. Raises UserError as `edit` does."""
+    """Edit an image to fit each prompt; return the files. Raises UserError as `edit` does."""
     model, request = _open(workdir, stage, request)
     images = _repeated(_read(image, model), request)
     edited = edit(model, images, request.prompts, strength=strength, **request.options.keywords)
@@ -92,17 +92,17 @@ def inpaint_to_files(
     image: epath.Path,
     mask: epath.Path,
 ) -> list[epath.Path]:
-    """Paint where the mask is white, after each text; returns the files.
+    """Paint the region where the mask is white to fit each prompt; return the files.
 
-    Raises UserError as `inpaint` does, and if the mask is of another size than the image.
+    Raises UserError as `inpaint` does, and if the mask and the image differ in size.
     """
     model, request = _open(workdir, stage, request)
     sizes = [size_at(path) for path in (image, mask)]
     if sizes[0] != sizes[1]:
         width, height = sizes[0]
         raise UserError(
-            f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels, and the image {width} x {height}: "
-            f"give a mask of its size"
+            f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels, but the image {width} x {height}: "
+            f"give a mask of the image's size"
         )
     white = read_mask(mask, shape=model.image_shape[:2])
     painted = inpaint(
@@ -119,7 +119,7 @@ def inpaint_to_files(
 def _open(
     workdir: epath.Path, stage: str | None, request: PromptRequest
 ) -> tuple[TextToImage, PromptRequest]:
-    """The model, and the request with its usual w where none is given."""
+    """The model, and the request with the model's usual w if it has none."""
     model = load_text_to_image(stage_to_sample(workdir, stage))
     options = request.options.with_w(model.trained.description)
     return model, dataclasses.replace(request, options=options)
@@ -154,7 +154,7 @@ def _write(
         "num_steps": num_steps,
         "sampler": sampler,
         "package_version": about.package_version,
-        # Paths are this machine's alone.
+        # A path means nothing on another machine: only its last part is kept.
         **{name: each.name if name in ("image", "mask") else each for name, each in more.items()},
     }
     named = {"w": f"{options.w:g}", "seed": options.seed, "steps": num_steps}

@@ -1,4 +1,4 @@
-"""Samples of a stage as files: a picture to look at and the arrays to work with."""
+"""Files of a stage's samples: a picture to look at and the arrays to work with."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from guided_distill.storage import npz_bytes, write_bytes
 from guided_distill.training.processes import is_first
 
 SMALLEST_SIDE = 64
-"""Images are drawn at a whole multiple of their size that is at least this, in pixels."""
+"""Images are enlarged by a whole factor to at least this many pixels."""
 
 
 def sample_to_files(
@@ -31,10 +31,10 @@ def sample_to_files(
     options: Options,
     out: epath.Path,
 ) -> tuple[epath.Path, epath.Path]:
-    """Write a picture and an npz (image, label) of `count` samples; returns their paths.
+    """Write a picture and an npz (image, label) of `count` samples; return their paths.
 
-    workdir, stage: as of `stage_to_sample`. labels: names or numbers, taken in turn; None for all
-    classes. Raises UserError for a stage that isn't there, and as `sample` does.
+    workdir, stage: as in `stage_to_sample`. labels: names or numbers, used in turn; None for all
+    classes. Raises UserError if the stage is missing, and as `sample` does.
     """
     if count < 1:
         raise UserError(f"--num is {count}; ask for at least 1 sample")
@@ -42,7 +42,7 @@ def sample_to_files(
     about = trained.description
     if "label" not in about.condition_shapes:
         raise UserError(
-            f"{trained.path} is conditioned on texts, not on labels: use `guided-distill generate`"
+            f"{trained.path} is conditioned on text, not on labels: use `guided-distill generate`"
         )
     options = options.with_w(about)
     num_classes = len(about.class_names)
@@ -62,7 +62,7 @@ def sample_to_files(
 
 
 def name_for(words: str, *request: object) -> str:
-    """A file's name that no other request has: `words`, and 6 hex digits of what they leave out."""
+    """A file name unique to the request: `words`, and 6 hex digits of a hash of the request."""
     return f"{words}_{hashlib.sha256(repr(request).encode()).hexdigest()[:6]}"
 
 
@@ -75,10 +75,10 @@ def write_files(
     columns: int,
     arrays: Mapping[str, Any],
 ) -> tuple[epath.Path, epath.Path]:
-    """Write out/stem.png and out/stem.npz, which holds `arrays`; answer their paths.
+    """Write out/stem.png and out/stem.npz, which holds `arrays`; return their paths.
 
-    drawn: images [n, H, W, C], row by row, or points [n, 2] with a colour each. Raises UserError if the
-    folder can't be written. Of many processes, the first writes.
+    drawn: images [n, H, W, C], drawn row by row, or points [n, 2] with a colour each. Raises UserError
+    if the folder can't be written. With several processes, process 0 writes.
     """
     picture, data = out / f"{stem}.png", out / f"{stem}.npz"
     if is_first():

@@ -1,4 +1,4 @@
-"""What failed in a run, or isn't there: for its page to say."""
+"""What failed or is missing in a run, in sentences for its page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def shortfalls(
     results: Sequence[Result],
     logs: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[str]:
-    """A sentence for each: updates skipped, stages unfinished, rows of finished ones not measured.
+    """Sentences on skipped updates, unfinished stages, and unmeasured rows of finished stages.
 
-    results: those that the page shows. logs: rows of metrics by the stage's name.
+    results: the rows that the page shows. logs: logged metrics by the stage's name.
     """
     stages = expected_stages(workdir, experiment)
     done = {stage.name: latest_step(workdir / stage.name) for stage in stages}
@@ -38,7 +38,7 @@ def shortfalls(
 
 
 def expected_stages(workdir: epath.Path, experiment: Experiment) -> list[Stage]:
-    """The stages that the config asks for; of a run that starts from another's, those after it."""
+    """The stages that the config asks for; if the run starts from another run's stage, those after it."""
     stages = [stage for stage in all_stages(experiment) if experiment.stage in ("all", stage.kind)]
     if experiment.start_from:
         begun = [index for index, each in enumerate(stages) if (workdir / each.name).exists()]
@@ -53,8 +53,8 @@ def _skipped(
         last = logs[stage.name][-1] if logs.get(stage.name) else {}
         if skipped := last.get("skipped", 0):
             yield (
-                f"{stage.name} skipped {skipped} of its first {last['step']} updates, whose loss or "
-                f"gradient was not finite."
+                f"{stage.name} skipped {skipped} of its first {last['step']} updates, because the loss "
+                f"or gradient was not finite."
             )
 
 

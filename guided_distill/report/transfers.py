@@ -1,4 +1,4 @@
-"""Style transfers as files: a figure to look at and the arrays to work with."""
+"""Files of style transfers: a figure to look at and the arrays to work with."""
 
 from dataclasses import dataclass
 
@@ -22,11 +22,11 @@ from guided_distill.sampling.request import usual_w
 
 @dataclass(frozen=True)
 class TransferRequest:
-    """What to transfer, from one run to the run in `to`.
+    """What to transfer from one run to the run in `to`.
 
-    images: a file, a folder, or "data" for test images of from_label, which `seed` chooses; at most
-    `count`. Labels are names of classes, strings, or their numbers. encoder, decoder: folders of stages.
-    None stands for the usual.
+    images: a file, a folder, or "data" for test images of from_label, selected by `seed`; at most
+    `count` are used. Labels are names of classes, as strings, or their numbers. encoder, decoder: folders
+    of stages. None stands for the default.
     """
 
     to: epath.Path
@@ -44,11 +44,11 @@ class TransferRequest:
 def transfer_to_files(
     workdir: epath.Path, request: TransferRequest, *, out: epath.Path
 ) -> tuple[epath.Path, epath.Path]:
-    """Write a figure and an npz of images carried from a run to another; returns their paths.
+    """Write a figure and an npz of images transferred from one run to another; return their paths.
 
-    The figure's rows: the images, as they come back under their own label, and transferred. The npz holds
-    the fields of `Transfer` and the two labels. Raises UserError for what isn't there, and as `transfer`
-    does.
+    The figure's rows: the images, their reconstructions under their own label, and the transferred
+    images. The npz holds the fields of `Transfer` and the two labels. Raises UserError if an input is
+    missing, and as `transfer` does.
     """
     to, images, count, seed = request.to, request.images, request.count, request.seed
     if count < 1:

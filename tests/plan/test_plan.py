@@ -117,13 +117,13 @@ def test_the_largest_batch_of_what_does_not_fit_is_told_by_proportion():
 
 def test_the_schedule_is_of_stages_and_samples_take_the_calls_of_their_steps():
     call = replace(PLAN, kind=CALL, updates=0, calls={4: 4, 1: 1})
-    sampled = "64 samples, by the student's steps: 10 s in 4, 2.5 s in 1."
+    sampled = "64 samples take 10 s in 4 steps, 2.5 s in 1 step."
     assert lines_under([call]) == [sampled]
     assert lines_under([PLAN, call]) == [sampled, "All of teacher: 2.5 hours."]
     missing = replace(PLAN, kind="guidance", measured=None, why="too large")
     assert lines_under([PLAN, missing]) == [
         "guidance: too large",
-        "Not all stages have a plan: see why above.",
+        "Some stages have no plan, for the reasons above.",
     ]
 
 
@@ -293,7 +293,7 @@ def test_slices_share_a_batch_and_split_weights_within(tiny_arguments, tmp_path,
     (plan,) = told["plans"]
     assert plan["devices"] == 8
     assert plan["measured"]["flops"] > 0
-    assert any("What slices send each other" in note for note in told["notes"])
+    assert any("Traffic between slices" in note for note in told["notes"])
 
 
 @pytest.mark.parametrize(("name", "fsdp"), [("v5e:2x2", 2), ("v4:2x2x1", 0), ("v6e:4x4", 8)])

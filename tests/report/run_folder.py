@@ -1,4 +1,4 @@
-"""Folders of runs as training and evaluation leave them, made without either."""
+"""Folders of runs like those that training and evaluation write, made without running either."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ CONFIG = {
 
 
 def rows_of(*, fd, **changes):
-    """Rows of the teacher, stage one, and students of 4, 2 and 1 steps; distances begin at `fd`."""
+    """Rows of the teacher, stage one, and students of 4, 2 and 1 steps; distances start at `fd`."""
     rows = [dataclasses.replace(ROW, w=w, fd=fd + w, **changes) for w in WEIGHTS]
     stage_one = {"stage": "guidance", "num_steps": 8, "network_calls": 8, "seconds": 0.8}
     rows += [dataclasses.replace(ROW, w=w, fd=fd + w, **(stage_one | changes)) for w in WEIGHTS]
@@ -48,7 +48,7 @@ def rows_of(*, fd, **changes):
 
 
 def make_run(folder, *, results, config=None, side=4, skipped=0):
-    """A run with its config, log, results, and samples of every row and the paths of some."""
+    """Write a run: its config, logs, results, samples of every row, and paths of some rows."""
     workdir = epath.Path(folder)
     (workdir / "samples").mkdir(parents=True)
     values = CONFIG | (config or {})

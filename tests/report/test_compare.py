@@ -1,4 +1,4 @@
-"""Runs side by side: which may be compared, where they differ, and what the page says of them."""
+"""The comparison of runs: which are comparable, where their configs differ, and what the page shows."""
 
 import dataclasses
 import html
@@ -32,7 +32,7 @@ def test_runs_are_side_by_side(tmp_path, monkeypatch, capsys):
     assert cli.main(["compare", *files, "--out", "both.html"]) == 0
     assert capsys.readouterr().out == "both.html\n"
     page = html.unescape((tmp_path / "both.html").read_text())
-    assert "Fréchet distance of digits, classifier-64d, n = 64; mean over w = 0, 1, 4" in page
+    assert "Fréchet distance on digits, classifier-64d, n = 64; mean over w = 0, 1, 4" in page
     assert "left out" not in page
     (body,) = re.findall(r"<tbody>(.*?)</tbody>", page.split('id="configs"')[1], re.DOTALL)[:1]
     assert re.findall(r"<t[hd].*?>(.*?)</t[hd]>", body) == ["seed", "0", "7"]

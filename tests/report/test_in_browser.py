@@ -1,4 +1,4 @@
-"""Both pages as a browser shows them: from disk, with no network, on a phone, by keyboard."""
+"""Both pages in a browser: from disk, without a network, on a phone's screen, by keyboard."""
 
 import pytest
 from browser import opened_page, serious_findings
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory):
-    """Where the page of a run and the page that compares it lie."""
+    """The addresses of a run's page and of a comparison."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [make_run(folder / name, results=rows_of(fd=1.0), skipped=1) for name in ("a", "b")]
     pages = [write_report(runs[0]), write_comparison(runs, epath.Path(folder / "compare.html"))]

@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, and what it says when something is missing."""
+"""The page of a run: its sections, and its notice of anything that failed or is missing."""
 
 import dataclasses
 import html
@@ -103,7 +103,7 @@ def test_a_log_without_a_loss_is_shown(tmp_path):
 
 
 def section(page, name):
-    """The page from one headline to the next."""
+    """The part of the page from one heading to the next."""
     return page.split(f'<h2 id="{name}">')[1].split("<h2")[0]
 
 
@@ -144,7 +144,7 @@ def test_headline_and_tiles_are_means_over_what_all_were_measured_at():
     rows = [each for each in rows_of(fd=1.0) if (each.num_steps, each.w) != (2, 4.0)]
     sentence = headline(rows)
     assert "Fréchet distance 1.750. Its teacher: 1.500 at 16 steps, 32 calls" in sentence
-    assert "Mean over w = 0, 1, of n = 64" in sentence
+    assert "Mean over w = 0, 1, with n = 64" in sentence
     calls, distance, time = tiles(rows)
     assert (calls["value"], calls["words"]) == ("4", "teacher: 32")
     assert (distance["value"], distance["words"]) == ("1.75", "teacher: 1.5")
@@ -154,7 +154,10 @@ def test_headline_and_tiles_are_means_over_what_all_were_measured_at():
 def test_unknown_seconds_are_left_out():
     rows = rows_of(fd=1.0, seconds=None)
     assert not timed(rows)
-    assert [tile["name"] for tile in tiles(rows)] == ["Network calls a sample", "Fréchet distance"]
+    assert [tile["name"] for tile in tiles(rows)] == [
+        "Network calls per sample",
+        "Fréchet distance",
+    ]
 
 
 def told(workdir, results):
@@ -172,7 +175,7 @@ def test_what_failed_or_is_missing_is_told(tmp_path):
     steps = {"teacher": 1000, "guidance": 1000, "halving_ddim_4": 1000, "halving_ddim_2": 2000}
     assert told(workdir, results) == [
         *(
-            f"{name} skipped 3 of its first {count} updates, whose loss or gradient was not finite."
+            f"{name} skipped 3 of its first {count} updates, because the loss or gradient was not finite."
             for name, count in steps.items()
         ),
         "guidance is not finished: 600 of 1000 updates.",
@@ -188,7 +191,7 @@ def test_a_run_that_started_from_another_is_not_blamed_for_its_teacher(tmp_path)
     for name in ("teacher", "guidance"):
         (workdir / name).rmtree()
     assert told(workdir, results) == []
-    assert "of what was trained so far" in headline(results)
+    assert "of the stages trained so far" in headline(results)
     stages = re.findall(r'<th scope="row">(.*?)</th>', section(written(workdir), "training"))
     assert stages == ["halving_ddim_4", "halving_ddim_2", "halving_ddim_1"]
 
