@@ -1,4 +1,4 @@
-"""The page of `guided-distill serve`: the samples that `load` draws, told errors, nothing from afar."""
+"""The page of `guided-distill serve`: the samples of `load`, errors in one sentence, no downloads."""
 
 import importlib.util
 import socket
@@ -41,7 +41,7 @@ def test_a_mask_of_strokes_on_transparency_is_its_strokes():
 def test_the_page_draws_what_the_stages_draw(workdir, served):
     client = Client(served(workdir), verbose=False)
     asked = {"labels": [3, 7, 3], "w": 1.5, "seed": 4}
-    # Classes, beside the teacher in 2 steps; then stage, w, steps, seed and number.
+    # Classes, whether to show the teacher and its 2 steps; then stage, w, steps, seed and number.
     chosen = (["3", "7"], True, 2, "halving_ddim_1", 1.5, None, 4, 3)
     words, drawn, teachers_words, beside = client.predict(*chosen, api_name="/sample")
     for found, stage, how in ((drawn, "halving_ddim_1", {}), (beside, "teacher", {"num_steps": 2})):

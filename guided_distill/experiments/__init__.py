@@ -1,1 +1,1 @@
-"""Sweeps and studies: many runs from one config, and their table."""
+"""Sweeps and studies: many runs of one config, and the table of their results."""

@@ -1,4 +1,4 @@
-"""A figure of several runs: the points of a sweep, or the runs of a comparison."""
+"""A figure of several runs: the points of a sweep, or the runs to compare."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,15 +19,15 @@ _MARKERS = "osD^v<>PX*"
 
 
 def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
-    """Distance against steps, a line for each run's students; their own teachers are drawn pale.
+    """Distance against steps: a line for each run's students, and a pale one for its teacher.
 
-    results: rows by the run's name, of one extractor and number of samples. The means are over the w that
-    everything was measured at.
+    results: rows by the run's name, of one extractor and number of samples. Means are over the w at which
+    everything was measured.
     """
     weights = shared_by_all(results)
     figure = Figure(figsize=(6.5, 4.2 + 0.2 * len(results)), layout="constrained")
     axes = figure.subplots()
-    # The map's far end is too bright for lines on white.
+    # The upper end of the colour map is too bright for lines on white.
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(results)))
     steps: set[int] = set()
     for index, (name, rows) in enumerate(results.items()):
@@ -53,13 +53,13 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
     axes.grid(alpha=0.3)
     plain_log_axis(axes)
     if axes.get_legend_handles_labels()[0]:
-        title = "students; pale: their teachers"
+        title = "students (pale: their teachers)"
         figure.legend(loc="outside lower left", fontsize=8, title=title)
     return figure
 
 
 def without_shared_parts(names: Sequence[str]) -> list[str]:
-    """Names of points of a sweep, KEY=VALUE,KEY=VALUE, by what they don't share; others as they are."""
+    """Shorten names of a sweep's points, KEY=VALUE,KEY=VALUE, to the parts that differ; keep others."""
     parts = [name.split(",") for name in names]
     shared = set.intersection(*map(set, parts)) if parts else set()
     short = [",".join(part for part in each if part not in shared) for each in parts]
@@ -67,6 +67,6 @@ def without_shared_parts(names: Sequence[str]) -> list[str]:
 
 
 def shared_by_all(results: Mapping[str, Sequence[Result]]) -> set[float]:
-    """Those w that everything of every run was measured at."""
+    """The w at which everything in every run was measured."""
     each = [shared_weights(rows) for rows in results.values()]
     return set.intersection(*each) if each else set()

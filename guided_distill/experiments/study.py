@@ -1,4 +1,4 @@
-"""A study: a run for each point of a sweep, one after the other, and what they measured side by side."""
+"""A study: a run for each point of a sweep, one after the other, and a table of their results."""
 
 import csv
 import io
@@ -22,15 +22,15 @@ from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.progress import console
 
 DONE = "done.json"
-"""The file of a point that was trained and measured: the config it was done by."""
+"""A file in the folder of a finished point: the config that it was trained and measured with."""
 
 _AFTER_THE_TEACHER = ("start_from", "method", "guidance", "halving")
-"""Keys of a config that its teacher doesn't depend on."""
+"""Keys of a config that don't affect its teacher."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point: its name, which is its folder's in the study, its overrides, and the whole config."""
+    """A point: its name (also that of its folder in the study), its overrides, and the whole config."""
 
     name: str
     point: Point
@@ -38,11 +38,10 @@ class Run:
 
 
 def run_study(runs: Sequence[Run], folder: epath.Path) -> dict[str, str]:
-    """Train and measure each, going on where it was; what is done costs nothing.
+    """Train and measure each run, resuming where it stopped; finished runs are skipped.
 
-    Where two of them have the same teacher, the later one starts from the earlier one's. One that fails
-    is left, and the next one begins. Answers what went wrong, by name. Raises Interrupted as training
-    does.
+    If two runs have the same teacher, the later run starts from the earlier one's. If a run fails, the
+    next one starts. Returns the errors of failed runs by name. Raises Interrupted as training does.
     """
     failed: dict[str, str] = {}
     for index, run in enumerate(runs):
@@ -60,17 +59,17 @@ def run_study(runs: Sequence[Run], folder: epath.Path) -> dict[str, str]:
             write_text(done, wanted)
         except (Interrupted, KeyboardInterrupt):
             raise
-        except Exception as error:  # Whatever it is, the other points can still be run.
+        except Exception as error:  # Whatever it is, the other points can still run.
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failed[run.name] = f"{kind}{error}"
             console.print(f"{run.name} failed: {failed[run.name]}", highlight=False, markup=False)
-        # Programs of points that are done are of no more use.
+        # Compiled programs of finished points aren't used again.
         jax.clear_caches()
     return failed
 
 
 def _with_teacher(run: Run, earlier: Sequence[Run], folder: epath.Path) -> Experiment:
-    """The run's config, made to start from a like teacher where an earlier run has one."""
+    """The run's config, set to start from an earlier run's teacher if that is the same."""
     experiment = run.experiment
     if (folder / run.name / "config.json").exists():
         begun = runs.read_config(folder / run.name)
@@ -87,7 +86,7 @@ def _with_teacher(run: Run, earlier: Sequence[Run], folder: epath.Path) -> Exper
 
 
 def measured(runs: Sequence[Run], folder: epath.Path) -> dict[str, list[Result]]:
-    """The rows of each run that has any, by name, of one extractor and number of samples."""
+    """The rows of each evaluated run by name, of one extractor and number of samples."""
     return {
         run.name: comparable(found, run.experiment.evaluation.extractor)
         for run in runs
@@ -96,10 +95,10 @@ def measured(runs: Sequence[Run], folder: epath.Path) -> dict[str, list[Result]]
 
 
 def write_table(path: epath.Path, runs: Sequence[Run]) -> dict[str, list[Result]]:
-    """Write what is `measured` in the file's folder, with each run's name and overrides before its rows.
+    """Write the `measured` rows of the file's folder, each after its run's name and overrides.
 
-    Shards share the file: one that others overtake while it writes, writes again, so that whichever
-    ends last, all rows are there.
+    Shards share the file. If another shard adds rows during a write, the file is written again, so that
+    it holds all rows whichever shard ends last.
     """
     written = None
     while (text := _table(runs, results := measured(runs, path.parent))) != written:

@@ -1,14 +1,14 @@
-"""Studies: which configs to run, written down as lists of points.
+"""Sweeps: lists of points, each of which overrides keys of a config.
 
-A point is a dictionary of overrides, {"guidance.w_max": 2.0}. A sweep is a function of the config that
-returns points, made of these three:
+A point is a dictionary of overrides, such as {"guidance.w_max": 2.0}. A sweep is a function that takes
+the config and returns a list of points, built with these functions:
 
     values("halving.steps", [100, 200])     a point for each value
     product(a, b)                           every point of a with every point of b
     zipped(a, b)                            the first of a with the first of b, and so on
 
-and of lists joined by `+`. It stands beside get_config in a config file, or in ABLATIONS, which serve any
-config.
+and with `+`, which joins lists. Define a sweep beside get_config in a config file; those in ABLATIONS
+work with any config.
 """
 
 import itertools
@@ -34,12 +34,12 @@ def values(key: str, choices: Iterable[Any]) -> list[Point]:
 
 
 def product(*sweeps: list[Point]) -> list[Point]:
-    """Every point of each with every point of the others; the last one changes fastest."""
+    """Every point of each sweep with every point of the others; the last sweep varies fastest."""
     return [_joined(points) for points in itertools.product(*sweeps)]
 
 
 def zipped(*sweeps: list[Point]) -> list[Point]:
-    """Points of the same place joined. Raises ValueError for sweeps of different lengths."""
+    """The i-th points of all sweeps, joined. Raises ValueError if the sweeps differ in length."""
     return [_joined(points) for points in zip(*sweeps, strict=True)]
 
 
@@ -48,7 +48,7 @@ def _joined(points: Iterable[Point]) -> Point:
 
 
 def name_of(point: Point) -> str:
-    """A folder's name for a point: its keys with their values."""
+    """The name of a point's folder: its keys with their values."""
     return ",".join(f"{key}={_words(value)}" for key, value in point.items()) or "base"
 
 
@@ -60,7 +60,7 @@ def _words(value: Any) -> str:
 
 
 def with_overrides(config: ConfigDict, point: Point) -> ConfigDict:
-    """A copy of the config with a point's values. Raises UserError for one that doesn't fit."""
+    """A copy of the config with a point's overrides. Raises UserError if one doesn't fit."""
     changed = config.copy_and_resolve_references()
     try:
         changed.update_from_flattened_dict(dict(point))
@@ -72,7 +72,7 @@ def with_overrides(config: ConfigDict, point: Point) -> ConfigDict:
 
 
 def guidance_range(config: ConfigDict) -> list[Point]:
-    """The range of w that one student is trained for, all measured at w = 1."""
+    """The range of w that a student is trained on; every student is measured at w = 1."""
     ranges = product(
         values("guidance.w_min", [0.0, 1.0]), values("guidance.w_max", [1.0, 2.0, 4.0, 8.0])
     )
@@ -80,14 +80,14 @@ def guidance_range(config: ConfigDict) -> list[Point]:
 
 
 def w_embedding(config: ConfigDict) -> list[Point]:
-    """How the student is conditioned on w; the paper's way is a Fourier embedding, like time's."""
+    """How the student is conditioned on w; the paper uses a Fourier embedding, as for time."""
     return values("guidance.w_embedding", tuple(W_FEATURES))
 
 
 def loss_weighting(config: ConfigDict) -> list[Point]:
-    """How stage one and stage two weigh errors at different noise levels.
+    """How the losses of stage one and stage two are weighted across noise levels.
 
-    Stage two without "snr" where it goes down to one step, of which that weighting sees nothing.
+    Stage two leaves out "snr" if it goes down to one step, where that weighting is zero.
     """
     to_one_step = config.halving.last_num_steps == 1
     of_halving = [name for name in WEIGHTINGS if not (to_one_step and name == "snr")]
@@ -95,10 +95,10 @@ def loss_weighting(config: ConfigDict) -> list[Point]:
 
 
 def prediction_type(config: ConfigDict) -> list[Point]:
-    """What the networks predict, the teacher's too.
+    """What all networks predict, including the teacher's.
 
-    eps comes with the weighting that it can learn by, and without a student of one step where none could
-    work; x without encoders. config.py says why.
+    eps uses the one weighting that it can be trained with, and no one-step student if none could work; x
+    has no encoders. config.py gives the reasons.
     """
     eps: dict[str, Any] = {f"{stage}.weighting": "snr" for stage in STAGES}
     if config.halving.last_num_steps == 1 and loses_x(config.model):
@@ -114,26 +114,26 @@ def prediction_type(config: ConfigDict) -> list[Point]:
 
 
 def updates_per_round(config: ConfigDict) -> list[Point]:
-    """A quarter, a half, once and twice the updates of each halving round."""
+    """A quarter of, half of, all of and twice the updates of each halving round."""
     return values(
         "halving.steps", [max(1, int(config.halving.steps * f)) for f in (0.25, 0.5, 1, 2)]
     )
 
 
 def fewer_halvings(config: ConfigDict) -> list[Point]:
-    """Rounds left out: the student of stage one halved at once to N/2, N/4, ... and on from there."""
+    """Fewer rounds: halving goes directly from the stage-one student to N, N/2, N/4, ... steps."""
     first, last = config.halving.first_num_steps, config.halving.last_num_steps
     starts = [first >> shift for shift in range(first.bit_length()) if first >> shift >= last]
     return values("halving.first_num_steps", starts)
 
 
 def student_sampler(config: ConfigDict) -> list[Point]:
-    """Students of the deterministic sampler, and of the stochastic one."""
+    """Students of the deterministic sampler and of the stochastic one."""
     return values("halving.samplers", [("ddim",), ("stochastic",)])
 
 
 def ablations(config: ConfigDict) -> list[Point]:
-    """All of the above, one after the other."""
+    """All of the ablations above, one after the other."""
     return [point for sweep in _SINGLE for point in sweep(config)]
 
 
@@ -147,4 +147,4 @@ _SINGLE: tuple[Sweep, ...] = (
     student_sampler,
 )
 ABLATIONS: dict[str, Sweep] = {sweep.__name__: sweep for sweep in (*_SINGLE, ablations)}
-"""Those that readers of Meng et al. 2023 ask for, by name."""
+"""Ready-made ablations of Meng et al. 2023, by name."""

@@ -1,1 +1,1 @@
-"""A local page to sample from a run: `guided-distill serve`."""
+"""A local page that samples from a run: `guided-distill serve`."""

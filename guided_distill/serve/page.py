@@ -1,4 +1,4 @@
-"""The page: settings of a stage on the left, what it draws on the right."""
+"""The page: settings of a stage on the left, its samples on the right."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from guided_distill.errors import UserError
 from guided_distill.pictures import image_grid, point_plot
 from guided_distill.runs.trained import Description
 from guided_distill.sampling.request import usual_w
-from guided_distill.serve.run import TEACHER, Drawn, OpenRun, PageRequest, calls_in_a_step
+from guided_distill.serve.run import TEACHER, Drawn, OpenRun, PageRequest, calls_per_step
 
 _KEEP_FILES = 3600
-"""Seconds until the files of old pictures are deleted."""
+"""Seconds after which the files of pictures are deleted."""
 
 _SEEDS = 2**32
 _STEPS_BESIDE = 64
 _MOST_STEPS = 1024
 _LONGEST_PROMPT = 1000
-"""In characters; text encoders read some 77 tokens."""
+"""In characters; text encoders read about 77 tokens."""
 
 _SMALL_SIDE = 128
 _PAINT = "#d33682"
@@ -35,7 +35,7 @@ _PRIVATE: dict[str, Any] = {"api_visibility": "private", "queue": False}
 
 
 class Chosen(NamedTuple):
-    """What the settings say; a field that was emptied is None."""
+    """The values of the settings; an empty field is None."""
 
     stage: str
     w: float
@@ -45,14 +45,14 @@ class Chosen(NamedTuple):
 
 
 def build_page(workdir: epath.Path, *, stage: str | None = None) -> gr.Blocks:
-    """A page that samples from the finished stages of a run, beginning with `stage`.
+    """Build a page that samples from the finished stages of a run and opens with `stage`.
 
-    Raises UserError if the run has none, or not this one.
+    Raises UserError if no stage is finished, or if `stage` isn't.
     """
     run = OpenRun(workdir)
     if stage is not None and stage not in run.stages:
         raise UserError(
-            f"--stage is {stage}, which isn't finished or doesn't sample: choose one of "
+            f"--stage is {stage}, which isn't finished or can't sample: choose one of "
             f"{', '.join(run.stages)}"
         )
     first = stage or run.stages[-1]
@@ -68,31 +68,31 @@ def build_page(workdir: epath.Path, *, stage: str | None = None) -> gr.Blocks:
                 settings = _settings(run, first)
             with gr.Column(scale=3, min_width=300):
                 if "text" not in about.condition_shapes:
-                    _sample_room(run, about, settings)
+                    _sample_tab(run, about, settings)
                 else:
-                    _rooms_of_texts(run, about, settings)
+                    _text_tabs(run, about, settings)
     return page
 
 
-def _rooms_of_texts(run: OpenRun, about: Description, settings: list[Any]) -> None:
+def _text_tabs(run: OpenRun, about: Description, settings: list[Any]) -> None:
     with gr.Tabs():
-        # A network that in-paints can do nothing else.
+        # An in-painting network can neither sample nor edit.
         if INPAINT not in about.condition_shapes:
             with gr.Tab("Sample"):
-                _sample_room(run, about, settings)
+                _sample_tab(run, about, settings)
             with gr.Tab("Edit"):
-                _edit_room(run, about, settings)
+                _edit_tab(run, about, settings)
         with gr.Tab("In-paint"):
-            _inpaint_room(run, about, settings)
+            _inpaint_tab(run, about, settings)
 
 
 def _subject(about: Description) -> str:
-    of = "texts" if "text" in about.condition_shapes else f"{len(about.class_names)} classes"
-    return f"A run on `{about.experiment.data.title}`, conditioned on {of}."
+    on = "text" if "text" in about.condition_shapes else f"{len(about.class_names)} classes"
+    return f"A run on `{about.experiment.data.title}`, conditioned on {on}."
 
 
 def _settings(run: OpenRun, first: str) -> list[Any]:
-    """The inputs that every room has: stage, w, steps, seed, number of samples."""
+    """The inputs that every tab uses: stage, w, steps, seed, number of samples."""
     about = run.about(first)
     stage = gr.Dropdown(run.stages, value=first, label="Stage", filterable=False)
     summary = gr.Markdown(_summary(about))
@@ -119,17 +119,17 @@ def _summary(about: Description) -> str:
     what = {"teacher": "The teacher", "guidance": "Stage one"}.get(about.stage, "A student")
     if about.num_steps is not None:
         plural = "" if about.num_steps == 1 else "s"
-        what += f" of {about.num_steps} step{plural} of the {about.sampler} sampler"
-    calls = {1: "one network call", 2: "two network calls"}[calls_in_a_step(about)]
+        what += f" with {about.num_steps} step{plural} of the {about.sampler} sampler"
+    calls = {1: "one network call", 2: "two network calls"}[calls_per_step(about)]
     if about.w_min is None:
-        return f"{what}: {calls} a step, for any w."
+        return f"{what}: {calls} per step, for any w."
     if about.w_min == about.w_max:
-        return f"{what}: {calls} a step, at w = {about.w_min:g} alone."
-    return f"{what}: {calls} a step, for w from {about.w_min:g} to {about.w_max:g}."
+        return f"{what}: {calls} per step, for w = {about.w_min:g} only."
+    return f"{what}: {calls} per step, for w from {about.w_min:g} to {about.w_max:g}."
 
 
 def _w_range(about: Description) -> dict[str, Any]:
-    """Bounds of the slider: those that were trained, or as far again where any w will do."""
+    """Bounds of the slider: the trained range, or up to twice its maximum if the network takes any w."""
     guidance = about.experiment.guidance
     if about.w_min is None or about.w_max is None:
         return {"minimum": 0.0, "maximum": 2.0 * max(guidance.w_max, 1.0), "interactive": True}
@@ -143,7 +143,7 @@ def _steps(about: Description) -> dict[str, Any]:
     return {"value": value, "maximum": max(value, _MOST_STEPS), "visible": free}
 
 
-def _sample_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
+def _sample_tab(run: OpenRun, about: Description, settings: list[Any]) -> None:
     points, texts = len(about.data_shape) == 1, "text" in about.condition_shapes
     if texts:
         of: Any = _prompt()
@@ -152,11 +152,11 @@ def _sample_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
             list(about.class_names),
             multiselect=True,
             label="Classes",
-            info="They are drawn in turn; none chosen: all of them.",
+            info="Samples cycle through these classes; leave empty for all.",
         )
     with gr.Row(equal_height=True):
         beside = gr.Checkbox(
-            label="Beside the teacher, from the same seeds", visible=run.has_teacher
+            label="Beside the teacher, with the same seeds", visible=run.has_teacher
         )
         teacher_steps = gr.Number(
             _STEPS_BESIDE,
@@ -208,7 +208,7 @@ def _sample_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
     )
 
 
-def _edit_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
+def _edit_tab(run: OpenRun, about: Description, settings: list[Any]) -> None:
     with gr.Row():
         image = gr.Image(
             type="pil",
@@ -227,7 +227,7 @@ def _edit_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
                 value=0.5,
                 step=0.05,
                 label="Strength",
-                info="How far the image is noised, rounded down to whole steps.",
+                info="How much noise is added to the image, rounded down to whole steps.",
             )
             button = gr.Button("Edit", variant="primary")
     canvas = _Canvas(points=False, label="Edited images")
@@ -251,7 +251,7 @@ def _edit_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
     )
 
 
-def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None:
+def _inpaint_tab(run: OpenRun, about: Description, settings: list[Any]) -> None:
     side = about.experiment.data.image_size or _SMALL_SIDE
     with gr.Row():
         editor = gr.ImageEditor(
@@ -259,14 +259,14 @@ def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None
             sources=["upload", "clipboard"],
             transforms=[],
             layers=False,
-            # Of an image as small as a sample, the usual brush covers all.
+            # The default brush would cover a whole image of the samples' size.
             brush=gr.Brush(
                 default_size=side // 8 if side < _SMALL_SIDE else "auto",
                 colors=[_PAINT],
                 color_mode="fixed",
             ),
             min_width=280,
-            label="Image, painted over",
+            label="Image: paint over the part to replace",
         )
         with gr.Column(min_width=280):
             prompt = _prompt()
@@ -275,7 +275,7 @@ def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None
                 image_mode="RGBA",
                 sources=["upload"],
                 height=160,
-                label="Or a mask, white where to paint",
+                label="Or a mask, white in the part to replace",
             )
             button = gr.Button("In-paint", variant="primary")
     canvas = _Canvas(points=False, label="In-painted images")
@@ -303,12 +303,12 @@ def _inpaint_room(run: OpenRun, about: Description, settings: list[Any]) -> None
 
 def _prompt() -> gr.Textbox:
     return gr.Textbox(
-        label="Prompt", placeholder="what the image shows", max_length=_LONGEST_PROMPT
+        label="Prompt", placeholder="what the image should show", max_length=_LONGEST_PROMPT
     )
 
 
 class _Canvas:
-    """Where samples appear, with a line of words above them."""
+    """The place where samples appear, with a line of words above them."""
 
     def __init__(self, points: bool, *, label: str) -> None:
         words = gr.Markdown()
@@ -329,7 +329,7 @@ class _Canvas:
 
 @contextlib.contextmanager
 def _errors_on_the_page() -> Iterator[None]:
-    """Bad input is shown as its one sentence, without a traceback here or there."""
+    """Show a UserError on the page as its one sentence, without a traceback there or in the log."""
     try:
         yield
     except UserError as error:
@@ -348,9 +348,9 @@ def _request(run: OpenRun, chosen: Chosen, **what: Any) -> PageRequest:
 
 def _prompts(text: str, chosen: Chosen) -> dict[str, Any]:
     if not text.strip():
-        raise UserError("there is no prompt: say what the image shows")
+        raise UserError("there is no prompt: say what the image should show")
     if len(text) > _LONGEST_PROMPT:
-        raise UserError(f"the prompt has {len(text)} characters: give {_LONGEST_PROMPT} at most")
+        raise UserError(f"the prompt has {len(text)} characters: give at most {_LONGEST_PROMPT}")
     return {"prompts": [text.strip()] * chosen.number}
 
 
@@ -366,9 +366,9 @@ def _pixels(image: Image.Image | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _hole(mask: Image.Image, shape: tuple[int, ...]) -> np.ndarray:
-    """bool [H, W], True where the mask is white; what is transparent counts as black.
+    """bool [H, W], True where the mask is white; transparent pixels count as black.
 
-    Raises UserError if it is nowhere white.
+    Raises UserError if no pixel is white.
     """
     hole = fitted(upright(mask, over="black"), (*shape[:2], 1))[..., 0] > 127
     if not hole.any():
@@ -377,7 +377,7 @@ def _hole(mask: Image.Image, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _painted_over(drawing: dict[str, Any] | None) -> Image.Image:
-    """White where a brush was."""
+    """A mask that is white where the brush painted."""
     strokes = [layer.getchannel("A") for layer in drawing["layers"]] if drawing else []
     if not strokes:
         return Image.new("L", (1, 1))
@@ -403,7 +403,7 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _picture(drawn: Drawn, about: Description, **what: Any) -> Any:
-    """A plot of points, or a list of images with what is under them."""
+    """A plot of points, or a gallery of images with their captions."""
     labels = what.get("labels")
     if drawn.samples.ndim == 2:
         return gr.Plot(point_plot(drawn.samples, np.asarray(labels)), visible=True)

@@ -1,4 +1,4 @@
-"""A run as the page sees it: the stages that sample, and what one of them draws, timed."""
+"""A run for the page: the stages that sample, and timed samples of one of them."""
 
 import functools
 import time
@@ -24,10 +24,10 @@ _BATCH_OF_POINTS = 256
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a stage drew, and what it took.
+    """Samples of a stage and their cost.
 
-    samples: images [n, H, W, C] in [-1, 1] or points [n, 2]. num_steps: those that ran. network_calls:
-    for one sample. seconds: for all of them, compiling apart.
+    samples: images [n, H, W, C] in [-1, 1] or points [n, 2]. num_steps: the steps that ran.
+    network_calls: for one sample. seconds: for all samples, without compilation.
     """
 
     stage: str
@@ -39,7 +39,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class PageRequest:
-    """How to sample. labels, classes' numbers, or prompts: one for each sample."""
+    """How to sample. labels (numbers of classes) or prompts: one for each sample."""
 
     w: float
     seed: int
@@ -49,7 +49,7 @@ class PageRequest:
 
     @property
     def count(self) -> int:
-        """How many samples."""
+        """The number of samples."""
         return len(self.labels or self.prompts or ())
 
 
@@ -60,34 +60,34 @@ class _Loaded:
 
 
 class OpenRun:
-    """A run whose stages are read when they are asked for.
+    """A run whose stages are loaded when they are needed.
 
-    stages: folders of the finished ones that sample, in the order of training. Raises UserError if
-    there is none.
+    stages: folders of the finished stages that sample, in the order of training. Raises UserError if
+    there are none.
     """
 
     def __init__(self, workdir: epath.Path) -> None:
         self.workdir = workdir
         self.stages = finished_samplers(workdir)
         self.about = functools.cache(lambda stage: read_description(workdir / stage))
-        # The chosen one and the teacher beside it.
+        # Two stages: the chosen one and the teacher beside it.
         self._loaded = functools.lru_cache(maxsize=2)(
             lambda stage: _Loaded(api.load(workdir / stage))
         )
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher's own weights are there: given-away runs may hold students alone."""
+        """Whether the run holds the teacher's weights; an exported run may hold students only."""
         return TEACHER in self.stages
 
     def image_shape(self, stage: str) -> tuple[int, ...]:
-        """Height, width and channels of the images of a stage that is conditioned on texts."""
+        """Height, width and channels of the images of a stage that is conditioned on text."""
         prompted = self._loaded(stage).model.prompted
         assert prompted is not None
         return prompted.image_shape
 
     def sample(self, stage: str, request: PageRequest) -> Drawn:
-        """Raises UserError as `api.Model.sample` does."""
+        """Draw samples. Raises UserError as `api.Model.sample` does."""
 
         def draw(model: api.Model, **how: Any) -> tuple[np.ndarray, int]:
             most = _BATCH_OF_POINTS if len(model.about.data_shape) == 1 else _BATCH
@@ -104,7 +104,7 @@ class OpenRun:
     def edit(
         self, stage: str, request: PageRequest, image: np.ndarray, *, strength: float
     ) -> Drawn:
-        """Raises UserError as `api.Model.edit` does. image: [H, W, C] in [-1, 1]."""
+        """Edit an image [H, W, C] in [-1, 1]. Raises UserError as `api.Model.edit` does."""
 
         def draw(
             model: api.Model, strength: float = strength, **how: Any
@@ -118,7 +118,10 @@ class OpenRun:
     def inpaint(
         self, stage: str, request: PageRequest, image: np.ndarray, mask: np.ndarray
     ) -> Drawn:
-        """Raises UserError as `api.Model.inpaint` does. mask: bool [H, W], True where to paint."""
+        """In-paint an image [H, W, C] in [-1, 1] where mask, bool [H, W], is True.
+
+        Raises UserError as `api.Model.inpaint` does.
+        """
 
         def draw(model: api.Model, **how: Any) -> tuple[np.ndarray, int]:
             images, masks = (np.repeat(each[None], request.count, axis=0) for each in (image, mask))
@@ -135,10 +138,10 @@ class OpenRun:
         draw: Callable[..., tuple[np.ndarray, int]],
         one_step: Mapping[str, Any],
     ) -> Drawn:
-        """What `draw` makes and how long it took, after a draw of one step if this is the first.
+        """Time a call of `draw`. Before the first call of its kind, a call with one step compiles it.
 
-        That one compiles, for any number of steps. draw(model, w, seed, num_steps, ...): the samples,
-        and the steps that made them.
+        The compiled program serves any number of steps. draw(model, w, seed, num_steps, ...) returns
+        samples and the number of steps that ran.
         """
         loaded = self._loaded(stage)
         how = {"w": request.w, "seed": request.seed}
@@ -149,12 +152,12 @@ class OpenRun:
         start = time.perf_counter()
         samples, num_steps = draw(loaded.model, **how, num_steps=request.num_steps)
         seconds = time.perf_counter() - start
-        calls = num_steps * calls_in_a_step(loaded.model.about)
+        calls = num_steps * calls_per_step(loaded.model.about)
         return Drawn(stage, samples, num_steps, calls, seconds)
 
 
-def calls_in_a_step(about: Description) -> int:
-    """Network calls: a network that takes w has guidance inside, another is called twice."""
+def calls_per_step(about: Description) -> int:
+    """Network calls per step: one if the network is conditioned on w, else two, to guide it."""
     return 1 if about.w_min is not None else 2
 
 

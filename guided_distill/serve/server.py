@@ -1,4 +1,4 @@
-"""Serving the page on this machine, with nothing fetched from elsewhere."""
+"""Serve the page on this machine; nothing is fetched from elsewhere."""
 
 import ipaddress
 import socket
@@ -16,9 +16,9 @@ _LONGEST_QUEUE = 16
 
 
 def launch(page: gr.Blocks, *, host: str, port: int, logins: list[tuple[str, str]] | None) -> str:
-    """Serve a page in the background until it is closed; returns its address.
+    """Serve a page in the background until it is closed; return its address.
 
-    logins: names and passwords of those who may use it; None for everybody who reaches it. Raises
+    logins: names and passwords of the users; None if everybody who reaches the page may use it. Raises
     UserError as `check_free` does.
     """
     check_free(host, port)
@@ -42,7 +42,7 @@ def launch(page: gr.Blocks, *, host: str, port: int, logins: list[tuple[str, str
 
 
 def read_logins(path: epath.Path) -> list[tuple[str, str]]:
-    """Names and passwords from a file of lines NAME:PASSWORD. Raises UserError, naming the line."""
+    """Read names and passwords from a file of lines NAME:PASSWORD. A UserError names the bad line."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def read_logins(path: epath.Path) -> list[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
         name, _, password = line.partition(":")
         if not name or not password:
-            raise UserError(f"line {number} of --auth {path} isn't NAME:PASSWORD: put it right")
+            raise UserError(f"line {number} of --auth {path} isn't NAME:PASSWORD: correct it")
         logins.append((name, password))
     if not logins:
         raise UserError(f"--auth {path} is empty: give a file of lines NAME:PASSWORD")
@@ -61,27 +61,27 @@ def read_logins(path: epath.Path) -> list[tuple[str, str]]:
 
 
 def check_host(host: str, logins: list[tuple[str, str]] | None) -> None:
-    """Raises UserError for a host that others can reach, unless they have to log in."""
+    """Raise UserError if other machines can reach the host without a login."""
     try:
         found = {each[4][0] for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError as error:
-        raise UserError(f"--host {host} isn't known here ({error}): give an address") from error
+        raise UserError(f"--host {host} can't be resolved ({error}): give an address") from error
     here = all(ipaddress.ip_address(str(each).partition("%")[0]).is_loopback for each in found)
     if not here and logins is None:
         raise UserError(
-            f"--host {host} lets in everybody who reaches this machine: add --auth FILE, or leave --host "
-            f"out and forward the port by ssh -L"
+            f"--host {host} admits everybody who can reach this machine: add --auth FILE, or leave out "
+            f"--host and forward the port with ssh -L"
         )
 
 
 def _limit_images() -> None:
-    """Have Pillow, which opens what is uploaded, refuse huge images, and EPS, which is a program."""
+    """Make Pillow, which opens uploads, refuse huge images and EPS files, which are programs."""
     Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
     EpsImagePlugin.gs_binary = False
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises UserError if the host isn't this machine's, or the port is in use."""
+    """Raise UserError if the host isn't an address of this machine or the port is in use."""
     try:
         kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(kind) as probe:
@@ -89,13 +89,13 @@ def check_free(host: str, port: int) -> None:
             probe.bind(address)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"--host {host} --port {port} can't be listened on ({error}): choose another port, or a host "
-            f"that is this machine's"
+            f"can't listen on --host {host} --port {port} ({error}): choose another port, or an address "
+            f"of this machine"
         ) from error
 
 
 def _theme() -> gr.themes.Base:
-    """Fonts of the machine that shows the page, and colours that are easy to read on each other."""
+    """Fonts of the reader's machine, and colours with enough contrast."""
     return gr.themes.Default(
         primary_hue="indigo",
         font=["system-ui", "sans-serif"],
