@@ -1,1 +1,1 @@
-"""How good are the samples: distances and coverage between sets of features, and what feeds them."""
+"""Evaluation of samples: feature extractors, metrics, and the table of results."""

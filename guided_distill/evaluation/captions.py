@@ -1,4 +1,4 @@
-"""Samples of captions: how well images show what their captions say."""
+"""Alignment of samples with the captions that they were drawn for."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,18 +12,18 @@ from guided_distill.evaluation.metrics.alignment import Alignment, CaptionGuess,
 from guided_distill.text.encoder import SentenceEncoder, TextEncoder
 
 MAX_EXAMPLES = 10_000
-"""How many training images the regression is fitted on."""
+"""The maximum number of training images that the regression is fitted on."""
 
 Align = Callable[..., Alignment]
-"""f(features [n, D] of samples, captions [n]): the captions are texts of the test split."""
+"""f(features [n, D] of samples, captions [n]), where the captions are texts of the test split."""
 
 
 def captions_of(source: Source) -> np.ndarray:
-    """A text for each example. Raises UserError if the source has none."""
+    """The caption of each example. Raises UserError if the source has no captions."""
     if source.captions is None:
         raise UserError(
-            f"{source.name} has no captions, which a text-conditioned run needs: choose data that "
-            f"have them"
+            f"{source.name} has no captions, which a text-conditioned run needs: choose data with "
+            f"captions"
         )
     return np.asarray(source.captions)
 
@@ -31,11 +31,11 @@ def captions_of(source: Source) -> np.ndarray:
 def caption_alignment(
     train: Source, test: Source, extractor: Extractor, encoder: TextEncoder
 ) -> Align | None:
-    """The measure of alignment that suits the extractor; None if there is none.
+    """The measure of alignment that suits the extractor, or None.
 
-    With CLIP's features it is the CLIP score: the mean cosine of a sample and the caption that it was
-    drawn for (some report it times 100). With Lite0's features and a sentence encoder it is a regression
-    fitted on `train`. A sample's caption is looked for among all those of `test`.
+    With CLIP's features it is the CLIP score: the mean cosine between a sample and the caption that it
+    was drawn for (some papers multiply it by 100). With Lite0's features and a sentence encoder it is a
+    regression fitted on `train`. Retrieval searches all captions of `test`.
 
     Raises UserError if the data have no captions.
     """
@@ -51,9 +51,9 @@ def against(
     embed: Callable[[Sequence[str]], np.ndarray],
     align: Callable[..., Alignment],
 ) -> Align:
-    """The measure of samples by the distinct texts in `captions`, embedded once.
+    """The measure that compares samples with the distinct texts in `captions`, embedded once.
 
-    align: f(features [n, D], embeddings [M, E], places [n] in [0, M)).
+    align: f(features [n, D], embeddings [M, E], indices [n] in [0, M)).
     """
     choices = np.unique(captions)
     embeddings = embed(choices.tolist())

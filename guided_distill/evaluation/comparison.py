@@ -1,4 +1,4 @@
-"""Rows of `results.csv` for people: the names of measures, and which rows may be compared."""
+"""Names of the measures in `results.csv`, and which of its rows are comparable."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ _FAMILIES = {
 
 
 def family(extractor: str) -> str:
-    """The kind of an extractor by its name in `results.csv` or in a config: "lite0" for "lite0-64"."""
+    """The kind of an extractor, from its name in `results.csv` or a config: "lite0" for "lite0-64"."""
     return re.split("[-:@]", extractor)[0].replace("coordinates", "classifier")
 
 
@@ -36,11 +36,11 @@ def metric_name(column: str, extractor: str) -> str:
 
 
 def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
-    """The rows of one extractor, one reference and one number of samples, on which distances depend.
+    """The rows with the same extractor, reference and number of samples, whose distances are comparable.
 
-    extractor: the config's; if it has no rows, the extractor measured last takes its place. Weights of
-    the extractor and reference are those of its last row. The number of samples is that of most rows,
-    and the larger one of two with equally many. Rows of real images stay, whatever their number.
+    extractor: the config's; if it has no rows, the extractor of the last row is used. The weights and
+    the reference are those of the extractor's last row. The number of samples is that of most rows or, in
+    a tie, the larger one. Rows of real images are kept, whatever their number of samples.
     """
     names = [each.extractor for each in results]
     own = [name for name in names if family(name) == family(extractor)]
@@ -53,7 +53,7 @@ def comparable(results: Sequence[Result], extractor: str) -> list[Result]:
 
 
 def shared_weights(results: Sequence[Result]) -> set[float]:
-    """The w at which every (stage, sampler, num_steps) was measured: means over them compare."""
+    """The w at which every (stage, sampler, num_steps) was measured: means over them are comparable."""
     measured: dict[tuple[str, str | None, int | None], set[float]] = {}
     for each in results:
         if each.w is not None:

@@ -1,4 +1,4 @@
-"""What the samples of an evaluation show, and how they and the paths to them are drawn."""
+"""The conditions of an evaluation's samples, and how the samples and their paths are drawn."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ from guided_distill.storage import npz_bytes
 from guided_distill.text.encoder import TextEncoder
 
 PATH_STEPS = 8
-"""Students of at most this many steps have a path; of a longer path, this many steps are kept."""
+"""Students of at most this many steps have a path; a longer path is thinned to this many steps."""
 
 PATH_IMAGES, PATH_POINTS = 2, 64
-"""How many samples have their path drawn."""
+"""The number of samples whose path is drawn: images, or points."""
 
 
 @dataclass(frozen=True)
 class Subjects:
     """What n samples show: their condition [n, ...], the null condition, and their labels [n].
 
-    captions: the texts [n] of the condition; None if it is not of texts.
+    captions: the texts [n] of the condition; None if it is not text.
     """
 
     condition: Condition
@@ -43,9 +43,9 @@ class Subjects:
 
 
 def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
-    """`count` subjects: the classes in turn or, with a text encoder, the test split's captions in turn.
+    """`count` subjects, which cycle through the classes or, with a text encoder, the test captions.
 
-    Raises UserError if there is a text encoder, but no captions.
+    Raises UserError if there is a text encoder but the data have no captions.
     """
     if encoder is None:
         labels = cycling_labels(count, test.num_classes)
@@ -66,7 +66,7 @@ def subjects(test: Source, count: int, encoder: TextEncoder | None) -> Subjects:
 class Drawing:
     """How samples are drawn for every row: the subjects, the settings, and the decoder of latents.
 
-    to_pixels: from a sampler's output [n, ...] to images or points [n, ...].
+    to_pixels: maps a sampler's output [n, ...] to images or points [n, ...].
     """
 
     subjects: Subjects
@@ -74,7 +74,7 @@ class Drawing:
     to_pixels: Callable[[np.ndarray], np.ndarray]
 
     def draw(self, trained: Trained, task: Task, start: int) -> Iterator[np.ndarray]:
-        """The task's samples from the index `start` on, in batches. Compiles before it returns."""
+        """The task's samples from index `start` on, in batches. Compiles before it returns."""
         request = self._request(task)
         short = dataclasses.replace(request, condition=self.subjects.first(1), num_steps=1)
         self.to_pixels(next(sample_batches(trained, short)))
@@ -85,7 +85,7 @@ class Drawing:
     def path(self, trained: Trained, task: Task) -> bytes:
         """An npz file of the x [k, n, ...] predicted at times t [k] for n samples with labels [n].
 
-        t falls from 1; the last x is the sample.
+        t decreases from 1; the last x is the sample.
         """
         points = len(trained.description.data_shape) == 1
         count = min(PATH_POINTS if points else PATH_IMAGES, len(self.subjects.labels))
@@ -102,7 +102,7 @@ class Drawing:
     def has_path(self, task: Task) -> bool:
         """Whether the task's path is drawn: at the middle w, for few-step students and for the teacher.
 
-        The teacher has a path at its largest number of steps only.
+        The teacher has a path only at its largest number of steps.
         """
         if task.w != middle(self.settings.weights):
             return False
@@ -124,5 +124,5 @@ class Drawing:
 
 
 def middle(weights: tuple[float, ...]) -> float:
-    """The w to show where there is room for one; the lower of two."""
+    """The w to show where there is room for only one: the median, or the lower of the two middle ones."""
     return sorted(weights)[(len(weights) - 1) // 2]

@@ -1,4 +1,4 @@
-"""Measure every student of a run, and its teacher at many steps, against the training data."""
+"""Measure every stage of a run against the training data, the teacher at several numbers of steps."""
 
 import dataclasses
 import functools
@@ -42,13 +42,13 @@ REAL = Row("real", None, None, None)
 
 
 def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Result]:
-    """Write `results.csv` and `round_trip.csv` row by row, TensorBoard's events, and samples.
+    """Write `results.csv` and `round_trip.csv` row by row, TensorBoard events, and samples.
 
-    A row that is in the file is kept, unless its stage was trained again since, the extractor or the
-    reference differs, or `selection.again` is set; a row of results.csv that was interrupted resumes.
-    With several processes, all sample, and each extracts features from its share of the samples.
+    A row in the file is kept unless its stage was retrained since, the extractor or the reference
+    differs, or `selection.again` is set; an interrupted row of results.csv resumes. With several
+    processes, all sample, and each extracts the features of its share of the samples.
 
-    Raises UserError if the folder holds no run or an unfinished one, or for an invalid selection.
+    Raises UserError if the folder holds no run or an unfinished one, or if the selection is invalid.
     """
     selection = selection or Selection()
     experiment = read_config(workdir)
@@ -76,9 +76,9 @@ def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Re
 
 
 class Table:
-    """`results.csv` while rows with one yardstick and one seed are added.
+    """`results.csv`, to which rows with one yardstick and one seed are added.
 
-    again: measure the rows that the file already holds.
+    again: whether to measure again the rows that the file already holds.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Table:
         self._again = again
 
     def lacks(self, row: Row, count: int, checkpoint: str | None = None) -> bool:
-        """Whether the row has yet to be measured on `count` samples of the checkpoint."""
+        """Whether the row still has to be measured on `count` samples of the checkpoint."""
         key = (*row, count, self._seed, self.yardstick.name)
         against = self.yardstick.reference.fingerprint
         return self._again or not any(
@@ -99,7 +99,7 @@ class Table:
         )
 
     def parts(self, task: Task, count: int, checkpoint: str) -> epath.Path:
-        """The folder for the extractor's outputs for exactly these samples."""
+        """The folder of the extractor's outputs for exactly these samples."""
         yardstick = self.yardstick
         against = yardstick.reference.fingerprint
         of = (*task.row, count, self._seed, yardstick.name, checkpoint, against)
@@ -134,7 +134,7 @@ class Table:
 def _measure_task(
     task: Task, drawing: Drawing, table: Table, load: Callable[[epath.Path], Trained]
 ) -> str:
-    """Measure a task's samples unless the table holds its row; returns a few words on the outcome."""
+    """Measure a task's samples unless the table holds its row; return a few words on the result."""
     workdir, subjects = table.workdir, drawing.subjects
     folder, count = workdir / task.stage.name, len(subjects.labels)
     checkpoint = checkpoint_id(folder)
@@ -168,7 +168,7 @@ def _measure_task(
 
 
 def _measure_real_images(test: Source, table: Table) -> None:
-    """Measure the test split unless the table holds its row, or it has no two images."""
+    """Measure the test split unless the table holds its row or it has fewer than two images."""
     count = min(test.size, MAX_EXAMPLES)
     if count < 2 or not table.lacks(REAL, count):
         return
@@ -189,7 +189,7 @@ def _yardstick(
     splits: tuple[Source, Source],
     encoder: TextEncoder | None,
 ) -> Yardstick:
-    """The config's extractor, and the reference from a file or from the training split."""
+    """The extractor of the settings, and the reference from a file or the training split."""
     train, test = splits
     extractor = load_extractor(settings.extractor, train, workdir)
     return Yardstick(
@@ -206,7 +206,7 @@ def _is_latent(experiment: Experiment) -> bool:
 
 
 def _decoder(workdir: epath.Path, experiment: Experiment) -> Callable[[np.ndarray], np.ndarray]:
-    """From what the run's samplers return to pixels."""
+    """The function that maps the output of the run's samplers to pixels."""
     if _is_latent(experiment):
         return load_latent_space(workdir).to_images
     return lambda samples: samples

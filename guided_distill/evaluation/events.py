@@ -1,7 +1,7 @@
-"""The rows of `results.csv` as TensorBoard's events, in the run's folder `tensorboard/`.
+"""The rows of `results.csv` as TensorBoard events, in the run's folder `tensorboard/`.
 
-A folder, a run of TensorBoard's, for each extractor, number of samples and seed; the steps are sampling
-steps. Each row has a file of its own, so that none is written twice.
+Each extractor, number of samples and seed has a folder, which TensorBoard shows as a run; its steps are
+sampling steps. Each row has its own file, so that none is written twice.
 """
 
 import io
@@ -26,9 +26,9 @@ COLUMNS_OF_IMAGES = 8
 
 
 def log_rows(workdir: epath.Path, results: Sequence[Result]) -> None:
-    """Write the rows that have no events yet, each with the picture of its samples if it is there.
+    """Write events for the rows that have none yet, each with a picture of its samples if there are any.
 
-    Of many processes, the first writes. Raises UserError if they can't be written.
+    With several processes, process 0 writes. Raises UserError if the events can't be written.
     """
     if not is_first():
         return
@@ -36,14 +36,14 @@ def log_rows(workdir: epath.Path, results: Sequence[Result]) -> None:
     for result in results:
         if _files(workdir, result):
             continue
-        # The file of samples is the newest row's, whatever its n and seed.
+        # The file of samples belongs to the newest row, whatever its n and seed.
         file = workdir / "samples" / f"{result.file_stem}.npz"
         picture = _picture(file) if newest[result.file_stem] is result and file.exists() else None
         _log(_folder(workdir, result), result, picture)
 
 
 def forget(workdir: epath.Path, result: Result) -> None:
-    """Remove the events of an earlier row of the result's key."""
+    """Remove the events of an earlier row with the result's key."""
     for file in _files(workdir, result):
         file.unlink()
 

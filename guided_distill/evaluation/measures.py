@@ -1,4 +1,4 @@
-"""All measures of one set of samples against a reference, computed from a stream of outputs."""
+"""All measures of a set of samples against a reference, computed from a stream of outputs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from guided_distill.evaluation.outputs import Outputs
 from guided_distill.evaluation.reference import MAX_FEATURES, Reference
 
 PUBLISHED_COUNT = 50_000
-"""How many samples the FID literature uses."""
+"""The number of samples in the FID literature."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The columns of `results.csv` that are measured on n samples; None where one doesn't apply.
+    """The columns of `results.csv` that are measured on n samples; None if one doesn't apply.
 
-    seconds: the time of drawing them, see `Outputs`; None for real images.
+    seconds: the time to draw them, see `Outputs`; None for real images.
     """
 
     fd: float
@@ -45,9 +45,9 @@ class Measures:
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """What samples are measured by: the features of an extractor, against a reference.
+    """What samples are measured with: an extractor of features, and a reference.
 
-    align: the measure of how well samples show their captions; None for runs without captions.
+    align: the measure of alignment with captions; None for runs without captions.
     """
 
     extractor: Extractor
@@ -56,7 +56,7 @@ class Yardstick:
 
     @property
     def name(self) -> str:
-        """The extractor's name, with @FILE if the reference is a file of other data."""
+        """The extractor's name, followed by @FILE if the reference is a file of other data."""
         of = self.reference.of
         return f"{self.extractor.name}@{of}" if of else self.extractor.name
 
@@ -68,13 +68,13 @@ def measure(
     count: int,
     captions: np.ndarray | None = None,
 ) -> Measures:
-    """Measure `count` samples from a stream of the extractor's outputs for them.
+    """Measure `count` samples from a stream of the extractor's outputs.
 
-    KID, precision and recall are None if the reference holds only a mean and a covariance; precision
-    and recall are computed from the first 10,000 samples, and are None if there are fewer than
-    FEWEST_SAMPLES on either side. accuracy is the share of samples that are classified as their label,
-    None unless the extractor's classes are the data's own; inception_score is None if the extractor has
-    no classes. captions: [count] texts that the samples were drawn for.
+    KID, precision and recall are None if the reference holds only a mean and a covariance. Precision and
+    recall use the first 10,000 samples, and are None if samples or reference features are fewer than
+    FEWEST_SAMPLES. accuracy is the share of samples classified as their label, None unless the
+    extractor's classes are the data's own; inception_score is None if the extractor has no classes.
+    captions: [count] texts that the samples were drawn for.
 
     Raises UserError if the stream holds more or fewer samples.
     """
@@ -120,18 +120,18 @@ def measure(
 
 def _miscounted(found: int, count: int) -> UserError:
     return UserError(
-        f"there are features of {found} samples or more, but {count} are to be measured: remove the "
+        f"there are features of at least {found} samples, but {count} samples to measure: remove the "
         f"folder evaluation in the workdir, and evaluate again"
     )
 
 
 def shortages(*, train: int, test: int) -> list[str]:
-    """What can't be measured with this few images in the data's splits, one line each.
+    """Lines on what can't be measured because the data's splits have too few images.
 
-    Raises UserError if nothing can.
+    Raises UserError if nothing can be measured.
     """
     if train < 2:
-        raise UserError(f"the training split has {train} image: an evaluation needs 2, so add some")
+        raise UserError(f"the training split has {train} image: add more, evaluation needs 2")
     lines = []
     if test < 2:
         lines.append(f"the test split has {test} image: results.csv gets no row of real images")
@@ -145,25 +145,25 @@ def shortages(*, train: int, test: int) -> list[str]:
 
 
 def caveats(count: int, yardstick: Yardstick) -> list[str]:
-    """What to know about measures of this few samples by this yardstick, one line each."""
+    """Lines on the limits of measures with this yardstick and number of samples."""
     reference, width = yardstick.reference, yardstick.extractor.width
     lines = []
     if reference.features is None:
         lines.append(
-            f"the statistics of {reference.of} don't say how they were made, and must be of this "
-            f"extractor: of inception, by pytorch-fid, since those of the TensorFlow graph (which ADM "
-            f"publishes) are of slightly different features; there is no kernel distance, precision or "
-            f"recall"
+            f"the statistics of {reference.of} don't say how they were made: make sure that they are of "
+            f"this extractor (for inception, by pytorch-fid; those of the TensorFlow graph, which ADM "
+            f"publishes, are of slightly different features); kernel distance, precision and recall are "
+            f"left out"
         )
     if count < PUBLISHED_COUNT:
         lines.append(
-            f"n = {count} samples a row: don't compare these figures with published ones, which use "
+            f"n = {count} samples per row: don't compare these figures with published ones, which use "
             f"{PUBLISHED_COUNT}; the Inception Score over {SPLITS} splits can't exceed n / {SPLITS}"
         )
     if count <= width:
         lines.append(
-            f"warning: n = {count} is not above the {width} dimensions of the features: their "
-            f"covariance is rank-deficient, so the Fréchet distance means nothing; the kernel distance "
+            f"warning: n = {count} does not exceed the {width} dimensions of the features: their "
+            f"covariance is rank-deficient, so the Fréchet distance is meaningless; the kernel distance "
             f"is unbiased and remains valid, as do precision and recall at equal n"
         )
     return lines

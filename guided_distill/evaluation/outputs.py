@@ -1,4 +1,4 @@
-"""An extractor's outputs for one row's samples, saved in parts so that an interrupted row resumes."""
+"""An extractor's outputs for the samples of a row, saved in parts so that an interrupted row resumes."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,17 +13,17 @@ from guided_distill.storage import npz_bytes, read_npz, write_bytes
 
 SECONDS_BETWEEN_PARTS = 60.0
 KEPT_SAMPLES = 64
-"""How many of a row's samples are kept for pictures."""
+"""The number of a row's samples that are kept for pictures."""
 
 Draw = Callable[[int], Iterable[np.ndarray]]
-"""f(start): yields a row's samples from that index on, some [n, ...] at a time."""
+"""f(start) yields a row's samples from that index on, in batches [n, ...]."""
 
 
 class Outputs(NamedTuple):
     """Features [n, D] and logits [n, K] of n samples, and the labels [n] that they were drawn for.
 
-    seconds: the wall-clock time of drawing them, without compilation and without the extractor; 0 for
-    real images.
+    seconds: the wall-clock time to draw them, without compilation and without the extractor; 0 for real
+    images.
     """
 
     features: np.ndarray
@@ -35,10 +35,10 @@ class Outputs(NamedTuple):
 def row_outputs(
     draw: Draw, labels: np.ndarray, extractor: Extractor, *, parts: epath.Path, pictures: epath.Path
 ) -> Iterator[Outputs]:
-    """Yields the outputs for all samples of a row in order: first those in `parts`, then new ones.
+    """Yield the outputs for all samples of a row in order: first those saved in `parts`, then new ones.
 
-    labels: one for each sample. parts: a folder that belongs to this row alone; remove it when the row
-    is measured. pictures: the npz file for the first KEPT_SAMPLES samples.
+    labels: one for each sample. parts: a folder for this row only; remove it when the row is measured.
+    pictures: the npz file for the first KEPT_SAMPLES samples.
     """
     done = 0
     for features, logits, seconds in _saved_parts(parts):
@@ -56,14 +56,14 @@ def row_outputs(
         unsaved.append(Outputs(*extractor(samples), labels[done : done + len(samples)], seconds))
         yield unsaved[-1]
         done += len(samples)
-        # No part ends before the pictures are complete: a resumed row couldn't complete them.
+        # No part ends before the pictures are complete, because a resumed row couldn't complete them.
         if done >= KEPT_SAMPLES and time.monotonic() - last_save > SECONDS_BETWEEN_PARTS:
             _save_part(parts, begin, unsaved)
             unsaved, begin, last_save = [], done, time.monotonic()
 
 
 def _timed(batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields each batch with the seconds that it took to arrive."""
+    """Yield each batch with the seconds that it took to arrive."""
     start = time.perf_counter()
     for batch in batches:
         yield batch, time.perf_counter() - start
@@ -71,14 +71,14 @@ def _timed(batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def _save_part(folder: epath.Path, begin: int, outputs: list[Outputs]) -> None:
-    """Write the outputs of the samples from index `begin` on."""
+    """Write the outputs for the samples from index `begin` on."""
     features, logits, _, seconds = zip(*outputs, strict=True)
     arrays = {"features": np.concatenate(features), "logits": np.concatenate(logits)}
     write_bytes(_part(folder, begin), npz_bytes(**arrays, seconds=np.asarray(sum(seconds))))
 
 
 def _saved_parts(folder: epath.Path) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Yields (features, logits, seconds) of each part in order, up to a missing or damaged one."""
+    """Yield (features, logits, seconds) of each part in order, up to a missing or damaged one."""
     done = 0
     while (file := _part(folder, done)).exists():
         try:

@@ -1,9 +1,9 @@
-"""What samples are measured against: statistics of the training data, computed once and kept in a file.
+"""The reference for samples: statistics of the training data, computed once and kept in a file.
 
 The file is an npz of `mean` [D], `covariance` [D, D] and `count` of up to 50,000 training examples,
-`features` of a fixed subset of at most 10,000 of them, and what they are of: `extractor`, `weights`
-(a SHA-256 of the extractor's), `shape` and `data` (a SHA-256 of it), with a `checksum` over all. The
-npz of the FID literature, with `mu` and `sigma` alone, is read too.
+`features` of a fixed subset of at most 10,000 of them, and their origin: `extractor`, `weights` (a
+SHA-256 of the extractor's weights), `shape` and `data` (a SHA-256 of the data), with a `checksum` over
+all of these. The npz of the FID literature, which holds only `mu` and `sigma`, can be read too.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ from guided_distill.training.progress import progress
 
 MAX_EXAMPLES = 50_000
 MAX_FEATURES = 10_000
-"""How many features are kept, for the measures that compare pairs."""
+"""The number of features that are kept, for the measures that compare pairs."""
 
 FINGERPRINT_EXAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of all examples, and features [N, D] of some, or None where there are none.
+    """Statistics of all examples, and features [N, D] of some, or None if there are none.
 
-    fingerprint: 8 hex digits of the extractor's weights and the data, or the file, that it is of. of:
-    what results name beside the extractor; empty for the run's own training data.
+    fingerprint: 8 hex digits of a hash of the extractor's weights and of the data or the file. of: the
+    name that results append to the extractor's; empty for the run's own training data.
     """
 
     statistics: FeatureStatistics
@@ -52,15 +52,15 @@ class Reference:
 
     @cached_property
     def manifold(self) -> Manifold:
-        """The features, of which there have to be some, with the balls around them."""
+        """The features with the balls around them. Requires features."""
         assert self.features is not None
         return Manifold.from_features(self.features)
 
 
 def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
-    """The pixels of the training and of the test split, and whether the run is conditioned on texts.
+    """The pixels of the training and the test split, and whether the run is conditioned on text.
 
-    For encoded data they are the images that were encoded. Raises UserError for an in-painting run.
+    For encoded data, these are the images that were encoded. Raises UserError for an in-painting run.
     """
     data, of_texts = experiment.data, experiment.data.text_encoder is not None
     name, image_size = data.name, data.image_size
@@ -70,7 +70,7 @@ def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
         of_texts = encoding.text_shape is not None
         if encoding.inpaint:
             raise UserError(
-                "evaluate can't measure in-painting: look at images by `guided-distill inpaint` instead"
+                "evaluate can't measure in-painting: look at images of `guided-distill inpaint` instead"
             )
     train, test = (
         sources.load_source(name, split=split, image_size=image_size, seed=experiment.seed)
@@ -80,9 +80,9 @@ def open_pixels(experiment: Experiment) -> tuple[Source, Source, bool]:
 
 
 def training_reference(source: Source, extractor: Extractor, folder: epath.Path) -> Reference:
-    """The reference of a run's training data, from `folder` or computed and put there.
+    """The reference of a run's training data, read from `folder`, or computed and saved there.
 
-    A file there that is of other data, of another extractor, or damaged, is replaced.
+    A file there is replaced if it is damaged or of other data or another extractor.
     """
     path = folder / f"{extractor.name}.npz"
     about = _about(source, extractor)
@@ -105,7 +105,7 @@ def training_reference(source: Source, extractor: Extractor, folder: epath.Path)
 
 
 def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Reference:
-    """The reference of a file that the user names.
+    """Read the reference from a file that the user names.
 
     Raises UserError if the file is damaged, or of another extractor or image size.
     """
@@ -113,29 +113,29 @@ def read_reference(path: epath.Path, source: Source, extractor: Extractor) -> Re
     if {"mu", "sigma"} <= fields.keys():
         _check_statistics(path, fields["mu"], fields["sigma"], extractor)
         mean, covariance = (np.asarray(fields[key], np.float64) for key in ("mu", "sigma"))
-        # The format doesn't say of how many; a distance asks for two at least.
+        # The format doesn't give the count; a distance requires at least two.
         statistics = FeatureStatistics(mean, covariance, count=2)
         fingerprint = _sha256([_weights(extractor), mean, covariance])[:8]
         return Reference(statistics, None, fingerprint, of=path.stem)
     if "checksum" not in fields:
         raise UserError(
-            f"--reference {path} holds no statistics: give an .npz file of WORKDIR/reference, or one "
+            f"--reference {path} holds no statistics: give an .npz file from WORKDIR/reference, or one "
             f"with mu and sigma"
         )
     if not _intact(fields):
-        raise UserError(f"--reference {path} is damaged: make it again, or give another")
+        raise UserError(f"--reference {path} is damaged: recreate it, or give another file")
     about = _about(source, extractor)
     _check_statistics(path, fields["mean"], fields["covariance"], extractor)
     for key, words in (("extractor", "the extractor"), ("shape", "images of shape")):
         if fields[key] != about[key]:
             raise UserError(
                 f"--reference {path} is of {words} {fields[key]}, and this run needs {about[key]}: give "
-                f"statistics made with the same"
+                f"statistics that match"
             )
     if fields["weights"] != about["weights"]:
         raise UserError(
             f"--reference {path} was made with other weights of {extractor.name} "
-            f"({str(fields['weights'])[:8]}) than are used here ({about['weights'][:8]}): make it again"
+            f"({str(fields['weights'])[:8]}) than are used here ({about['weights'][:8]}): recreate it"
         )
     return _reference(fields, of="" if fields["data"] == about["data"] else path.stem)
 
@@ -148,7 +148,7 @@ def _reference(fields: Mapping[str, np.ndarray], of: str = "") -> Reference:
 
 def _compute(source: Source, extractor: Extractor) -> tuple[FeatureStatistics, np.ndarray]:
     count = min(source.size, MAX_EXAMPLES)
-    # Examples come in the source's order, which may be by class: the subset is drawn.
+    # Examples come in the source's order, which may be by class: the subset is drawn at random.
     chosen = np.zeros(count, bool)
     chosen[np.random.default_rng(0).permutation(count)[:MAX_FEATURES]] = True
     statistics = FeatureStatistics.empty(extractor.width)
@@ -176,12 +176,12 @@ def _weights(extractor: Extractor) -> str:
 
 
 def data_fingerprint(source: Source) -> str:
-    """A SHA-256 of the data's size and shape and of 1,000 of its examples with their labels."""
+    """A SHA-256 of the data's size and shape, and of 1,000 of its examples with their labels."""
     rng = np.random.default_rng(0)
     indices = np.sort(rng.permutation(source.size)[:FINGERPRINT_EXAMPLES])
     digest = hashlib.sha256()
     _update(digest, np.array([source.size, *source.shape]))
-    # As of one array of all images, which would be large.
+    # The same digest as that of one array of all images, which would be large.
     digest.update(f"float32 {(len(indices), *source.shape)}".encode())
     others: dict[str, list[np.ndarray]] = {}
     for examples in source.chunks_of(indices):
@@ -214,7 +214,7 @@ def _intact(fields: Mapping[str, np.ndarray]) -> bool:
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; none where it can't be read, or where there is a pipe in its place."""
+    """The arrays of an npz file; none if it can't be read or isn't a regular file."""
     if regular_file(path) is None:
         return {}
     try:
@@ -231,11 +231,11 @@ def _check_statistics(
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise UserError(
             f"--reference {path} has a mean {list(mean.shape)} and a covariance "
-            f"{list(covariance.shape)}, and the features of {extractor.name} have the width {width}: "
-            f"give statistics made with the same extractor"
+            f"{list(covariance.shape)}, and the features of {extractor.name} have width {width}: give "
+            f"statistics made with the same extractor"
         )
     if not all(each.dtype.kind in "fiu" and np.isfinite(each).all() for each in (mean, covariance)):
         raise UserError(
-            f"--reference {path} has a mean or a covariance that is not of finite numbers: make it "
-            f"again, or give another"
+            f"--reference {path} has a mean or covariance that isn't finite: recreate it, or give "
+            f"another file"
         )

@@ -1,6 +1,6 @@
 """`results.csv`: a row for each (stage, sampler, num_steps, w) that was measured.
 
-One file holds rows of several extractors, numbers of samples, and seeds.
+A file can hold rows of several extractors, numbers of samples, and seeds.
 """
 
 import csv
@@ -28,12 +28,12 @@ class Result:
 
     fd: Fréchet distance between the features of samples and of the training data. kid: kernel distance
     (unbiased, so it may be below 0); kid_std: its standard deviation over subsets. accuracy: share of
-    samples that the classifier assigns to their label. n: number of samples. seconds: wall-clock time of
-    drawing all n in batches, without compilation. network_calls: calls of the network for one sample.
+    samples that the classifier assigns to their label. n: number of samples. seconds: wall-clock time to
+    draw all n in batches, without compilation. network_calls: calls of the network for one sample.
     extractor: the feature space, with @FILE if the reference is a file instead of the training data.
     alignment, caption_recall: cosine, and recall at 10, of samples with their captions; with CLIP
     features the cosine is the CLIP score. checkpoint: `checkpoint_id` of the stage. against: fingerprint
-    of the extractor's weights and of the reference. Earlier versions wrote neither of the last two, nor
+    of the extractor's weights and of the reference. Earlier versions wrote neither of these two, nor
     kid_std.
     """
 
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:
-        """What was measured: a new row replaces an older one with the same key."""
+        """What identifies the row: a new row replaces an older one with the same key."""
         return (
             self.stage,
             self.sampler,
@@ -72,7 +72,7 @@ class Result:
         )
 
     def made_of(self, checkpoint: str | None, against: str) -> bool:
-        """Whether the row is of this checkpoint and reference, as far as it names them."""
+        """Whether the row is of this checkpoint and reference; a field that it lacks matches any."""
         return self.checkpoint in (None, checkpoint) and self.against in (None, against)
 
     @property
@@ -82,7 +82,7 @@ class Result:
 
     @property
     def file_stem(self) -> str:
-        """The stem of its files' names; it leaves out n, seed and extractor."""
+        """The stem of the names of the row's files, without n, seed and extractor."""
         return file_stem(self.stage, self.sampler, self.num_steps, self.w)
 
 
@@ -96,12 +96,12 @@ COLUMNS = tuple(field.name for field in fields(Result))
 
 
 def write_results(path: epath.Path, results: Sequence[Result]) -> None:
-    """Write all rows; the file is whole or unchanged."""
+    """Write all rows atomically."""
     write_rows(path, Result, results)
 
 
 def add_result(path: epath.Path, result: Result) -> None:
-    """Write a row to the file. It replaces an older row with its key; rows of other processes stay."""
+    """Add a row to the file. It replaces an older row with its key; rows of other processes stay."""
     others = [each for each in read_results(path) if each.key != result.key]
     write_results(path, [*others, result])
 
@@ -115,14 +115,14 @@ def read_results(path: epath.Path) -> list[Result]:
     for result in results:
         if result.stage not in ("real", *STAGES):
             raise UserError(
-                f"{path} is damaged (a row's stage is {result.stage[:50]!r}): mend or remove it, and "
-                f"measure again"
+                f"{path} is damaged (a row's stage is {result.stage[:50]!r}): repair or remove it, and "
+                f"evaluate again"
             )
     return results
 
 
 def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
-    """Write dataclass instances as csv, one column per field; the file is whole or unchanged."""
+    """Write dataclass instances as csv, one column per field, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
@@ -137,7 +137,7 @@ def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
-    """The rows that `write_rows` wrote; none if there is no file. A missing column is read as None.
+    """Read the rows that `write_rows` wrote; none if there is no file. A missing column is read as None.
 
     Raises UserError for a damaged file.
     """
@@ -149,7 +149,7 @@ def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
         return [_row(kind, dict(zip(names, line, strict=True))) for line in lines if line]
     except (ValueError, StopIteration, csv.Error) as error:
         raise UserError(
-            f"{path} is damaged ({first_line(error)}): mend or remove it, and measure again"
+            f"{path} is damaged ({first_line(error)}): repair or remove it, and evaluate again"
         ) from error
 
 

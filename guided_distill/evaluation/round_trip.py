@@ -1,6 +1,6 @@
-"""`round_trip.csv`: what is lost of an image that is encoded to noise and decoded again.
+"""`round_trip.csv`: the error of images that are encoded to noise and decoded again.
 
-Meng et al. 2023, the section on encoding: encoder and decoder students against DDIM run both ways.
+Meng et al. 2023, the section on encoding: encoder and decoder students, and DDIM in both directions.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.progress import progress
 
 PLAIN_STEPS = 256
-"""Steps of plain DDIM at which hardly anything is lost."""
+"""A number of steps at which plain DDIM loses hardly anything."""
 
 MAX_IMAGES = 512
-"""Enough to know an error of this kind to a percent or two."""
+"""Enough images to estimate the error to within a percent or two."""
 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """A row: encoder and decoder are folders of stages, both run in num_steps steps at weight w.
+    """A row: encoder and decoder are folders of stages, each run with num_steps steps at weight w.
 
-    rms_error: root of the mean squared difference over all values of n test examples, pixels being in
-    [-1, 1]; seed: draws which examples, where the test split has more than n; checkpoints: the encoder's
-    and the decoder's, which earlier versions didn't write.
+    rms_error: root of the mean squared difference over all values of n test examples, with pixels in
+    [-1, 1]. seed: selects the examples if the test split has more than n. checkpoints: the encoder's and
+    the decoder's; earlier versions didn't write them.
     """
 
     encoder: str
@@ -53,12 +53,12 @@ class RoundTrip:
 
     @property
     def key(self) -> tuple[str, str, int, float, int, int]:
-        """What was measured: of two rows with one key, the newer replaces the older."""
+        """What identifies the row: a new row replaces an older one with the same key."""
         return (self.encoder, self.decoder, self.num_steps, self.w, self.n, self.seed)
 
 
 class Pair(NamedTuple):
-    """The two ways of a round trip: folders of stages, and their steps."""
+    """The two directions of a round trip: folders of stages, and their number of steps."""
 
     encoder: str
     decoder: str
@@ -72,12 +72,12 @@ def evaluate_round_trips(
     *,
     again: bool = False,
 ) -> list[RoundTrip]:
-    """Write `round_trip.csv`, row by row; rows of the same checkpoints are kept, unless `again`.
+    """Write `round_trip.csv` row by row; rows of the same checkpoints are kept unless `again` is set.
 
-    settings: in place of the config's; its num_samples, batch_size, weights and seed count. stages: only
-    trips by encoders among these folders, and plain ones of as many steps. A run that
-    has no encoder and decoder of the same number of steps has no rows, and no file. Raises UserError if
-    the folder holds no run, or a stage that is unfinished.
+    settings: replace the config's; num_samples, batch_size, weights and seed are used. stages: restrict
+    the encoders to these folders, and plain DDIM to their numbers of steps. A run without an encoder and
+    a decoder of the same number of steps has no rows, and no file is written. Raises UserError if the
+    folder holds no run, or an unfinished stage.
     """
     experiment = read_config(workdir)
     settings = settings or experiment.evaluation
@@ -133,7 +133,7 @@ def round_trip(
     num_steps: int,
     batch_size: int,
 ) -> np.ndarray:
-    """The images [n, ...] as they come back, encoded and decoded in num_steps steps each at w."""
+    """Return the images [n, ...] encoded and decoded again, with num_steps steps each at weight w."""
     request = Request(condition, w, num_steps=num_steps, batch_size=batch_size)
     noise = encode(encoder, images, request)
     return sample(decoder, dataclasses.replace(request, noise=noise))
@@ -142,7 +142,7 @@ def round_trip(
 def _pairs(
     workdir: epath.Path, experiment: Experiment, wanted: Collection[str] | None
 ) -> Iterator[Pair]:
-    """Students of each N that has both; then plain DDIM at the same N and at many steps."""
+    """Yield the students of each N that has both; then plain DDIM at the same N and at many steps."""
     stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
     encoders, decoders = (
         {

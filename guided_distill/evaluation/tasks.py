@@ -1,4 +1,4 @@
-"""Which rows an evaluation has: the config's, with what the command line asks for in their place."""
+"""The rows of an evaluation: those of the config, as overridden by the command line."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from guided_distill.stages import all_stages
 
 @dataclass(frozen=True)
 class Selection:
-    """What the command line asks for in place of the config; None leaves a thing as it is there.
+    """The command line's settings of `evaluate`; None keeps the config's.
 
-    stages: folders of the workdir; None for all. num_steps: the teacher's. reference: a file of
-    statistics; None for the training data's. again: whether to measure what was measured already.
+    stages: folders of the workdir; None for all. num_steps: of the teacher. reference: a file of
+    statistics; None for those of the training data. again: whether to measure again the rows that were
+    measured already.
     """
 
     extractor: str | None = None
@@ -32,7 +33,7 @@ class Selection:
 
 
 class Row(NamedTuple):
-    """The first columns of `results.csv`: what was measured."""
+    """The first columns of `results.csv`, which say what was measured."""
 
     stage: str
     sampler: str | None
@@ -51,22 +52,22 @@ class Task:
 
     @property
     def row(self) -> Row:
-        """What tells its row from others."""
+        """The columns that identify the task's row."""
         return Row(self.stage.kind, self.sampler, self.num_steps, self.w)
 
     @property
     def file_stem(self) -> str:
-        """The name of files about it."""
+        """The stem of the names of the row's files."""
         return file_stem(*self.row)
 
     @property
     def network_calls(self) -> int:
-        """For one sample: a network that doesn't take w is called twice a step."""
+        """Network calls for one sample; a network that isn't conditioned on w needs two per step."""
         return self.num_steps * (1 if self.stage.takes_w else 2)
 
 
 def effective_settings(experiment: Experiment, request: Selection) -> Evaluation:
-    """The config's settings, with what the request replaces. Raises UserError, naming the flag."""
+    """The config's settings with the request's changes. Raises UserError, naming the flag."""
     changes: dict[str, Any] = {
         "extractor": request.extractor,
         "num_samples": request.num_samples,
@@ -80,22 +81,20 @@ def effective_settings(experiment: Experiment, request: Selection) -> Evaluation
     check_extractor("--extractor", settings.extractor)
     if request.reference is not None and not request.reference.is_file():
         raise UserError(
-            f"--reference {request.reference} is not a file: name one of statistics, .npz"
+            f"--reference {request.reference} is not a file: name an .npz file of statistics"
         )
     if settings.num_samples < FEWEST_SAMPLES:
         raise UserError(
-            f"--num_samples is {settings.num_samples}: measure at least {FEWEST_SAMPLES} samples"
+            f"--num_samples is {settings.num_samples}: make it at least {FEWEST_SAMPLES}"
         )
     if min(settings.teacher_num_steps, default=1) < 1:
-        raise UserError(
-            f"--num_steps holds {min(settings.teacher_num_steps)}; sampling takes at least 1 step"
-        )
+        raise UserError(f"--num_steps holds {min(settings.teacher_num_steps)}; make it at least 1")
     low, high = experiment.guidance.w_min, experiment.guidance.w_max
     for w in settings.weights:
         if not low <= w <= high:
             raise UserError(
                 f"--w holds {w}, outside the range [{low}, {high}] that the students were trained on: "
-                f"choose weights in it"
+                f"choose weights in that range"
             )
     return settings
 
@@ -105,7 +104,7 @@ def tasks_of(
 ) -> list[Task]:
     """All rows to measure, stage by stage.
 
-    Raises UserError if nothing is trained, or a stage that the request names is not.
+    Raises UserError if no stage is trained, or if one that the request names isn't.
     """
     stages = [stage for stage in all_stages(experiment) if (workdir / stage.name).exists()]
     if not stages:
@@ -115,7 +114,7 @@ def tasks_of(
     for name in request.stages or ():
         if name not in names:
             raise UserError(
-                f"--stages names {name}, which {workdir} has not: choose from {', '.join(names)}"
+                f"--stages names {name}, which {workdir} doesn't have: choose from {', '.join(names)}"
             )
     return [
         Task(stage, sampler, num_steps, w)

@@ -59,7 +59,7 @@ def test_recall_counts_the_captions_that_are_nearer():
         ({"embeddings": np.zeros((2, 4))}, "same dimension, got 4 and 3"),
         ({"features": np.full((3, 4), np.nan)}, "NaN"),
         ({"captions": np.array([0, 1])}, "each of 3 samples needs"),
-        ({"captions": np.array([0, 1, 2])}, "each of 3 samples needs the number.*below 2"),
+        ({"captions": np.array([0, 1, 2])}, "each of 3 samples needs the index.*from 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(rng, change, message):

@@ -69,7 +69,7 @@ def test_other_weights_have_another_name(extractor, folder, tmp_path):
 
 @pytest.mark.parametrize("side", [8, 16, 40])
 def test_images_are_resized_as_pillow_does(side):
-    # Of middling contrast: Pillow clips to 8 bits between the two directions, too.
+    # Moderate contrast, because Pillow also clips to 8 bits between the two directions.
     small = Image.fromarray(random_pixels(5, 5, 3) // 3 + 85)
     smooth = small.resize((side, side), Image.Resampling.BICUBIC)
     expected = np.asarray(smooth.resize((16, 16), Image.Resampling.BICUBIC)) / 255
@@ -82,7 +82,7 @@ def test_images_are_resized_as_pillow_does(side):
     ("height", "width", "resized"), [(41, 29, (16, 22)), (20, 33, (26, 16)), (8, 12, (24, 16))]
 )
 def test_of_oblong_images_the_middle_is_seen(height, width, resized):
-    # The sizes and the cut are those that CLIPImageProcessor of transformers 5 was seen to use.
+    # The sizes and the crop are those observed from CLIPImageProcessor of transformers 5.
     small = Image.fromarray(random_pixels(5, 5, 3) // 3 + 85)
     smooth = small.resize((width, height), Image.Resampling.BICUBIC)
     left, top = ((side - 16) // 2 for side in resized)

@@ -1,4 +1,4 @@
-"""Rows of results.csv as TensorBoard reads them."""
+"""The rows of results.csv as TensorBoard events."""
 
 import dataclasses
 import io
@@ -45,7 +45,7 @@ def workdir(tmp_path):
 
 
 def logged(workdir):
-    """{group: {step: {tag: value}}} of all files of events; an image stands as its size."""
+    """{group: {step: {tag: value}}} of all event files; an image is given as its size."""
     found = {}
     for folder in (workdir / "tensorboard").iterdir():
         for file in folder.iterdir():
@@ -62,7 +62,7 @@ def logged(workdir):
 
 
 def test_a_row_is_written_once_with_its_measures_and_samples(workdir, monkeypatch):
-    # Files of one second have one name.
+    # Event files of the same second would have the same name.
     clock = itertools.count(1_000_000_000).__next__
     monkeypatch.setattr("guided_distill.training.metrics.time.time", clock)
     for results in ([REAL], [REAL, STUDENT], [REAL, STUDENT]):

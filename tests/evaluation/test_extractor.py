@@ -1,4 +1,4 @@
-"""Features of many samples are those of each, on any number of devices."""
+"""Extractors: features depend neither on the batch nor on the number of devices."""
 
 import jax
 import numpy as np

@@ -12,7 +12,7 @@ def distance_of(a, b, **options):
 
 
 def moment_distance(a, b):
-    """The same estimator for D = 1, where the kernel (x y + 1)^3 is a product of moments."""
+    """The same estimator for D = 1, where the kernel (x y + 1)^3 expands into products of moments."""
 
     def pair_mean(x, power):
         return (np.sum(x**power) ** 2 - np.sum(x ** (2 * power))) / (len(x) * (len(x) - 1))
@@ -100,7 +100,7 @@ def test_subsets_follow_the_seed_and_average_out():
 
 
 def test_subsets_are_those_of_the_literature():
-    # 100 of 1,000 rows, whose estimates here are moments of one dimension.
+    # 100 subsets of 1,000 rows, whose estimates follow from moments in one dimension.
     rng = np.random.default_rng(8)
     a, b = rng.normal(size=1500), rng.normal(size=400) + 1
     found = kernel_distance(a[:, None].astype(np.float32), b[:, None], seed=3)

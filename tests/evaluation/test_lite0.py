@@ -1,4 +1,4 @@
-"""Lite0: the two ways to filter each channel, and which data it takes."""
+"""Lite0: the two implementations of depthwise convolution, and the data that it accepts."""
 
 import jax
 import numpy as np

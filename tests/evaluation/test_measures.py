@@ -1,4 +1,4 @@
-"""All measures of a stream of outputs, and the caveats that go with them."""
+"""All measures of a stream of outputs, and their caveats."""
 
 import itertools
 from dataclasses import replace
@@ -108,7 +108,7 @@ def test_what_few_images_lack_is_said_first():
 @pytest.mark.parametrize("count", [79, 81])
 def test_another_number_of_samples_is_refused(count):
     yardstick = yardstick_of(reference_of())
-    with pytest.raises(UserError, match=f"features of .* samples or more, but {count} are to be"):
+    with pytest.raises(UserError, match=f"features of at least .* samples, but {count} samples to"):
         measure(in_chunks(30, yardstick.extractor), yardstick, count=count)
 
 
@@ -148,7 +148,7 @@ class Cut(Exception):
 
 
 def drawing(drawn, *, batch, cut_at=None):
-    """Draws SAMPLES, notes the indices drawn, and breaks off at one."""
+    """Return a function that draws SAMPLES, adds their indices to `drawn`, and raises Cut at `cut_at`."""
 
     def draw(start):
         while start < len(SAMPLES):
@@ -164,7 +164,7 @@ def drawing(drawn, *, batch, cut_at=None):
 def test_an_interrupted_row_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs_module, "SECONDS_BETWEEN_PARTS", 0.0)
     monkeypatch.setattr(outputs_module, "KEPT_SAMPLES", 15)
-    # A clock that is a second later whenever it is looked at.
+    # A clock that advances by a second at each call.
     monkeypatch.setattr(outputs_module.time, "perf_counter", itertools.count().__next__)
     places = {
         "parts": epath.Path(tmp_path) / "parts",

@@ -1,4 +1,4 @@
-"""Statistics of the training data: computed once, and never mistaken for those of something else."""
+"""Statistics of the training data: computed once, and never taken for those of other data."""
 
 import dataclasses
 import hashlib
@@ -172,7 +172,7 @@ def test_statistics_that_are_no_numbers_are_refused(tmp_path, mean, covariance, 
 @pytest.mark.parametrize(
     ("extractor", "said"),
     [
-        ({"width": 5}, "a mean .3. and .* first-pixels have the width 5"),
+        ({"width": 5}, "a mean .3. and .* first-pixels have width 5"),
         ({"name": "other"}, "the extractor first-pixels, and this run needs other"),
         ({"gain": 5}, "other weights of first-pixels"),
     ],

@@ -1,4 +1,4 @@
-"""results.csv: written, read, and narrowed to rows that may be compared."""
+"""results.csv: writing, reading, and selecting comparable rows."""
 
 import dataclasses
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_told_in_one_sentence(tmp_path, damaged):
     file.write_text(WHOLE)
     assert read_rows(file, Pair) == [Pair(1, "x"), Pair(None, "y")]
     file.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"rows\.csv is damaged \([^\n]*\): mend or remove it"):
+    with pytest.raises(UserError, match=r"rows\.csv is damaged \([^\n]*\): repair or remove it"):
         read_rows(file, Pair)
 
 

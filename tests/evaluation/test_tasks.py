@@ -1,4 +1,4 @@
-"""Which rows `evaluate` measures of a stage."""
+"""The rows of a stage that `evaluate` measures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Weights files: what torch wrote is read, what could run code is not."""
+"""Weights files: those of torch are read, and those that could run code are refused."""
 
 import io
 import os
@@ -54,7 +54,7 @@ def test_safetensors(tmp_path):
 
 
 class Touch:
-    """On being unpickled it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,1 +1,1 @@
-"""Networks that turn images into features and class logits, by name."""
+"""Networks that map images to features and class logits, by name."""

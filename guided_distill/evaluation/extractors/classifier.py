@@ -1,4 +1,4 @@
-"""An extractor of the data's own: a small classifier, trained from a fixed seed on the run's data."""
+"""The extractor of a run's own data: a small classifier, trained on the data from a fixed seed."""
 
 import functools
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ SCALE_EXAMPLES = 10_000
 
 
 class Classifier(nn.Module):
-    """Strided convolutions down to 4x4 (points in the plane: none), a feature layer, logits."""
+    """Strided convolutions down to 4x4 (none for points in the plane), a feature layer, and logits."""
 
     num_classes: int
 
@@ -74,7 +74,7 @@ def _apply(
 def classifier_extractor(
     classifier: Classifier, params: Any, shape: tuple[int, ...], *, scale: float
 ) -> Extractor:
-    """The extractor for samples of `shape`; points in the plane are their own features."""
+    """The extractor for samples of `shape`. The features of points in the plane are their coordinates."""
     points = len(shape) == 1
     return Extractor(
         name="coordinates" if points else f"classifier-{FEATURES}d",
@@ -99,10 +99,10 @@ def classifier_loss(classifier: Classifier, params: Any, batch: Any, keys: jax.A
 def train_extractor(
     source: Source, directory: epath.Path, *, steps: int = SETTINGS.steps
 ) -> Extractor:
-    """The extractor for a run's training data, trained into `directory` unless it is there already.
+    """The extractor for a run's training data, trained in `directory` unless that holds it already.
 
-    Features are scaled so that their mean square over the training data is 1 and distances read alike
-    from run to run. For points in the plane the classifier gives the logits alone.
+    Features are scaled to a mean square of 1 over the training data, so that distances of different runs
+    have similar sizes. For points in the plane the classifier provides only the logits.
     """
     classifier = Classifier(source.num_classes)
     mesh = data_mesh()

@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021) as an extractor: features of images, and the CLIP score of captions.
 
-The weights are the user's: a folder of transformers' CLIPModel, with its tokenizer.
+The user supplies the weights: a folder of transformers' CLIPModel, with its tokenizer.
 """
 
 import functools
@@ -31,7 +31,7 @@ from guided_distill.places import path_named
 from guided_distill.text.clip import CLIP_TEXT_DEFAULTS
 from guided_distill.text.tokenizers import Tokenizer, clip_tokenizer
 
-# Mean and deviation of the pixels, in [0, 1], that all published weights were trained with.
+# Mean and standard deviation of the pixels, in [0, 1], with which all published weights were trained.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,7 +53,7 @@ def _norm(name: str) -> nn.LayerNorm:
 
 
 class VisionAttention(nn.Module):
-    """From every patch to all of them."""
+    """Self-attention of all patches."""
 
     num_heads: int
 
@@ -71,7 +71,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Attention and a perceptron, each residual and normalized before."""
+    """Self-attention and a perceptron, each residual, with a layer norm before it."""
 
     num_heads: int
     intermediate_size: int
@@ -98,7 +98,7 @@ class _VisionLayers(nn.Module):
 
 
 class _ClassToken(nn.Module):
-    """A vector for the whole image, which is called a bias to lie where weights files have one."""
+    """A vector for the whole image. It is named bias because `clip_params` maps weights to that name."""
 
     width: int
 
@@ -128,7 +128,7 @@ class _PatchEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to a vector each; fields are those of transformers' CLIPVisionConfig."""
+    """Maps each image to a vector; the fields are those of transformers' CLIPVisionConfig."""
 
     hidden_size: int
     intermediate_size: int
@@ -145,36 +145,36 @@ class VisionTransformer(nn.Module):
         layer = functools.partial(
             VisionLayer, self.num_attention_heads, self.intermediate_size, self.hidden_act
         )
-        # Published weights spell it so.
+        # The spelling of published weights.
         hidden = _norm("pre_layrnorm")(hidden)
         hidden = _VisionLayers(self.num_hidden_layers, layer, name="encoder")(hidden)
         return _norm("post_layernorm")(hidden[:, 0])
 
 
 class CLIP(nn.Module):
-    """Images and texts to vectors [B, projection_dim] of length 1."""
+    """Maps images and texts to vectors [B, projection_dim] of length 1."""
 
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     projection_dim: int
 
     def setup(self) -> None:
-        """Both towers."""
+        """Create both towers."""
         self.text_model = CLIPTextEncoder(**self.text)
         self.vision_model = VisionTransformer(**self.vision)
         self.text_projection = nn.Dense(self.projection_dim, use_bias=False)
         self.visual_projection = nn.Dense(self.projection_dim, use_bias=False)
 
     def __call__(self, pixels: jax.Array, tokens: jax.Array, end: jax.Array) -> Any:
-        """Both; arguments as below."""
+        """Embed images and texts; arguments as below."""
         return self.embed_images(pixels), self.embed_texts(tokens, end)
 
     def embed_images(self, pixels: jax.Array) -> jax.Array:
-        """Pixels [B, image_size, image_size, 3], normalized."""
+        """Embed pixels [B, image_size, image_size, 3], normalized."""
         return _unit(self.visual_projection(self.vision_model(pixels)))
 
     def embed_texts(self, tokens: jax.Array, end: jax.Array) -> jax.Array:
-        """Tokens [B, L], each text being the state of its first `end` token."""
+        """Embed tokens [B, L]; a text's vector comes from the state of its first `end` token."""
         hidden = self.text_model(tokens)
         place = jnp.argmax(tokens == end, axis=1)
         state = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
@@ -183,13 +183,13 @@ class CLIP(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ClipExtractor(Extractor):
-    """CLIP's view of images, which can also be held against texts. It has no classes."""
+    """CLIP's image encoder, and its text encoder to compare images with texts. It has no classes."""
 
     network: CLIP = field(kw_only=True)
     tokenizer: Tokenizer = field(kw_only=True, repr=False)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts [n] -> float32 [n, width] of length 1, comparable with the features of images."""
+        """Texts [n] -> float32 vectors [n, width] of length 1, comparable with the features of images."""
         tokens, _ = self.tokenizer(texts)
         parts = [np.zeros((0, self.width), np.float32)]
         for start in range(0, len(texts), BATCH):
@@ -212,8 +212,8 @@ class ClipExtractor(Extractor):
 def preprocess(images: jax.Array, side: int) -> jax.Array:
     """Images [B, H, W, 1 or 3] in [-1, 1] -> pixels [B, side, side, 3], normalized.
 
-    Resized bicubically, smoothed where they shrink, as Pillow does it, until the shorter side is right;
-    of the longer one, the middle is taken, as transformers' CLIPImageProcessor does.
+    The shorter side is resized to `side` bicubically, with antialiasing as in Pillow; the longer side is
+    cropped to its centre, as transformers' CLIPImageProcessor does.
     """
     images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
     height, width = (side * each // min(images.shape[1:3]) for each in images.shape[1:3])
@@ -226,10 +226,9 @@ def preprocess(images: jax.Array, side: int) -> jax.Array:
 
 
 def clip_extractor(shape: tuple[int, ...], path: str) -> ClipExtractor:
-    """The extractor for images of `shape` [H, W, C], of a folder of transformers' CLIPModel.
+    """The extractor for images of `shape` [H, W, C], from a folder of transformers' CLIPModel.
 
-    Raises UserError if something is missing, can't be read, or isn't CLIP, or if the data are not
-    images.
+    Raises UserError if a file is missing, can't be read or isn't CLIP's, or if the data are not images.
     """
     check_images("clip", shape)
     folder = path_named(path)
@@ -270,7 +269,7 @@ def _apply(network: CLIP, params: Any, images: jax.Array) -> tuple[jax.Array, ja
 def clip_params(
     network: CLIP, tensors: Mapping[str, np.ndarray], *, source: epath.Path
 ) -> Mapping[str, Any]:
-    """The network's weights from tensors in transformers' names; UserError if they don't fit."""
+    """The network's weights from tensors with transformers' names. Raises UserError if they don't fit."""
     side = network.vision["image_size"]
     inputs = (
         jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),

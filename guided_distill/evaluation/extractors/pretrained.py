@@ -1,7 +1,7 @@
-"""From the tensors of a published checkpoint to the weights of a network of ours.
+"""Convert the tensors of a published checkpoint to the weights of one of this package's networks.
 
-Each of our layers is a convolution or matrix with a bias. Published ones are followed by a batch norm,
-which at fixed statistics is a scale and a shift of each channel: both are folded in.
+Each of our layers is a convolution or a matrix with a bias. Published layers are followed by a batch
+norm; with fixed statistics it scales and shifts each channel, which is folded into the layer.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from guided_distill.formats.safetensors_file import is_floating
 from guided_distill.formats.torch_file import read_state_dict
 
 NORM_EPSILON = 1e-3
-"""Of the batch norms of both networks, Lite0 and Inception."""
+"""The epsilon of the batch norms of both networks, Lite0 and Inception."""
 
 _NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Source(NamedTuple):
-    """Where a layer's weights are: the tensors `weights`.weight and those of its batch norm.
+    """The tensors of a layer: `weights`.weight, and those of its batch norm `norm`.
 
-    Without a batch norm the layer has a bias of its own, `weights`.bias.
+    A layer without a batch norm has its own bias, `weights`.bias.
     """
 
     weights: str
@@ -37,13 +37,13 @@ class Source(NamedTuple):
 def read_params(
     path: epath.Path, shapes: Any, source: Callable[[tuple[str, ...]], Source]
 ) -> dict[str, Any]:
-    """The weights of a network, read from a file of torch's layout.
+    """Read the weights of a network from a file of torch's layout.
 
-    shapes: the tree of the network's weights, each layer a {"kernel", "bias"}. source: from the path
-    of a layer in that tree to its tensors.
+    shapes: the tree of the network's weights, each layer a {"kernel", "bias"}. source: maps the path of a
+    layer in that tree to its tensors.
 
-    Raises UserError if the file can't be read, or naming the first tensor that is missing, of
-    another shape, not floating-point, or not of this network.
+    Raises UserError if the file can't be read. If a tensor is missing, has another shape, is not
+    floating-point or is not of this network, the error names the first such tensor.
     """
     tensors = read_state_dict(path)
     _check_layout(path, tensors, tensor_shapes(shapes, source))
@@ -57,11 +57,11 @@ def read_params(
 def tensor_shapes(
     shapes: Any, source: Callable[[tuple[str, ...]], Source]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that a file of the network must hold; arguments as for `read_params`."""
+    """The tensors that a file of the network must hold; arguments as in `read_params`."""
     expected: dict[str, tuple[int, ...]] = {}
     for layer, kernel in _kernels(shapes).items():
         weights, norm = source(layer)
-        # Ours is [height, width, in, out] or [in, out], torch's [out, in, height, width] or [out, in].
+        # Ours are [height, width, in, out] or [in, out], torch's [out, in, height, width] or [out, in].
         expected[f"{weights}.weight"] = (*kernel[:-3:-1], *kernel[:-2])
         others = [f"{weights}.bias"] if norm is None else [f"{norm}.{part}" for part in _NORM_PARTS]
         expected |= dict.fromkeys(others, (kernel[-1],))
@@ -81,18 +81,18 @@ def fingerprint(path: epath.Path) -> str:
 
 
 def check_images(extractor: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless data of `shape` are images [H, W, 1 or 3]."""
+    """Raise UserError unless data of `shape` are images [H, W, 1 or 3]."""
     if len(shape) != 3 or shape[-1] not in (1, 3):
         raise UserError(
-            f"the extractor {extractor} takes gray or colour images, and an example of this data has "
+            f"the extractor {extractor} takes gray or colour images, but an example of this data has "
             f"shape {list(shape)}: choose --extractor classifier"
         )
 
 
 def to_colour_squares(images: jax.Array, side: int, *, smooth: bool) -> jax.Array:
-    """Images [B, H, W, 1 or 3] -> [B, side, side, 3]: gray thrice, resized bilinearly.
+    """Images [B, H, W, 1 or 3] -> [B, side, side, 3]: gray repeated three times, resized bilinearly.
 
-    smooth: whether to smooth images that shrink, so that no pixel goes unseen.
+    smooth: whether to antialias images that shrink, so that every pixel counts.
     """
     images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
     shape = (len(images), side, side, 3)
@@ -104,7 +104,7 @@ def to_colour_squares(images: jax.Array, side: int, *, smooth: bool) -> jax.Arra
 def _check_layout(
     path: epath.Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    advice = "give a file of the network that the extractor's name says"
+    advice = "give a weights file of the network that the extractor names"
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{path} has no tensor {name}, which should be {shape}: {advice}")
@@ -119,7 +119,7 @@ def _check_layout(
     for name, tensor in tensors.items():
         if name not in expected and not name.endswith("num_batches_tracked"):
             raise UserError(
-                f"{path} holds {name!r:.80} of shape {tensor.shape}, which this network has not: {advice}"
+                f"{path} holds {name!r:.80} of shape {tensor.shape}, which this network lacks: {advice}"
             )
 
 

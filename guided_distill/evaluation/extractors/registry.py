@@ -13,9 +13,10 @@ from guided_distill.evaluation.extractors.lite0 import lite0_extractor
 
 
 def load_extractor(name: str, source: Source, workdir: epath.Path) -> Extractor:
-    """The extractor of a name (config.EXTRACTORS) for a run's training data.
+    """Load the extractor of a name (config.EXTRACTORS) for a run's training data.
 
-    Raises UserError for an unknown name, for data that the extractor can't take, or for its weights.
+    Raises UserError if the name is unknown, if the data don't suit the extractor, or if its weights are
+    missing or invalid.
     """
     kind, _, path = name.partition(":")
     if name == "classifier":

@@ -1,1 +1,1 @@
-"""Measures of samples: arrays in, numbers out."""
+"""Metrics of samples, as pure functions from arrays to numbers."""

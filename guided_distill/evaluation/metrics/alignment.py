@@ -1,10 +1,10 @@
-"""How well images show what their captions say, by features of images and embeddings of sentences.
+"""Alignment of images with their captions, from features of images and embeddings of sentences.
 
-A ridge regression, fitted on training images and their captions, guesses the embedding of an image's
-caption from the image's features. Samples are then held against captions that it never saw: is the
-guess nearest to the caption which the sample was made for? With the features of `lite0.py` and the
-embeddings of `text/minilm.py` it is called MiniLM-Lite0 alignment. It stands in for a CLIP score where
-there are no CLIP weights, and isn't comparable with one; with them, see `clip.py`.
+A ridge regression, fitted on training images and their captions, predicts the embedding of an image's
+caption from the image's features. Samples are then compared with captions that it was not fitted on: is
+the prediction nearest to the caption that the sample was drawn for? With the features of `lite0.py` and
+the embeddings of `text/minilm.py` this is called MiniLM-Lite0 alignment. It replaces a CLIP score, with
+which it isn't comparable, if there are no CLIP weights; for those, see `clip.py`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class CaptionGuess:
     def fit(
         cls, features: ArrayLike, embeddings: ArrayLike, *, ridge: float = RIDGE
     ) -> CaptionGuess:
-        """From images' features [N, D] to the embeddings [N, E] of their captions.
+        """Fit the regression from images' features [N, D] to the embeddings [N, E] of their captions.
 
-        Raises UserError unless both are finite matrices of as many rows.
+        Raises UserError unless both are finite matrices with the same number of rows.
         """
         x = feature_matrix(features, min_rows=2)
         y = feature_matrix(embeddings, min_rows=2)
@@ -52,39 +52,39 @@ class CaptionGuess:
         return cls(feature_mean, embedding_mean, weights)
 
     def directions(self, features: ArrayLike) -> np.ndarray:
-        """Features [n, D] -> guessed embeddings [n, E] less their mean, of length 1."""
+        """Features [n, D] -> predicted embeddings [n, E] minus their mean, of length 1."""
         x = feature_matrix(features, min_rows=1)
         check_same_width(x.shape[1], len(self.feature_mean))
         return _unit((x - self.feature_mean) @ self.weights)
 
     def align(self, features: ArrayLike, embeddings: ArrayLike, captions: np.ndarray) -> Alignment:
-        """Of samples with the captions that they were made for.
+        """The alignment of samples with the captions that they were drawn for.
 
         Args:
-          features: of samples, [n, D].
-          embeddings: of the distinct captions to choose among, [M, E].
-          captions: which caption each sample was made for, integers [n] in [0, M).
+          features: features of the samples, [n, D].
+          embeddings: embeddings of the distinct captions to choose from, [M, E].
+          captions: the index of the caption that each sample was drawn for, integers [n] in [0, M).
 
         Raises:
-          UserError: they don't fit each other, or aren't finite.
+          UserError: the shapes don't match, or values aren't finite.
         """
         guesses = self.directions(features)
         y = feature_matrix(embeddings, min_rows=1)
         check_same_width(y.shape[1], len(self.embedding_mean))
         if captions.shape != (len(guesses),) or captions.min() < 0 or captions.max() >= len(y):
             raise UserError(
-                f"each of {len(guesses)} samples needs the number of its caption, below {len(y)}."
+                f"each of {len(guesses)} samples needs the index of its caption, from 0 to {len(y) - 1}."
             )
         return retrieval(guesses, _unit(y - self.embedding_mean), captions)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of samples with their captions: higher is better.
+    """The alignment of samples with their captions: higher is better.
 
-    recall_at_1, recall_at_10: share of samples whose caption is the nearest of all, or one of the ten.
-    cosine: of sample and caption; by a regression both are less the training captions' mean, so that it
-    is 0 for unrelated ones.
+    recall_at_1, recall_at_10: share of samples whose caption is the nearest, or among the ten nearest.
+    cosine: mean cosine between sample and caption; for the regression, the mean of the training captions
+    is subtracted from both, so that it is 0 for unrelated ones.
     """
 
     recall_at_1: float
@@ -93,7 +93,10 @@ class Alignment:
 
 
 def retrieval(guesses: np.ndarray, embeddings: np.ndarray, captions: np.ndarray) -> Alignment:
-    """Of samples' vectors [n, E] with captions' [M, E], all of length 1; captions [n]: whose is whose."""
+    """Alignment of vectors of samples [n, E] and of captions [M, E], all of length 1.
+
+    captions: the index [n] of each sample's caption.
+    """
     cosines = guesses @ embeddings.T
     own = cosines[np.arange(len(cosines)), captions]
     nearer = (cosines > own[:, None]).sum(axis=1)

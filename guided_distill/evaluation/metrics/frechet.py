@@ -1,8 +1,8 @@
 """Fréchet distance between two sets of features (Heusel et al. 2017, arXiv:1706.08500, eq. 6).
 
-With Inception features this is FID. Everything runs in float64. The trace of the matrix square
-root comes from a symmetric eigenproblem, which a general matrix square root is not: it stays real
-for rank-deficient covariances, as they arise from fewer samples than dimensions.
+With Inception features this is FID. Everything runs in float64. The trace of the matrix square root
+comes from a symmetric eigenproblem: unlike a general matrix square root, it stays real for the
+rank-deficient covariances that arise from fewer samples than dimensions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def feature_matrix(features: ArrayLike, *, min_rows: int) -> np.ndarray:
 
 
 def check_same_width(width: int, other: int) -> None:
-    """Raises UserError unless both feature sets have the same dimension D."""
+    """Raise UserError unless both feature sets have the same dimension D."""
     if width != other:
         raise UserError(
             f"features to compare must have the same dimension, got {width} and {other}; "
@@ -56,7 +56,7 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, width: int) -> FeatureStatistics:
-        """Statistics of no features of dimension `width`: where a stream starts."""
+        """Statistics of no features of dimension `width`: the start of a stream."""
         return cls(mean=np.zeros(width), covariance=np.zeros((width, width)), count=0)
 
     @classmethod
@@ -73,7 +73,7 @@ class FeatureStatistics:
         return cls(mean=mean, covariance=covariance, count=len(matrix))
 
     def accumulate(self, features: ArrayLike) -> FeatureStatistics:
-        """These statistics with one more batch of features [N, D] taken in.
+        """These statistics updated with a batch of features [N, D].
 
         Raises:
           UserError: see `feature_matrix` and `merge`.
@@ -131,5 +131,5 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     distance = (
         mean_gap @ mean_gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross_deviation
     )
-    # A squared Wasserstein distance is never negative: below zero there is only rounding.
+    # A squared Wasserstein distance is never negative: values below zero are rounding errors.
     return max(float(distance), 0.0)

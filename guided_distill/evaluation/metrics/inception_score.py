@@ -17,12 +17,12 @@ SPLITS = 10
 class InceptionScore:
     """The score of a stream of `count` predictions over K classes, in float64.
 
-    As in the literature the stream is cut into equal consecutive splits, 10 of them or `count` if
-    that is fewer, each is scored by itself, and the mean is the score: a number in [1, K]. A split of m
-    samples can't score more than m, so that few samples score low.
+    As in the literature, the stream is cut into 10 equal consecutive splits (or `count` if that is
+    fewer), and the score is the mean of the splits' scores, a number in [1, K]. A split of m samples
+    can't score above m, so few samples score low.
 
-    taken: predictions so far. sums [splits, K]: of p(y|x). negative_entropies [splits]: of the sums
-    over y of p(y|x) log p(y|x).
+    taken: the number of predictions so far. sums [splits, K]: sums of p(y|x). negative_entropies
+    [splits]: sums of p(y|x) log p(y|x) over x and y.
     """
 
     count: int
@@ -32,12 +32,12 @@ class InceptionScore:
 
     @classmethod
     def empty(cls, count: int, num_classes: int) -> InceptionScore:
-        """Where a stream of `count` predictions starts."""
+        """The start of a stream of `count` predictions."""
         splits = min(SPLITS, count)
         return cls(count, 0, np.zeros((splits, num_classes)), np.zeros(splits))
 
     def accumulate(self, logits: ArrayLike) -> InceptionScore:
-        """With the next predictions, logits [n, K], taken in."""
+        """The score updated with the next predictions, logits [n, K]."""
         log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
         p = np.exp(log_p)
         sums, negative_entropies = self.sums.copy(), self.negative_entropies.copy()
@@ -48,10 +48,10 @@ class InceptionScore:
         return InceptionScore(self.count, self.taken + len(p), sums, negative_entropies)
 
     def score(self) -> float:
-        """The mean over splits. Raises UserError unless all `count` predictions were taken in."""
+        """The mean over splits. Raises UserError unless all `count` predictions were accumulated."""
         if self.taken != self.count or not self.count:
             raise UserError(
-                f"an Inception Score of {self.count} samples was given {self.taken}: give them all"
+                f"an Inception Score of {self.count} samples was given {self.taken}: give all of them"
             )
         sizes = np.bincount(np.arange(self.count) * len(self.sums) // self.count)
         marginal = self.sums / sizes[:, None]

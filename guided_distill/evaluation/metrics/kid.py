@@ -12,10 +12,10 @@ _BLOCK_ROWS = 512
 
 
 class KernelDistance(NamedTuple):
-    """mean: the distance; std: the deviation of the subsets' estimates, which papers write behind a +-.
+    """mean: the distance. std: the standard deviation over subsets, which papers report after a +-.
 
-    The standard error of the mean is about std / sqrt(num_subsets) at fixed features. std is None where
-    no subsets were drawn.
+    The standard error of the mean is about std / sqrt(num_subsets) for fixed features. std is None if no
+    subsets were drawn.
     """
 
     mean: float
@@ -30,13 +30,13 @@ def kernel_distance(
     num_subsets: int = 100,
     seed: int = 0,
 ) -> KernelDistance:
-    """Unbiased squared MMD between features a [N, D] and b [M, D], kernel (x.y / D + 1)^3.
+    """Unbiased squared MMD between features a [N, D] and b [M, D], with the kernel (x.y / D + 1)^3.
 
-    One rule for every size: a set of at most `subset_size` rows is used whole, a larger one is
-    represented by `subset_size` of its rows drawn without replacement. If any set is drawn from,
-    the result is the mean over `num_subsets` draws (set by `seed` and the order of the rows);
-    if none is, it is the one estimate from all rows. Either way it is unbiased, and therefore
-    negative at times when the distributions agree. 100 subsets of 1,000 are usual.
+    A set of at most `subset_size` rows is used whole; from a larger one, `subset_size` rows are drawn
+    without replacement. If rows of either set are drawn, the result is the mean over `num_subsets` draws
+    (which depend on `seed` and the order of the rows); otherwise it is the single estimate from all rows.
+    Both are unbiased, and therefore sometimes negative if the distributions agree. 100 subsets of 1,000
+    are usual.
 
     Raises:
       UserError: the dimensions differ, a set holds fewer than two rows, a value is not finite,
@@ -71,13 +71,13 @@ def _all_rows(x: np.ndarray) -> np.ndarray:
 
 
 def _squared_mmds(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
-    """The estimates [K] from the rows of_a [K, n] of a and of_b [K, m] of b."""
+    """The estimates [K] from rows of_a [K, n] of a and rows of_b [K, m] of b."""
     between = _kernel_sums(a, b, of_a, of_b) / of_a.shape[1] / of_b.shape[1]
     return _mean_kernels_of_pairs(a, of_a) + _mean_kernels_of_pairs(b, of_b) - 2 * between
 
 
 def _mean_kernels_of_pairs(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Mean kernel over ordered pairs of different rows, for each set of rows [K, n]."""
+    """The mean kernel over ordered pairs of different rows, for each set of rows [K, n]."""
     count = rows.shape[1]
     squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)  # Without a float64 copy of x.
     with_themselves = (squares / x.shape[1] + 1) ** 3
@@ -86,9 +86,9 @@ def _mean_kernels_of_pairs(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _kernel_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarray) -> np.ndarray:
-    """Sums [K] of the kernel over all pairs of the rows of_x [K, n] of x and of_y [K, m] of y."""
+    """Sums [K] of the kernel over all pairs of rows of_x [K, n] of x and rows of_y [K, m] of y."""
     if len(x) * len(y) > of_x.size * of_y.shape[1]:
-        # Large sets have more pairs than all subsets together, and in float64 would take much memory.
+        # Large sets have more pairs than all subsets together, and need much memory in float64.
         parts = ((x[i], y[j]) for i, j in zip(of_x, of_y, strict=True))
         return np.concatenate([_kernel_sums(i, j, _all_rows(i), _all_rows(j)) for i, j in parts])
     if len(x) < len(y):
@@ -98,7 +98,7 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarra
     y = feature_matrix(y, min_rows=2) / y.shape[1]
     for start in range(0, len(x), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        # The larger set is float64 a block at a time, for memory.
+        # The larger set is converted to float64 in blocks, to save memory.
         base = feature_matrix(x[block], min_rows=1) @ y.T
         base += 1
         totals += np.sum(in_x[:, block] @ (base * base * base) * in_y, axis=1)
@@ -106,7 +106,7 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarra
 
 
 def _membership(rows: np.ndarray, count: int) -> np.ndarray:
-    """Which of `count` rows each set [K, n] has: 1 or 0, [K, count]."""
+    """Whether each set of rows [K, n] holds each of `count` rows: 1 or 0, [K, count]."""
     found = np.zeros((len(rows), count))
     np.put_along_axis(found, rows, 1.0, axis=1)
     return found

@@ -1,13 +1,13 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1-2).
 
-A set of features stands for the manifold it was drawn from: the union of balls around its points,
-each reaching to the k-th nearest other point of the set. Precision is the share of generated
-points on the real manifold, recall the share of real points on the generated one.
+A set of features represents the manifold it was drawn from: the union of balls around its points, each
+of which reaches to the k-th nearest other point of the set. Precision is the share of generated points on
+the real manifold, recall the share of real points on the generated one.
 
-Distances between all pairs are computed on the devices, in float32 as |x|^2 - 2 x.y + |y|^2. Wherever
-its rounding could decide, for the nearest few and for pairs close to a ball's surface, |x - y|^2 is
-computed again in float64: the results are those of exact distances, unless float32 errs by far more than
-it is seen to.
+Distances between all pairs are computed on the devices, in float32 as |x|^2 - 2 x.y + |y|^2. Where
+rounding could change the result, for the nearest few points and for pairs close to a ball's surface,
+|x - y|^2 is computed again in float64. The results are those of exact distances, unless the error of
+float32 is far larger than observed (see _DOUBT).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from guided_distill.training.processes import on_all_processes
 _BLOCK_ROWS = 512
 _SPARE_NEIGHBOURS = 6
 FEWEST_SAMPLES = 4
-"""A ball reaches to the third of the other samples."""
+"""A ball reaches to the third nearest of the other samples."""
 
 _DOUBT = 1e-5
-"""The error that a float32 distance is taken to have at most, as a share of |x|^2 + |y|^2.
+"""The assumed maximum error of a float32 distance, as a share of |x|^2 + |y|^2.
 
-For normal features of up to 10,000 dimensions it is below 3e-7; the worst case, all roundings going one
-way, is larger.
+For normal features of up to 10,000 dimensions the error is below 3e-7; in the worst case, if all
+roundings add up, it is larger.
 """
 
 
 class PrecisionRecall(NamedTuple):
-    """Both in [0, 1]: how real the samples are, and how much of the real variety they cover."""
+    """Precision (how realistic samples are) and recall (how much of the data they cover), in [0, 1]."""
 
     precision: float
     recall: float
@@ -50,16 +50,16 @@ class PrecisionRecall(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Manifold:
-    """Features [N, D] and the squared radius [N] of the ball around each; made once, used often."""
+    """Features [N, D] and the squared radius [N] of the ball around each; computed once, used often."""
 
     features: np.ndarray
     squared_radii: np.ndarray
 
     @classmethod
     def from_features(cls, features: ArrayLike, k: int = 3, mesh: Mesh | None = None) -> Manifold:
-        """The manifold of features [N, D], N > k, with balls up to the k-th nearest neighbour.
+        """The manifold of features [N, D], N > k, with balls that reach to the k-th nearest neighbour.
 
-        mesh: the devices to use, all of this process unless given.
+        mesh: the devices to use; by default, all devices of this process.
 
         Raises:
           UserError: `k` < 1, or see `feature_matrix`.
@@ -76,7 +76,7 @@ class Manifold:
             least, indices = (np.asarray(each)[: len(rows)] for each in nearest(block, own, placed))
             exact = _squared(matrix[rows, None], matrix[indices[:, :-1]])
             squared_radii[rows] = np.partition(exact, k - 1)[:, k - 1]
-            # A point that wasn't looked at may be nearer than one that was.
+            # A point that was left out may be nearer than one of the candidates.
             for row in rows[squared_radii[rows] > np.maximum(least[:, -1], 0)]:
                 others = _squared(matrix[row], np.delete(matrix, row, axis=0))
                 squared_radii[row] = np.partition(others, k - 1)[k - 1]
@@ -86,9 +86,9 @@ class Manifold:
 def precision_recall(
     real: Manifold, generated: Manifold, mesh: Mesh | None = None
 ) -> PrecisionRecall:
-    """Precision and recall of `generated` against `real`; the surface of a ball belongs to it.
+    """Precision and recall of `generated` against `real`; a ball includes its surface.
 
-    mesh: the devices to use, all of this process unless given.
+    mesh: the devices to use; by default, all devices of this process.
 
     Raises:
       UserError: the feature dimensions differ.
@@ -117,7 +117,7 @@ def precision_recall(
 
 
 def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y|^2 over the last axis, exactly zero for equal points."""
+    """|x - y|^2 over the last axis; exactly zero for equal points."""
     return np.square(x - y).sum(axis=-1)
 
 
@@ -129,9 +129,9 @@ def _centred(x: np.ndarray, around: np.ndarray) -> np.ndarray:
 def _blocks(
     x: np.ndarray, of_each: np.ndarray, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, Any, Any]]:
-    """Yields (indices of rows, these rows of x, and of `of_each`), the last two filled up to one size.
+    """Yield (indices of rows, these rows of x, these rows of `of_each`), the last two padded to one size.
 
-    Rows that fill up have `of_each` -1, which is no point's index, and no ball's squared radius.
+    In padding rows `of_each` is -1, which is neither the index of a point nor a squared radius.
     """
     size = _BLOCK_ROWS * mesh.size
     for start in range(0, len(x), size):
@@ -143,7 +143,7 @@ def _blocks(
 
 
 def _approximate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Squared distances [B, N] of x [B, D] to y [N, D], and how far they may be from exact ones."""
+    """Squared distances [B, N] from x [B, D] to y [N, D], and bounds on their errors."""
     norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None]
     return norms - 2 * jnp.matmul(x, y.T, precision="highest"), _DOUBT * norms
 
@@ -152,15 +152,15 @@ def _approximate(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _compiled_nearest(count: int, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """f(x [B, D], its indices in y [B], y [N, D]) -> (least [B, count], indices [B, count]).
 
-    The points of y, apart from x itself, that may be the nearest, and the least that the squared
-    distance to each of them may be, rising.
+    The indices are those of the points of y, other than x itself, that may be nearest. least: the lower
+    bounds of the squared distances to them, in ascending order.
     """
 
     def nearest(x: jax.Array, own: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         squared, doubt = _approximate(x, y)
         is_self = own[:, None] == jnp.arange(len(y))[None]
         least = jnp.where(is_self, jnp.inf, squared - doubt)
-        # All of it, for XLA sorts whole rows when a part of what top_k gives is taken.
+        # Use all of top_k's output: XLA sorts whole rows if only a part of it is used.
         negated, indices = jax.lax.top_k(-least, count)
         return -negated, indices
 
@@ -172,8 +172,8 @@ def _compiled_nearest(count: int, mesh: Mesh) -> Callable[..., tuple[jax.Array, 
 def _compiled_inside(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """f(x [B, D], its radii [B], y [N, D], its radii [N]) -> (realistic [B], covered [N], doubtful).
 
-    realistic: which x surely lie in a ball around some y; covered: which y in one around some x of the
-    block. doubtful [B, N]: pairs that may change either.
+    realistic: which x certainly lie in a ball around some y. covered: which y certainly lie in a ball
+    around some x of the block. doubtful [B, N]: pairs that may change either result.
     """
 
     def inside(
