@@ -354,7 +354,7 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("verb", "more", "said"),
     [
-        ("generate", [], "there is no text"),
+        ("generate", [], "there is no prompt"),
         ("generate", ["--prompts", "nothing.txt"], "nothing.txt can't be read"),
         ("generate", ["--prompt", "a", "--w", "9"], "outside the range"),
         ("sample", [], "use `guided-distill generate`"),
