@@ -1,4 +1,4 @@
-"""Strict numerics for every test, and eight simulated devices for those that ask for them."""
+"""Strict numerics for every test, and eight simulated devices for the tests that request them."""
 
 import atexit
 import os
@@ -8,12 +8,12 @@ from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Compiling is most of what tests do, and most of that is optimizing; and many compile the same.
+# Tests spend most of their time compiling, mostly on optimization, and many compile the same programs.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if version("jax").startswith(("0.10.", "0.11.")):
-    # Without these emitters, compiling takes half as long; later ones don't know the flag.
+    # Without these emitters, compiling takes half as long; later versions don't know the flag.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# Threads of several processes that wait for each other on the same cores take most of their time.
+# Threads of several processes on the same cores would spend most of their time waiting for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="guided_distill_compiled_")
@@ -40,10 +40,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
 
 DEVICES = jax.devices()
-os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # Of the processes that tests start.
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # For the processes that tests start.
 
 QUICK = ("data", "diffusion", "evaluation", "objectives", "text")
-"""Folders whose tests need no trained run and compile little. Their mark is `quick`."""
+"""Folders of tests that need no trained run and compile little. They get the mark `quick`."""
 
 LONGEST = (
     "test_notebooks.py",
@@ -60,30 +60,30 @@ LONGEST = (
     "test_serve.py",
     "test_docs.py",
 )
-"""Files of tests that take longest: begun first, so that none runs on alone when all others are done.
-Their mark is `slow`."""
+"""The slowest test files, which start first so that none is still running alone at the end. They get
+the mark `slow`."""
 
 FOLDERS = {**dict.fromkeys(QUICK, "quick"), "parity": "parity", "plan": "tpu"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --kills, and --count and --seed of tests/hostile."""
+    """Add the flag --kills, and --count and --seed for tests/hostile."""
     parser.addoption(
         "--kills",
         type=int,
         default=3,
-        help="how often the test of kills at random instants kills (default: %(default)s)",
+        help="number of kills in the test that kills at random instants (default: %(default)s)",
     )
     parser.addoption(
-        "--count", type=int, default=500, help="how many hostile inputs (default: %(default)s)"
+        "--count", type=int, default=500, help="number of hostile inputs (default: %(default)s)"
     )
     parser.addoption(
-        "--seed", type=int, default=0, help="the first hostile input's seed (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the first hostile input (default: %(default)s)"
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files, whose own tests keep their order, and mark the tests by where they are."""
+    """Sort the files, keep the order of tests within a file, and mark tests by their folders."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     for item in items:
@@ -95,14 +95,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_arguments() -> list[str]:
-    """The arguments that name the tiny config on the command line: every stage in seconds."""
+    """The arguments of the command line for a tiny config, whose stages take seconds."""
     file = Path(__file__).parents[1] / "configs" / "digits.py"
     return ["--config", f"{file}:runlocal"]
 
 
 @pytest.fixture(scope="session")
 def mesh_of() -> Callable[..., Mesh]:
-    """f(count): a mesh of the first `count` devices; f(count, fsdp=n) splits weights over n of them."""
+    """f(count): a mesh of the first `count` devices; f(count, fsdp=n) shards weights over n of them."""
     return lambda count, fsdp=1: data_mesh(DEVICES[:count], fsdp=fsdp)
 
 
@@ -117,21 +117,21 @@ def _seen(count: int) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_device() -> Iterator[None]:
-    """Programs see one device, for which they compile a third faster; tests ask for more by `mesh_of`."""
+    """Show programs one device, to compile a third faster; tests get more devices from `mesh_of`."""
     with _seen(1):
         yield
 
 
 @pytest.fixture(scope="module")
 def eight_devices(one_device: None) -> Iterator[None]:
-    """Programs see all devices."""
+    """Show programs all devices."""
     with _seen(8):
         yield
 
 
 @pytest.fixture(scope="session")
 def assert_same_weights() -> Callable[[object, object], None]:
-    """Fails unless two trees have the same structure and the same bits in every leaf."""
+    """f(one, other): fail unless two trees have the same structure and the same bits in every leaf."""
 
     def check(one: object, other: object) -> None:
         assert jax.tree.structure(one) == jax.tree.structure(other)

@@ -1,4 +1,4 @@
-"""The flag --cache: what JAX compiled for one command is there for the next."""
+"""The flag --cache: programs that JAX compiled for one command are reused by the next."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""Config files made small: trained, evaluated and reported by the commands.
+"""Shrunk config files run through train, evaluate and report.
 
-test_pipeline.py does the same, and more, with configs/digits.py.
+test_pipeline.py does the same and more with configs/digits.py.
 """
 
 import functools
@@ -23,7 +23,7 @@ from guided_distill.stages import all_stages
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = ("mixture2d.py:runlocal", "photo10.py:runlocal")
-# U-Nets take longest to compile: these stop after the first stage. test_paper_configs.py traces all.
+# U-Nets compile slowest: these stop after the first stage. test_paper_configs.py traces all.
 UNETS = {
     "own_images.py:runlocal": {"model.options.channel_multipliers": (1,)},
     "cifar10_small.py:runlocal": {"model.options.channel_multipliers": (1,)},
@@ -40,13 +40,13 @@ UNETS = {
 
 def test_no_config_file_is_left_out():
     files = {name.split(":")[0] for name in (*RUNS, *UNETS)} | {"digits.py"}
-    # test_text_to_image.py runs the emoji.
+    # test_text_to_image.py runs emoji.py.
     assert files | {"emoji.py"} == {file.name for file in FOLDER.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_config_runs_to_its_report(name, tmp_path, monkeypatch):
-    # The measure itself needs no training here, nor every image of the data.
+    # This test needs neither a trained extractor nor all images of the data.
     extractor = functools.partial(registry.train_extractor, steps=1)
     monkeypatch.setattr(registry, "train_extractor", extractor)
     for module in (evaluate, reference):

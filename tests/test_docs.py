@@ -1,4 +1,4 @@
-"""What the documents say holds: commands parse, patches apply and train, links lead somewhere."""
+"""The documents are correct: commands parse, patches apply and train, links resolve."""
 
 import argparse
 import functools
@@ -35,32 +35,32 @@ PATCH = re.compile(r"^```diff\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^(?: {4}|\t)\s*(?!$)(.*)$", re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# Folders that only one machine has.
+# Folders that exist on one machine only.
 OWN_PLACES = re.compile(r"(?<![\w.:/-])(/(?:home|root|tmp|work|opt|mnt|Users)/|[A-Z]:\\)")
 LONGEST_PATCH = 40
 
 
 def prose(page):
-    """The page without its patches, a command that goes on over lines on one."""
+    """The page without its patches, and with each multi-line command on one line."""
     return re.sub(r"\\\n\s*", "", PATCH.sub("", page.read_text()))
 
 
 def block_commands(page):
-    """Words of each command in the page's code blocks, with 0 for the loops' variables."""
+    """Yield the words of each command in the page's code blocks, with 0 for shell variables."""
     for line in BLOCK.findall(prose(page)):
         if re.match(r"(guided-distill|make|launch/\w+\.sh) ", line):
             yield shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
 
 
 def inline_commands(page):
-    """The same of the commands within sentences."""
+    """Yield the words of each command within the page's sentences."""
     for code in INLINE.findall(BLOCK.sub("", prose(page))):
         if re.match(r"(guided-distill|make) ", code):
             yield shlex.split(code)
 
 
 def check_guided_distill(arguments, *, check_values=True):
-    """Fails unless the verb has these flags, and the config these keys with values that fit."""
+    """Fail unless the verb has these flags, and the config these keys with values that fit."""
     options, rest = cli._parser().parse_known_args(arguments)
     assert not [word for word in rest if not word.startswith("--config.")]
     if rest or "config" in options:
@@ -73,14 +73,14 @@ def check_guided_distill(arguments, *, check_values=True):
 @pytest.fixture
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    # The client of buckets need not be there for a command to be read.
+    # Parsing a command doesn't require the client for buckets.
     monkeypatch.setattr("guided_distill.places.find_spec", lambda _: object())
 
 
 @pytest.mark.usefixtures("at_root")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_exist(page):
-    # Names that a patch adds are for the test that applies it.
+    # Names that a patch adds are checked by the test that applies it.
     whole = not PATCH.search(page.read_text())
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     inline = list(inline_commands(page))
@@ -111,7 +111,7 @@ def test_overrides_within_sentences_fit_a_config():
 
 
 def leaves(parser):
-    """Every verb's parser by its whole name, and the verbs that only hold others."""
+    """The parser of every verb by its whole name, and the verbs that only have sub-verbs."""
     found, holders = {}, []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -170,7 +170,7 @@ def test_no_page_names_a_place_of_one_machine(page):
 
 
 def test_every_page_is_in_the_navigation():
-    # The file names Python objects nowhere, so that a plain loader reads it.
+    # The file names no Python objects, so a plain loader can read it.
     navigation = json.dumps(yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())["nav"])
     for page in DOCS.rglob("*.md"):
         if DOCS / "results" / "cifar10_small" not in page.parents:
@@ -183,7 +183,7 @@ def patches(page):
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
-    """f(page): a copy of the repository with all of a page's patches, which apply alone, too."""
+    """f(page): a copy of the repository with a page's patches applied one after the other."""
     made = {}
 
     def make(page):
@@ -193,7 +193,7 @@ def patched(tmp_path_factory):
         for folder in ("guided_distill", "configs", "launch"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-        # In a folder of another repository git would leave out every file.
+        # In a folder of another repository, git would skip every file.
         subprocess.run(["git", "init", "--quiet"], cwd=copy, check=True)
         for mode in (["--check"], []):
             for patch in patches(page):
@@ -207,7 +207,7 @@ def patched(tmp_path_factory):
 
 
 def made_small(words, workdir):
-    """A command with the config's variant that takes seconds, in a folder of the test's own."""
+    """The command with the config's variant that takes seconds, and with the test's own workdir."""
     words = [f"{word}:runlocal" if word.endswith(".py") else word for word in words]
     if "--workdir" in words:
         words[words.index("--workdir") + 1] = str(workdir)
@@ -221,7 +221,7 @@ def test_what_extends_the_program_trains(patched, tmp_path):
         for index, (_, *words) in enumerate(block_commands(DOCS / "extend.md"))
     ]
     assert len(commands) == len(patches("extend.md")) == 3
-    # A network has to take w, too; the others are seen in the first stage.
+    # The network is also conditioned on w; the other patches take effect in the first stage.
     for index in (0, 2):
         commands[index].append("--config.stage=teacher")
     script = "import json, sys; from guided_distill import cli\n"
@@ -234,7 +234,7 @@ def test_what_extends_the_program_trains(patched, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # Read as text: this program doesn't know the names that the patches add.
+    # Read as JSON, because this program doesn't know the names that the patches add.
     configs = [json.loads((tmp_path / str(i) / "config.json").read_text()) for i in range(3)]
     assert configs[0]["data"]["name"] == "moons"
     assert configs[1]["model"]["name"] == "convnet"
@@ -266,8 +266,8 @@ def test_shards_on_clusters_fit_their_schemas(patched):
         words for words in block_commands(DOCS / "sweeps.md") if words[0] == "launch/jobset.sh"
     )
     dry = [words[0], "--dry-run", *words[1:]]
-    told = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    jobset = yaml.safe_load(told)
+    output = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    jobset = yaml.safe_load(output)
     jsonschema.validate(jobset, json.loads((schemas / "jobset_schema.json").read_text()))
     assert jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] == 1
     task = yaml.safe_load((patched("sweeps.md") / "launch" / "skypilot.yaml").read_text())
@@ -283,7 +283,7 @@ def test_shards_on_clusters_fit_their_schemas(patched):
 
 
 def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
-    # As in test_configs_run.py: what the classifier learned doesn't matter here.
+    # As in test_configs_run.py, this test doesn't need a trained classifier.
     extractor = functools.partial(registry.train_extractor, steps=1)
     monkeypatch.setattr(registry, "train_extractor", extractor)
     for module in (evaluate, reference):

@@ -1,4 +1,4 @@
-"""Notebooks: what is kept is what their sources say and show, and every one runs."""
+"""Notebooks: the committed ones match their sources and contain outputs, and every one runs."""
 
 import json
 import os
@@ -55,10 +55,10 @@ def test_what_is_kept_shows_pictures_and_no_machine(source):
 
 @every_notebook
 def test_it_runs(source, tmp_path, monkeypatch):
-    # The kernel, and the commands it runs, are those of the environment that tests them.
+    # The kernel and the commands that it runs are those of the tests' environment.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # Its weights would have to be fetched: any of the width that the emoji teacher is told of will do.
+    # Its weights would have to be downloaded; any with the width that the emoji teacher expects will do.
     write_minilm(tmp_path / "data" / "minilm", hidden_size=384)
     notebook = read(source)
     assert sum(VARIANT in cell.source for cell in notebook.cells) == 1

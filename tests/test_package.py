@@ -1,4 +1,4 @@
-"""What people install, and the command that tells whether it works."""
+"""The installed package, its imports, and the verb doctor, which checks the installation."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 @pytest.mark.parametrize(("folder", "megabytes"), [("docs", 15), (".", 20)])
 def test_a_checkout_is_small(folder, megabytes):
-    """Weights are published as one file each, in float16; the rest is what commands make again."""
+    """Weights are published as a file each, in float16; commands recreate everything else."""
     tracked = ["git", "ls-files", "-z", folder]
     names = subprocess.run(tracked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = [ROOT / name for name in names.split("\0") if (ROOT / name).is_file()]
@@ -61,14 +61,14 @@ def test_version(capsys):
 
 
 def loaded_after(text: str) -> set[str]:
-    """The packages that a program has imported."""
-    told = subprocess.run(
+    """The top-level packages that a program has imported when it ends."""
+    names = subprocess.run(
         [sys.executable, "-c", f"import sys\n{text}\nprint(*sys.modules)"],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    return {module.partition(".")[0] for module in told.split()}
+    return {module.partition(".")[0] for module in names.split()}
 
 
 def test_what_takes_long_to_import_waits_until_it_is_needed():
@@ -92,10 +92,10 @@ except SystemExit:
 
 def test_doctor_tells_what_there_is_and_tries_it(capsys):
     assert cli.main(["doctor"]) == 0
-    told = capsys.readouterr()
-    assert told.out == "all is well\n"
-    assert "1 x cpu" in told.err
-    assert "sampling in one step" in told.err
+    output = capsys.readouterr()
+    assert output.out == "all is well\n"
+    assert "1 x cpu" in output.err
+    assert "sampling in one step" in output.err
 
 
 def test_doctor_names_what_fails(capsys, monkeypatch):

@@ -61,7 +61,7 @@ def workdir(arguments, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    """With random weights, of which none is zero: so little training changes hardly anything."""
+    """The model with random nonzero weights, because so little training hardly changes it."""
     loaded = load_text_to_image(workdir / "halving_ddim_2")
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -90,7 +90,7 @@ def test_nothing_starts_from_an_autoencoder(workdir):
 
 def test_a_finished_run_is_left_as_it_is(workdir, arguments, capsys):
     def files():
-        """What training and encoding wrote, and when."""
+        """The files that training and encoding wrote, with their times."""
         paths = [*Path(workdir).rglob("checkpoints/*/_CHECKPOINT_METADATA")]
         for suffix in ("safetensors", "array_record"):
             paths += Path(workdir).rglob(f"*.{suffix}")
@@ -137,14 +137,14 @@ def test_editing_runs_the_steps_that_its_strength_leaves(model):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The requests to the sampler, which then returns what it was to start from."""
+    """The requests to the sampler, which is replaced by one that returns its starting point."""
     requests = []
 
-    def answer_start(trained, request):
+    def return_start(trained, request):
         requests.append(request)
         return request.noise
 
-    monkeypatch.setattr(text_to_image, "sample", answer_start)
+    monkeypatch.setattr(text_to_image, "sample", return_start)
     return requests
 
 
@@ -154,7 +154,7 @@ def test_editing_starts_from_images_noised_as_far_as_its_strength(model, asked, 
     edit(model, images(), PROMPTS, strength=strength, w=1.0, seed=5, **steps)
     (request,) = asked
     assert (request.first, request.num_steps) == (first, 4)
-    # Of Stable Diffusion's thousand noise levels, the one at t = first / 4.
+    # The one of Stable Diffusion's thousand noise levels at t = first / 4.
     kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[250 * first - 1]
     latents = model.space.to_latents(images())
     noise = initial_noise(model.trained.description, 2, seed=5)
@@ -187,7 +187,7 @@ def test_inpainting_keeps_every_pixel_outside_of_the_mask(model):
 
 
 def some_masks():
-    """Masks of pixels; and of each 2 x 2 of them, a latent's: the upper left one, and the most."""
+    """Masks of pixels, and two masks of latents: the upper left pixel, and the maximum, of 2 x 2."""
     masks = np.random.default_rng(2).random((2, SIDE, SIDE)) < 0.3
     corners = [masks[:, i::2, j::2] for i in range(2) for j in range(2)]
     return masks, corners[0], np.maximum.reduce(corners)
@@ -303,7 +303,7 @@ def test_a_loaded_run_does_the_same(workdir, model):
 
 
 def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypatch):
-    # Pillow would have it render what calls itself an image and is a program.
+    # Pillow would call it to render a file that claims to be an image but is a program.
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
     ghostscript.chmod(0o755)

@@ -131,7 +131,7 @@ def shortages(*, train: int, test: int) -> list[str]:
     Raises UserError if nothing can be measured.
     """
     if train < 2:
-        raise UserError(f"the training split has {train} image: add more, evaluation needs 2")
+        raise UserError(f"the training split has {train} image: add more; an evaluation needs 2")
     lines = []
     if test < 2:
         lines.append(f"the test split has {test} image: results.csv gets no row of real images")

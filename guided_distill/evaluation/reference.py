@@ -236,6 +236,6 @@ def _check_statistics(
         )
     if not all(each.dtype.kind in "fiu" and np.isfinite(each).all() for each in (mean, covariance)):
         raise UserError(
-            f"--reference {path} has a mean or covariance that isn't finite: recreate it, or give "
-            f"another file"
+            f"--reference {path} has a mean or covariance with values that are not finite numbers: "
+            f"recreate it, or give another file"
         )

@@ -101,7 +101,9 @@ def test_what_few_images_lack_is_said_first():
     assert "precision and recall need 4 and are left out of the row of real images" in few
     (few,) = shortages(train=3, test=4)
     assert few.startswith("the training split has 3 images: precision and recall need 4")
-    with pytest.raises(UserError, match="the training split has 1 image: an evaluation needs 2"):
+    with pytest.raises(
+        UserError, match="the training split has 1 image: add more; an evaluation needs 2"
+    ):
         shortages(train=1, test=4)
 
 
