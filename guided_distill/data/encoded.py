@@ -162,7 +162,7 @@ def _open(
     folder: epath.Path, kind: str, width: int, count: int, size: int
 ) -> "ArrayRecordDataSource":
     """Opens `count` records of `width` bytes each, `size` per file."""
-    # Imported here, because it takes a while and of what a loaded model imports, only this needs it.
+    # Imported here, because grain takes a while to load and using a model doesn't need it otherwise.
     from grain.sources import ArrayRecordDataSource
 
     paths = []
@@ -188,7 +188,7 @@ def _open(
 
 
 def read_about(root: epath.Path) -> Encoding:
-    """Read a folder's description. Raises UserError if the folder holds no encoding in this format."""
+    """Reads a folder's description. Raises UserError if the folder holds no encoding in this format."""
     if not (root / ABOUT).exists():
         raise UserError(
             f"{root} holds no encoded data ({ABOUT} is missing): make it with guided-distill encode"

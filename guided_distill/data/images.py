@@ -35,7 +35,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """Split a folder's paths, sorted and without hidden ones, into images (by suffix) and others."""
+    """Splits a folder's paths, sorted and without hidden ones, into images (by suffix) and others."""
     there = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
         key=lambda entry: entry.name,

@@ -41,7 +41,7 @@ PHOTOS = {
 def photo10(split: str) -> Source:
     """Opens photo10. Classes alternate: example i is of class i % 10.
 
-    The size is ten times the patches of the largest class; smaller classes repeat theirs.
+    The size is ten times the number of patches of the largest class; smaller classes repeat theirs.
 
     Raises:
       UserError: a photograph is missing from the installed packages.

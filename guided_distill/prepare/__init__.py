@@ -1,1 +1,1 @@
-"""What is made once, before training: public packages become files, images become latents."""
+"""Prepares data once, before training: files from public packages, and masks for in-painting."""

@@ -1,7 +1,7 @@
 """emoji3: captioned drawings in three styles, made from three packages of the npm registry.
 
-Each emoji is drawn as Noto, as Twemoji and, nearly always, as Fluent 3D; its Unicode name captions it.
-The file that is written is one that the data source npz: reads.
+Each emoji is drawn in the styles Noto, Twemoji and, with few exceptions, Fluent 3D; its caption is its
+Unicode name and the style. The data source `npz:` reads the file that is written.
 """
 
 import json
@@ -19,7 +19,7 @@ from guided_distill.prepare.packages import NpmPackage, fetch, read_members
 from guided_distill.storage import npz_bytes, write_bytes
 
 MAX_SIDE = 256
-"""The side in pixels of the largest drawings, but for a few that are a little higher than wide."""
+"""The side in pixels of the largest drawings; a few are slightly taller than wide."""
 
 TONES = {
     "1F3FB": "light skin tone",
@@ -28,14 +28,14 @@ TONES = {
     "1F3FE": "medium-dark skin tone",
     "1F3FF": "dark skin tone",
 }
-# Swatches of skin tones, five drawings that show nothing else.
+# The category of five swatches, which show nothing but a skin tone.
 _LEFT_OUT = "Component"
 _LIST = "package/emoji.json"
 
 
 @dataclass(frozen=True)
 class Style:
-    """One way of drawing them all: the package, where in it the images are, and their licence."""
+    """One style of drawing: its package, the place of the images in the package, and their licence."""
 
     words: str
     package: NpmPackage
@@ -69,7 +69,7 @@ STYLES = (
         ),
         folder="package/img/twitter/64/",
         suffix=".png",
-        licence="Twemoji, Twitter and contributors: CC-BY-4.0, give credit where you show them",
+        licence="Twemoji, Twitter and contributors: CC-BY-4.0, give credit wherever you show them",
     ),
     Style(
         words="3D Fluent style",
@@ -82,15 +82,16 @@ STYLES = (
         ),
         folder="package/assets/",
         suffix=".webp",
-        licence="Fluent Emoji 3D, Microsoft: MIT by the package's word, which holds no licence file",
+        licence="Fluent Emoji 3D, Microsoft: MIT by the package's metadata, without a licence file",
     ),
 )
 
 
 class Emoji(NamedTuple):
-    """One emoji: its code points, joined by "-", and what is said of it.
+    """One emoji. code: its code points, joined by "-".
 
-    group: the name without a skin tone, the same for all copies of one drawing.
+    group: the name without a skin tone, the same for all skin tones of a drawing. skin_tone: whether the
+    emoji is a variant with a skin tone.
     """
 
     code: str
@@ -103,18 +104,19 @@ class Emoji(NamedTuple):
 def prepare_emoji(
     out: epath.Path, *, image_size: int, cache: epath.Path, skin_tones: bool = False
 ) -> dict[str, np.ndarray]:
-    """Writes the set to `out`, an .npz file, and answers its fields.
+    """Writes the data set to `out`, an .npz file, and returns its fields.
 
     image uint8 [N, image_size, image_size, 3], on white; label [N], the category, named by class_names;
     style [N], named by style_names; name [N], the Unicode name; caption [N], name and style; group [N],
-    the name without a skin tone; skin_tone bool [N], whether it is a copy in a skin tone; licence [3].
+    the name without a skin tone; skin_tone bool [N], whether it is a variant with a skin tone; licence
+    [3], of each style.
 
     Args:
-      cache: folder of the packages' tarballs, which are fetched where they are missing.
-      skin_tones: keep the copies in skin tones.
+      cache: folder for the packages' tarballs; missing ones are downloaded.
+      skin_tones: whether to keep the variants with skin tones.
 
     Raises:
-      UserError: a bad size, or packages that can't be had or aren't what they were.
+      UserError: image_size or out is invalid, or a package can't be downloaded or isn't the pinned one.
     """
     if not 8 <= image_size <= MAX_SIDE:
         raise UserError(f"--image_size is {image_size}: give 8 to {MAX_SIDE} pixels")
@@ -152,24 +154,24 @@ def prepare_emoji(
 
 
 def _list_emojis(archive: epath.Path) -> Iterator[Emoji]:
-    """Every emoji of the list in an archive, each followed by its copies in skin tones."""
+    """Yields every emoji in an archive's list, each followed by its variants with skin tones."""
     texts = read_members(archive, lambda name: name == _LIST)
     if _LIST not in texts:
-        raise UserError(f"{archive} has no {_LIST}: remove it, and it is fetched again")
+        raise UserError(f"{archive} has no {_LIST}: remove the archive, and run the command again")
     for entry in json.loads(texts[_LIST]):
         name = entry["name"].lower()
         about = {"group": name, "category": entry["category"]}
         yield Emoji(code=entry["unified"].lower(), name=name, skin_tone=False, **about)
-        for tones, copy in entry.get("skin_variations", {}).items():
+        for tones, variant in entry.get("skin_variations", {}).items():
             words = " and ".join(TONES[tone] for tone in tones.split("-"))
-            code = copy["unified"].lower()
+            code = variant["unified"].lower()
             yield Emoji(code=code, name=f"{name}, {words}", skin_tone=True, **about)
 
 
 def _drawings(
     style: Style, archive: epath.Path, emojis: list[Emoji], size: int
 ) -> Iterator[tuple[Emoji, np.ndarray]]:
-    """The emojis that a style has, each with its image [size, size, 3]."""
+    """Yields the emojis that a style has, each with its image [size, size, 3]."""
     wanted = {_plain(emoji.code) for emoji in emojis}
 
     def code_of(member: str) -> str:
@@ -188,15 +190,18 @@ def _drawings(
 
 
 def _plain(code: str) -> str:
-    """Code points without the variation selector, which some file names leave out."""
+    """The code points without the variation selector, which some file names leave out."""
     return "-".join(point for point in code.split("-") if point != "fe0f")
 
 
 def _decode(what: str, file: bytes, size: int) -> np.ndarray:
-    """Pixels uint8 [size, size, 3] over white."""
+    """Decodes a drawing to uint8 [size, size, 3], composited over white and centred in a square."""
     drawing = decode_image(file, what=what)
     if max(drawing.size) > 2 * MAX_SIDE:
-        raise UserError(f"{what} isn't the drawing it should be: it is {drawing.size} pixels")
+        raise UserError(
+            f"{what} has {drawing.width} x {drawing.height} pixels, more than a drawing should have: "
+            f"remove the archive, and run the command again"
+        )
     side = max(drawing.size)
     square = Image.new("RGB", (side, side), "white")
     square.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))

@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao et al. 2017), from the files that Debian's package dataset-fashion-mnist installs.
 
-They are the data set's own, in the IDX format of MNIST, packed by gzip; the licence is MIT. The files
-that are written are what `npz:OUT/fashion_mnist_{split}.npz` reads.
+These are the original files, in MNIST's IDX format, compressed with gzip; the licence is MIT. The source
+`npz:OUT/fashion_mnist_{split}.npz` reads the files that are written.
 """
 
 import gzip
@@ -27,7 +27,7 @@ CLASS_NAMES = (
 
 
 class Pinned(NamedTuple):
-    """A file and its SHA-256, hexadecimal."""
+    """The name of a file and its SHA-256 in hexadecimal."""
 
     name: str
     sha256: str
@@ -55,7 +55,7 @@ FILES = {
         ),
     ),
 }
-"""Images and labels of each split."""
+"""The files of images and labels of each split."""
 
 _MAX_BYTES = 1 << 28
 
@@ -66,10 +66,10 @@ def prepare_fashion_mnist(out: epath.Path, source: epath.Path) -> list[epath.Pat
     Their fields: image uint8 [N, 28, 28], label int32 [N], class_names [10].
 
     Args:
-      source: folder of the four files of `FILES`.
+      source: folder with the four files in `FILES`.
 
     Raises:
-      UserError: a file is missing, isn't what was pinned, or is no whole IDX file.
+      UserError: a file is missing, isn't the pinned one, or isn't a complete IDX file.
     """
     for pinned in (each for split in SPLITS for each in FILES[split]):
         _check(source / pinned.name, pinned.sha256)
@@ -79,7 +79,7 @@ def prepare_fashion_mnist(out: epath.Path, source: epath.Path) -> list[epath.Pat
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise UserError(
                 f"{source}: the {split} files hold images {list(images.shape)} and labels "
-                f"{list(labels.shape)}: give those of Fashion-MNIST"
+                f"{list(labels.shape)}: give the files of Fashion-MNIST"
             )
         paths.append(out / f"fashion_mnist_{split}.npz")
         fields = {"image": images, "label": labels.astype(np.int32)}
@@ -90,38 +90,40 @@ def prepare_fashion_mnist(out: epath.Path, source: epath.Path) -> list[epath.Pat
 def _check(path: epath.Path, sha256: str) -> None:
     if regular_file(path) is None:
         raise UserError(
-            f"{path} is missing: install Debian's package {PACKAGE} (apt-get install {PACKAGE}), or give "
-            f"--from, a folder of its files"
+            f"{path} is missing: install Debian's package {PACKAGE} (apt-get install {PACKAGE}), or pass "
+            f"--from with a folder of its files"
         )
     if file_digest(path, "sha256") != sha256:
         raise UserError(
-            f"{path} is not the file that was pinned, its SHA-256 differs: give --from, a folder of the "
-            f"files as Debian's package {PACKAGE} has them"
+            f"{path} is not the pinned file (its SHA-256 differs): pass --from with a folder of the "
+            f"files from Debian's package {PACKAGE}"
         )
 
 
 def read_idx(path: epath.Path) -> np.ndarray:
-    """The bytes of a packed IDX file, uint8 of its shape.
+    """Reads the array of unsigned bytes in a gzipped IDX file: uint8, with the shape in its header.
 
-    It begins with two zeros, 8 for unsigned bytes, the number of dimensions, and each of them in four
-    bytes, the highest first. Raises UserError if it is cut, longer than it says, or of another type.
+    The header is two zero bytes, 8 for unsigned bytes, the number of dimensions, and the size of each as
+    a big-endian uint32. Raises UserError if the content is truncated, too long or of another type.
     """
     try:
-        with path.open("rb") as packed, gzip.open(packed) as file:
+        with path.open("rb") as compressed, gzip.open(compressed) as file:
             start = file.read(4)
             if len(start) < 4 or start[:3] != b"\0\0\x08":
-                raise ValueError("it doesn't begin as an IDX file of bytes does")
+                raise ValueError("it doesn't begin like an IDX file of unsigned bytes")
             sizes = file.read(4 * start[3])
             if len(sizes) < 4 * start[3]:
                 raise ValueError("it ends within its header")
             shape = tuple(np.frombuffer(sizes, ">u4").tolist())
             count = math.prod(shape)
             if count > _MAX_BYTES:
-                raise ValueError(f"its header says {list(shape)}, which is too large")
+                raise ValueError(f"its header states the shape {list(shape)}, which is too large")
             content = file.read(count + 1)
             if len(content) != count:
                 than = "more" if len(content) > count else "fewer"
-                raise ValueError(f"it has {than} than the {count} bytes that its header says")
-    except Exception as error:  # Whatever damaged bytes raise in gzip.
-        raise UserError(f"{path} can't be read as an IDX file: {first_line(error)}") from error
+                raise ValueError(f"it has {than} than the {count} bytes that its header states")
+    except Exception as error:  # Damaged bytes raise many types of error in gzip.
+        raise UserError(
+            f"{path} can't be read as an IDX file ({first_line(error)}): get it again"
+        ) from error
     return np.frombuffer(content, np.uint8).reshape(shape)

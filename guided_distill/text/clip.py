@@ -1,4 +1,4 @@
-"""CLIP's text encoder (Radford et al. 2021), read from a folder of Stable Diffusion."""
+"""CLIP's text encoder (Radford et al. 2021), read from the folder of a diffusers model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from guided_distill.models.stable_diffusion.text_encoder import ACTIVATIONS, CLI
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.tokenizers import clip_tokenizer
 
-# transformers' defaults for keys that config.json omits.
+# transformers' defaults for keys that are missing in config.json.
 CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -26,17 +26,17 @@ CLIP_TEXT_DEFAULTS = {
 
 
 def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
-    """The encoder in the folders `text_encoder` and `tokenizer` of a diffusers model.
+    """Loads the encoder in the folders `text_encoder` and `tokenizer` of a diffusers model.
 
-    It returns the normalized states of the last layer. Tokens also attend to padding, because Stable
-    Diffusion was trained with that. name: see `TextEncoder`.
+    It returns the normalized states of the last layer. Its attention doesn't mask padding, because Stable
+    Diffusion was trained that way. name: see `TextEncoder`.
 
-    Raises UserError if a part is missing, can't be read, or doesn't fit the other.
+    Raises UserError if one of the folders is missing or can't be read, or if they don't fit each other.
     """
     for part in ("text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"{folder} has no folder {part}: give clip: the folder of a diffusers model"
+                f"{folder} has no folder {part}: give clip:DIR with the folder of a diffusers model"
             )
     network, params = read_text_encoder(folder / "text_encoder")
     tokenizer = clip_tokenizer(folder / "tokenizer")
@@ -44,8 +44,8 @@ def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
     if words > network.vocab_size or tokenizer.length > network.max_position_embeddings:
         raise UserError(
             f"{folder}: the tokenizer has {words} words and a length of {tokenizer.length}, but the text "
-            f"encoder takes {network.vocab_size} and {network.max_position_embeddings}: give the two "
-            f"folders of one model"
+            f"encoder takes {network.vocab_size} and {network.max_position_embeddings}: take both "
+            f"folders from the same model"
         )
 
     def hidden(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -57,9 +57,9 @@ def load_clip(folder: epath.Path, *, name: str) -> TextEncoder:
 
 
 def read_text_encoder(folder: epath.Path) -> tuple[CLIPTextEncoder, Params]:
-    """The CLIP text encoder in a folder, usually `text_encoder`, and its weights.
+    """Reads the CLIP text encoder in a folder, usually `text_encoder`, and its weights.
 
-    Raises UserError, naming the key or the tensors, if it isn't supported.
+    Raises UserError, naming the key or the tensors, if the encoder isn't supported.
     """
     config, where = read_json(folder / "config.json"), folder / "config.json"
     one_of(config.get("model_type"), ("clip_text_model",), "model_type", where)

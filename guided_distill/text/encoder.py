@@ -1,4 +1,4 @@
-"""What a text encoder is."""
+"""Frozen text encoders."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,8 @@ _BATCH = 32
 class TextEncoder:
     """A frozen encoder of prompts.
 
-    name: what `load_text_encoder` loads it by. shape: (L, D), tokens and the width of each.
+    name: the argument of `load_text_encoder` that loads it. shape: (L, D), the number of tokens and the
+    width of each token's state.
     """
 
     name: str
@@ -30,17 +31,18 @@ class TextEncoder:
     params: Mapping[str, Any] = field(repr=False)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts [n] -> the last layer's states, float32 [n, L, D], at padding too.
+        """Prompts [n] -> the last layer's states, float32 [n, L, D], including those of padding.
 
-        A prompt that is too long is cut, with a warning.
+        A prompt that is too long is truncated with a warning.
         """
         parts = [states for states, _ in self._batches(prompts)]
         return np.concatenate(parts) if parts else np.zeros((0, *self.shape), np.float32)
 
     def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """States [b, L, D] and masks [b, L] in turn.
+        """Yields the states [b, L, D] and the mask [b, L] of each batch.
 
-        A batch is filled up to a power of two, so that there are few compilations and one prompt is one.
+        Batches are padded to a power of two, so that there are few compilations and small batches stay
+        small.
         """
         tokens, mask = self.tokenizer(prompts)
         for start in range(0, len(tokens), _BATCH):
@@ -58,12 +60,12 @@ class TextEncoder:
 
 
 class SentenceEncoder(TextEncoder):
-    """An encoder whose states also make a vector of a whole prompt."""
+    """A text encoder that can also embed a whole prompt as one vector."""
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts [n] -> float32 [n, D] of length 1: the mean of the states of a prompt's own tokens.
+        """Prompts [n] -> unit vectors, float32 [n, D]: the normalized mean of the states without padding.
 
-        As sentence-transformers pools all-MiniLM-L6-v2 (Reimers & Gurevych 2019).
+        sentence-transformers pools all-MiniLM-L6-v2 in the same way (Reimers & Gurevych 2019).
         """
         parts = [np.zeros((0, self.shape[1]), np.float32)]
         for states, mask in self._batches(prompts):

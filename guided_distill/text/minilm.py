@@ -1,6 +1,6 @@
-"""all-MiniLM-L6-v2: BERT (Devlin et al. 2019) of 6 layers and width 384, trained for sentences.
+"""all-MiniLM-L6-v2, a BERT (Devlin et al. 2019) with 6 layers and width 384, trained to embed sentences.
 
-`prepare/minilm.py` gets its files.
+`prepare/minilm.py` downloads its files.
 """
 
 import functools
@@ -20,7 +20,7 @@ from guided_distill.text.encoder import SentenceEncoder
 from guided_distill.text.tokenizers import wordpiece_tokenizer
 
 LENGTH = 32
-"""Tokens of a prompt, the first and the last included; the model could take 512."""
+"""Tokens per prompt, including the start and end tokens; the model would take up to 512."""
 
 
 def _normalized(epsilon: float) -> nn.LayerNorm:
@@ -28,14 +28,14 @@ def _normalized(epsilon: float) -> nn.LayerNorm:
 
 
 class BertAttention(nn.Module):
-    """From every token to those that the mask lets through."""
+    """Residual attention of every token to the tokens in the mask, then normalization."""
 
     num_heads: int
     epsilon: float
 
     @nn.compact
     def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """states [B, L, D], mask [B, L] -> [B, L, D], added to the states and normalized."""
+        """states [B, L, D], mask [B, L] -> [B, L, D]."""
         attended = _SelfAttention(self.num_heads, name="self")(states, mask)
         return _Output(states.shape[-1], self.epsilon, name="output")(attended, states)
 
@@ -55,7 +55,7 @@ class _SelfAttention(nn.Module):
 
 
 class _Output(nn.Module):
-    """A projection, added to what came before and normalized."""
+    """Projects a branch, adds it to the states and normalizes the sum."""
 
     width: int
     epsilon: float
@@ -75,7 +75,7 @@ class _Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention and a perceptron, each residual and normalized after."""
+    """Attention and a perceptron, both residual and post-normalized."""
 
     num_heads: int
     intermediate_size: int
@@ -114,13 +114,13 @@ class _Embeddings(nn.Module):
         positions = embed(self.max_position_embeddings, name="position_embeddings")(
             jnp.arange(tokens.shape[1])[None]
         )
-        # A prompt is a first sentence without a second.
+        # BERT takes pairs of sentences; a prompt is a first sentence without a second one.
         kind = embed(self.type_vocab_size, name="token_type_embeddings")(jnp.zeros((1, 1), int))
         return _normalized(self.epsilon)(words + positions + kind)
 
 
 class Bert(nn.Module):
-    """The encoder; fields are those of transformers' BertConfig."""
+    """The BERT encoder; fields are those of transformers' BertConfig."""
 
     vocab_size: int
     hidden_size: int
@@ -155,16 +155,16 @@ def load_minilm(
     vocabulary: epath.Path | None = None,
     length: int = LENGTH,
 ) -> SentenceEncoder:
-    """The encoder in a folder of config.json, vocab.txt and model.safetensors.
+    """Loads the encoder in a folder with config.json, vocab.txt and model.safetensors.
 
-    vocabulary: where vocab.txt is, if it isn't in the folder. length: tokens of a prompt at most, the
-    first and the last included.
+    vocabulary: the path of vocab.txt, if it isn't in the folder. length: tokens per prompt, including the
+    start and end tokens.
 
     Raises UserError if a file is missing, can't be read, or isn't of such a model.
     """
     if not folder.is_dir():
         raise UserError(
-            f"no folder {folder}: make it by guided-distill prepare minilm --out {folder}"
+            f"no folder {folder}: run guided-distill prepare minilm --out {folder} to make it"
         )
     network = _network(folder / "config.json")
     tokenizer = wordpiece_tokenizer(vocabulary or folder / "vocab.txt", length)
@@ -183,9 +183,9 @@ def load_minilm(
 def bert_params(
     network: Bert, tensors: Mapping[str, Any], *, source: epath.Path
 ) -> Mapping[str, Any]:
-    """The network's weights from tensors in transformers' names; UserError if they don't fit.
+    """The network's weights from tensors with transformers' names. Raises UserError if they don't fit.
 
-    The pooler, a layer for classifying, is left out.
+    The pooler, a layer for classification, is left out.
     """
     example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 2), jnp.bool)
@@ -206,10 +206,15 @@ def _network(path: epath.Path) -> Bert:
         ("position_embedding_type", "absolute"),
     ):
         if config.get(key, expected) != expected:
-            raise UserError(f"{path} has the {key} {config[key]!r}; only {expected!r} can be read")
+            raise UserError(
+                f"{path} has the {key} {config[key]!r}: give a model with {expected!r}, because no other "
+                f"is supported"
+            )
     fields = [field for field in Bert.__dataclass_fields__ if field not in ("parent", "name")]
     if missing := [field for field in fields if field not in config]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: is it MiniLM's config.json?")
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: use the config.json that comes with MiniLM"
+        )
     read: dict[str, Any] = {
         field: whole_number(config[field], field, path) for field in fields[:-1]
     }

@@ -11,15 +11,15 @@ from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.minilm import LENGTH, load_minilm
 
 KNOWN = ("minilm:DIR", "clip:DIR")
-"""What a config may name."""
+"""The text encoders that a config can name."""
 
 COMPANIONS_PREFIX = "companions:"
 
 
 def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
-    """Writes one of `KNOWN` into the folders text_encoder and tokenizer of `out`.
+    """Copies one of `KNOWN` into the folders text_encoder and tokenizer of `out`.
 
-    Answers what a diffusers model's index says of them. Raises UserError if that fails.
+    Returns their entries for a diffusers model's index. Raises UserError if copying fails.
     """
     kind, _, folder = name.partition(":")
     if kind == "clip":
@@ -31,7 +31,7 @@ def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
         }
     source = path_named(folder)
     copy_folder(source, out / "text_encoder", leave_out=("vocab.txt", "config.json"))
-    # diffusers gives an encoder the mask of a prompt's own tokens only where its config says so.
+    # Without this key, diffusers doesn't pass the mask of the prompt's tokens to the encoder.
     config = read_json(source / "config.json") | {"use_attention_mask": True}
     write_json(out / "text_encoder" / "config.json", config)
     copy_folder(source, out / "tokenizer", leave_out=("model.safetensors", "config.json"))
@@ -44,12 +44,12 @@ def copy_text_encoder(name: str, out: epath.Path) -> dict[str, list[str]]:
 
 
 def load_text_encoder(name: str) -> TextEncoder:
-    """Opens one of `KNOWN`, or companions:DIR, either kind beside an imported or trained model.
+    """Loads one of `KNOWN`, or companions:DIR, where DIR is beside an imported or trained model.
 
-    DIR holds, for minilm, what `guided-distill prepare minilm` put there; for the others, the folders
-    text_encoder and tokenizer of a diffusers model.
+    For minilm, DIR is a folder written by `guided-distill prepare minilm`; for clip and companions, it
+    holds the folders text_encoder and tokenizer of a diffusers model. Companions can be of either kind.
 
-    Raises UserError if there is no such encoder, or for what is in DIR.
+    Raises UserError if the encoder is unknown or the files in DIR can't be read.
     """
     kind, _, folder = name.partition(":")
     if name.startswith(COMPANIONS_PREFIX):

@@ -1,7 +1,7 @@
-"""Prompts to token numbers of a fixed length: CLIP's byte-level BPE, BERT's WordPiece.
+"""Tokenizers of a fixed length: CLIP's byte-level BPE and BERT's WordPiece.
 
-The rules of both are those that their published vocabularies were made with (Radford et al. 2021; Devlin
-et al. 2019), carried out by the library `tokenizers`.
+Both follow the rules that their published vocabularies were made with (Radford et al. 2021; Devlin et
+al. 2019), as the library `tokenizers` implements them.
 """
 
 import logging
@@ -21,7 +21,7 @@ from guided_distill.formats.json_files import read_json, read_model_text
 log = logging.getLogger(__name__)
 
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# What CLIP calls a word: its own marks, English endings, letters, one digit, or other signs.
+# A word in CLIP: a special token, an English contraction, letters, one digit, or other symbols.
 _CLIP_WORD = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
@@ -31,9 +31,9 @@ _BERT_MARKS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Fills every prompt up to, or cuts it to, `length` tokens, start and end among them.
+    """Tokenizes prompts, padded or truncated to `length` tokens, including the start and end tokens.
 
-    start, end, pad: numbers of the tokens around a prompt and after it.
+    start, end, pad: the ids of the start, end and padding tokens.
     """
 
     vocabulary: tokenizers.Tokenizer
@@ -43,48 +43,48 @@ class Tokenizer:
     pad: int
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts [n] -> (tokens int32 [n, length], mask bool [n, length]: True up to the end token).
+        """Prompts [n] -> (token ids int32 [n, length], mask bool [n, length]: True up to the end token).
 
-        A warning says what is cut from a prompt that is too long. Raises UserError for what is no text.
+        If a prompt is too long, a warning quotes the rest. Raises UserError if a prompt isn't text.
         """
         for prompt in prompts:
             if not is_text(prompt):
                 raise UserError(
-                    f"the prompt {prompt!a} can't be read as text: give a string in UTF-8"
+                    f"the prompt {prompt!a} can't be encoded in UTF-8: give a valid string"
                 )
         tokens = np.full((len(prompts), self.length), self.pad, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        room = self.length - 2
+        most = self.length - 2
         encoded = self.vocabulary.encode_batch(list(prompts), add_special_tokens=False)
         for row, (prompt, words) in enumerate(zip(prompts, encoded, strict=True)):
-            if len(words.ids) > room:
+            if len(words.ids) > most:
                 log.warning(
-                    "a prompt has %d tokens and the text encoder takes %d, so this is cut from it: %r",
+                    "a prompt has %d tokens, but the text encoder takes %d, so the rest is ignored: %r",
                     len(words.ids),
-                    room,
-                    prompt[words.offsets[room][0] :],
+                    most,
+                    prompt[words.offsets[most][0] :],
                 )
-            whole = [self.start, *words.ids[:room], self.end]
+            whole = [self.start, *words.ids[:most], self.end]
             tokens[row, : len(whole)] = whole
             mask[row, : len(whole)] = True
         return tokens, mask
 
 
 def clip_tokenizer(folder: epath.Path) -> Tokenizer:
-    """The tokenizer of a diffusers model, from its folder `tokenizer`.
+    """Reads the tokenizer of a diffusers model from its folder `tokenizer`.
 
-    Its length is model_max_length. Which token fills up differs: <|endoftext|> in Stable Diffusion 1,
-    "!" in 2. As in transformers, tokenizer_config.json names it, with the tokens that were added to the
-    vocabulary, where it lists those; in older folders special_tokens_map.json and added_tokens.json do.
+    Its length is model_max_length. The padding token is <|endoftext|> in Stable Diffusion 1 and "!" in 2.
+    As in transformers, if tokenizer_config.json lists the tokens added to the vocabulary, it also names
+    the special tokens; in older folders, added_tokens.json and special_tokens_map.json do.
 
-    Raises UserError if a file is missing or can't be read, or if a token can't have its number.
+    Raises UserError if a file is missing or can't be read, or if an added token's id doesn't fit.
     """
     where = folder / "tokenizer_config.json"
     config = read_json(where)
     length = config.get("model_max_length")
     if not isinstance(length, int) or not 2 <= length <= 4096:
         raise UserError(
-            f"{where} has the model_max_length {length}: set it to the text encoder's "
+            f"{where} has model_max_length {length}: set it to the text encoder's "
             "max_position_embeddings, which is 77 in Stable Diffusion"
         )
     named, special = dict(config), folder / "special_tokens_map.json"
@@ -101,15 +101,15 @@ def clip_tokenizer(folder: epath.Path) -> Tokenizer:
     vocabulary = _clip_vocabulary(folder)
     _add_tokens(vocabulary, _added_tokens(folder, config, marks), folder)
     start, end, pad = (_number(vocabulary, mark, folder) for mark in marks)
-    # So "!", where it fills up, is a token by itself in prompts too.
+    # If "!" is the padding token, it must also be a token by itself in prompts.
     vocabulary.add_special_tokens(marks)
     return Tokenizer(vocabulary, length, start=start, end=end, pad=pad)
 
 
 def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
-    """The tokenizer of an uncased BERT, from its vocab.txt: a token a line.
+    """Reads the tokenizer of an uncased BERT from its vocab.txt, which holds one token per line.
 
-    Raises UserError if the file can't be read or lacks BERT's own tokens.
+    Raises UserError if the file can't be read or lacks BERT's special tokens.
     """
     words = read_model_text(file).splitlines()
     numbers = {word: number for number, word in enumerate(words)}
@@ -128,7 +128,9 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
         try:
             vocabulary = tokenizers.Tokenizer.from_str(read_model_text(folder / "tokenizer.json"))
         except Exception as error:  # The library's errors have no class of their own.
-            raise UserError(f"{folder}/tokenizer.json can't be read: {error}") from error
+            raise UserError(
+                f"{folder}/tokenizer.json can't be read ({error}): get the tokenizer's folder again"
+            ) from error
         vocabulary.no_padding()
         vocabulary.no_truncation()
         return vocabulary
@@ -141,7 +143,10 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
             numbers, merges, end_of_word_suffix="</w>", unk_token=_CLIP_END, fuse_unk=False
         )
     except Exception as error:  # As above.
-        raise UserError(f"{folder}: vocab.json and merges.txt don't fit: {error}") from error
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt don't fit each other ({error}): get the tokenizer's "
+            f"folder again"
+        ) from error
     vocabulary = tokenizers.Tokenizer(model)
     vocabulary.normalizer = normalizers.Sequence(
         [
@@ -162,7 +167,7 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
 def _added_tokens(
     folder: epath.Path, config: Mapping[str, Any], marks: Collection[str]
 ) -> dict[int, tokenizers.AddedToken]:
-    """The tokens beside the vocabulary's, such as those of textual inversion, by their numbers."""
+    """The tokens added to the vocabulary, such as those of textual inversion, by their ids."""
     where = folder / "tokenizer_config.json"
     if (decoder := config.get("added_tokens_decoder")) is not None:
         return {
@@ -186,39 +191,39 @@ def _add_tokens(
         vocabulary.add_tokens([token])
         if (given := vocabulary.token_to_id(token.content)) != number:
             raise UserError(
-                f"{folder}: the added token {token.content} has the number {number}, and the vocabulary "
-                f"gives it {given}: get the whole folder of the tokenizer"
+                f"{folder}: the added token {token.content} has the id {number}, but the vocabulary "
+                f"gives it {given}: get the tokenizer's folder again"
             )
 
 
 def _token(token: Any, where: epath.Path) -> tokenizers.AddedToken:
     content = _content(token, f"{where}: a token of added_tokens_decoder")
-    how = {name: token[name] for name in _TOKEN_FLAGS if name in _object(token, where)}
-    if not all(isinstance(value, bool) for value in how.values()):
+    flags = {name: token[name] for name in _TOKEN_FLAGS if name in _object(token, where)}
+    if not all(isinstance(value, bool) for value in flags.values()):
         raise UserError(
-            f"{where}: the added token {content} needs true or false for {', '.join(how)}"
+            f"{where}: the added token {content} must have true or false for {', '.join(flags)}"
         )
-    return tokenizers.AddedToken(content, **how)
+    return tokenizers.AddedToken(content, **flags)
 
 
 def _object(value: Any, where: epath.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: added_tokens_decoder must hold an object for each number")
+        raise UserError(f"{where}: added_tokens_decoder must be an object with one object per id")
     return value
 
 
 def _whole(number: Any, where: epath.Path) -> int:
     if isinstance(number, bool) or not str(number).isdecimal():
-        raise UserError(f"{where} has the number {number!r} for an added token: it must be whole")
+        raise UserError(f"{where} gives an added token the id {number!r}: make it a whole number")
     return int(number)
 
 
 def _content(token: Any, what: str) -> str:
-    """A token's text; the files hold it by itself or in an object."""
+    """A token's text, which the files hold as a string or in an object."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise UserError(
-            f"{what} is {content!r}, and must be a text: get the tokenizer's folder again"
+            f"{what} is {content!r}, but must be a string: get the tokenizer's folder again"
         )
     return content
 
@@ -226,5 +231,5 @@ def _content(token: Any, what: str) -> str:
 def _number(vocabulary: tokenizers.Tokenizer, token: str, source: epath.Path) -> int:
     number = vocabulary.token_to_id(token)
     if number is None:
-        raise UserError(f"{source} has no token {token}: is it the whole vocabulary?")
+        raise UserError(f"{source} has no token {token}: get the whole vocabulary")
     return number

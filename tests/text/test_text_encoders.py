@@ -25,7 +25,7 @@ def encoder(folder):
     return load_text_encoder(f"minilm:{folder}")
 
 
-def test_what_fills_up_a_prompt_is_never_seen(encoder, folder):
+def test_padding_has_no_effect(encoder, folder):
     prompts = ["red apple", "two apples, 2 red", ""]
     states = encoder.encode(prompts)
     assert states.shape == (3, *encoder.shape) == (3, minilm.LENGTH, 24)
@@ -35,7 +35,7 @@ def test_what_fills_up_a_prompt_is_never_seen(encoder, folder):
     assert np.abs(states[0] - states[1]).max() > 0.1
 
 
-def test_prompts_are_encoded_one_by_one(encoder):
+def test_prompts_are_encoded_independently(encoder):
     prompts = [f"the {number}th apple" for number in range(33)]
     together = encoder.encode(prompts)
     assert len(together) == 33
@@ -44,10 +44,10 @@ def test_prompts_are_encoded_one_by_one(encoder):
 
 
 def test_a_few_prompts_take_a_small_batch(encoder):
-    asked = []
+    sizes = []
 
     def hidden(params, tokens, mask):
-        asked.append(len(tokens))
+        sizes.append(len(tokens))
         return encoder.hidden(params, tokens, mask)
 
     counted = dataclasses.replace(encoder, hidden=hidden)
@@ -55,11 +55,11 @@ def test_a_few_prompts_take_a_small_batch(encoder):
         np.testing.assert_allclose(
             counted.encode(["the"] * count)[-1], encoder.encode(["the"])[0], atol=1e-5
         )
-    # Traced once for each size: 33 prompts are 32 and one.
-    assert asked == [1, 2, 4, 32]
+    # Each size is traced once: 33 prompts are batches of 32 and one.
+    assert sizes == [1, 2, 4, 32]
 
 
-def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
+def test_a_sentence_is_the_mean_of_its_tokens(encoder):
     prompts = ["red apple", "the"]
     found = encoder.embed(prompts)
     for vector, states, count in zip(found, encoder.encode(prompts), (4, 3), strict=True):
@@ -68,12 +68,12 @@ def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
     assert encoder.embed([]).shape == (0, 24)
 
 
-def test_a_prompt_too_long_is_cut_with_a_warning_that_quotes_the_rest(tmp_path, caplog):
+def test_a_long_prompt_is_truncated_with_a_warning_that_quotes_the_rest(tmp_path, caplog):
     write_words(tmp_path / "vocab.txt")
     tokenizer = wordpiece_tokenizer(epath.Path(tmp_path) / "vocab.txt", 5)
     tokens, mask = tokenizer(["The RED apple, and  More", "the"])
     assert caplog.messages == [
-        "a prompt has 11 tokens and the text encoder takes 3, so this is cut from it: ', and  More'"
+        "a prompt has 11 tokens, but the text encoder takes 3, so the rest is ignored: ', and  More'"
     ]
     words = [WORDS[number] for number in tokens.ravel()]
     assert words == ["[CLS]", "the", "red", "apple", "[SEP]", "[CLS]", "the", "[SEP]"] + 2 * [
@@ -95,7 +95,7 @@ def test_clip_from_a_diffusers_folder(tmp_path):
 
 def test_clip_parts_of_different_models_are_refused(tmp_path):
     write_clip(tmp_path, max_position_embeddings=LENGTH - 1)
-    with pytest.raises(UserError, match=r"length of 24.*takes 524 and 23.*folders of one model"):
+    with pytest.raises(UserError, match=r"length of 24.*takes 524 and 23.*from the same model"):
         load_text_encoder(f"clip:{tmp_path}")
 
 
@@ -116,7 +116,11 @@ def test_missing_folders_say_how_to_make_them(tmp_path):
     ("file", "content", "message"),
     [
         ("vocab.txt", "a\nb\n", r"vocab\.txt has no token \[CLS\]"),
-        ("config.json", '{"model_type": "roberta"}', r"model_type 'roberta'; only 'bert'"),
+        (
+            "config.json",
+            '{"model_type": "roberta"}',
+            r"model_type 'roberta': give a model with 'bert'",
+        ),
         ("config.json", json.dumps({**BERT, "hidden_size": "24"}), "hidden_size is '24'"),
         (
             "config.json",
@@ -124,7 +128,7 @@ def test_missing_folders_say_how_to_make_them(tmp_path):
             "doesn't divide hidden_size",
         ),
         ("config.json", json.dumps({**BERT, "layer_norm_eps": None}), "layer_norm_eps is None"),
-        ("config.json", "{}", r"lacks vocab_size.*MiniLM's config\.json"),
+        ("config.json", "{}", r"has no vocab_size.*config\.json that comes with MiniLM"),
         ("config.json", json.dumps({**BERT, "num_hidden_layers": 3}), r"lacks encoder\.layer"),
         ("model.safetensors", "x", r"can't be read as safetensors"),
     ],
@@ -145,26 +149,30 @@ def test_damaged_files_of_minilm_are_named(tmp_path, file, content, message):
         ("vocab.json", '{"a": 0}', r"no token <\|startoftext\|>|don't fit"),
         ("tokenizer_config.json", "{}", r"model_max_length None: set it"),
         ("special_tokens_map.json", '{"pad_token": "?!"}', r"no token \?!"),
-        ("special_tokens_map.json", '{"pad_token": null}', "pad_token is None, and must be a text"),
+        (
+            "special_tokens_map.json",
+            '{"pad_token": null}',
+            "pad_token is None, but must be a string",
+        ),
         ("special_tokens_map.json", '{"pad_token": {"x": 1}}', "pad_token is None"),
         ("special_tokens_map.json", '{"bos_token": [1]}', r"bos_token is \[1\]"),
         ("special_tokens_map.json", "[]", "should hold an object"),
-        ("added_tokens.json", '{"<sks>": "x"}', "number 'x' for an added token"),
-        ("added_tokens.json", '{"<sks>": 900}', r"<sks> has the number 900.*gives it 524"),
+        ("added_tokens.json", '{"<sks>": "x"}', "an added token the id 'x'"),
+        ("added_tokens.json", '{"<sks>": 900}', r"<sks> has the id 900.*gives it 524"),
         (
             "tokenizer_config.json",
             '{"model_max_length": 24, "added_tokens_decoder": ["<sks>"]}',
-            "must hold an object for each number",
+            "must be an object with one object per id",
         ),
         (
             "tokenizer_config.json",
             '{"model_max_length": 24, "added_tokens_decoder": {"524": "<sks>"}}',
-            "must hold an object for each number",
+            "must be an object with one object per id",
         ),
         (
             "tokenizer_config.json",
             '{"model_max_length": 24, "added_tokens_decoder": {"524": {"content": "a", "special": 1}}}',
-            "needs true or false for special",
+            "must have true or false for special",
         ),
     ],
 )
