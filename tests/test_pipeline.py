@@ -539,7 +539,7 @@ def test_evaluate_and_report(finished, capsys):
     page = write_report(epath.Path(finished)).read_text()
     assert "Encoding and decoding" in page
     assert headline(comparable(with_flags, "classifier")) in page
-    assert "of n = 32 samples" in page
+    assert "with n = 32 samples" in page
     assert "http" not in page.split("<pre>")[0]
     assert page.count("<img") == page.count("alt=")
     assert page.count("data:image/png;base64,") >= 10
