@@ -99,7 +99,7 @@ def _captions(root: epath.Path, files: Sequence[epath.Path]) -> list[list[str]]:
             texts[root / name].append(text)
         else:
             elsewhere += 1
-    if missing := [file for file, those in texts.items() if not those]:
+    if missing := [file for file, found in texts.items() if not found]:
         raise UserError(f"{path} has no text for {missing[0]}: add a line for it")
     if elsewhere:
         warn_once(

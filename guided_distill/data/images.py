@@ -36,12 +36,12 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
     """Splits a folder's paths, sorted and without hidden ones, into images (by suffix) and others."""
-    there = sorted(
+    paths = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
         key=lambda entry: entry.name,
     )
-    named = [entry for entry in there if entry.suffix.lower() in SUFFIXES]
-    return named, [entry for entry in there if entry.suffix.lower() not in SUFFIXES]
+    named = [entry for entry in paths if entry.suffix.lower() in SUFFIXES]
+    return named, [entry for entry in paths if entry.suffix.lower() not in SUFFIXES]
 
 
 def upright_size(file: File) -> tuple[int, int]:

@@ -84,7 +84,7 @@ class Source:
         if self.labels is not None:
             return self.labels[indices]
         distinct, places = np.unique(indices, return_inverse=True)
-        return np.concatenate([some["label"] for some in self.chunks_of(distinct)])[places]
+        return np.concatenate([chunk["label"] for chunk in self.chunks_of(distinct)])[places]
 
     def arrays(self, limit: int | None = None) -> Examples:
         """Reads all examples [N, ...], or a fixed random subset of `limit`."""

@@ -201,7 +201,7 @@ def test_damage_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "said"),
+    ("file", "changes", "message"),
     [
         ("encoding.json", {"shape": [2, 2]}, "shape is .2, 2."),
         ("encoding.json", {"shape": [2, 2, 3]}, r"image.* \(a record has 12 bytes instead of 28"),
@@ -216,7 +216,7 @@ def test_damage_is_named(tmp_path):
         ("null.npy", np.zeros((2, 4)), "float64 .2, 4. but must be floats .2, 3."),
     ],
 )
-def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, said):
+def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, message):
     encode(tmp_path, words=Words())
     if file == "null.npy":
         np.save(tmp_path / file, changes)
@@ -224,7 +224,7 @@ def test_files_that_do_not_fit_each_other_are_named(tmp_path, file, changes, sai
         whole = json.loads((tmp_path / file).read_text())
         new = changes if isinstance(whole, list) else whole | changes
         (tmp_path / file).write_text(json.dumps(new))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         sources.load_source(f"encoded:{tmp_path}")
 
 

@@ -151,8 +151,8 @@ def test_skipped_files_are_counted(colour_folder, caplog):
     sizes = [len(load(colour_folder, split=split)) for split in sources.SPLITS]
     assert sum(sizes) == 43
     (line,) = caplog.messages
-    for said in ("43 images are read", "3 other files and folders", "1 of .txt", "1 of .png"):
-        assert said in line
+    for message in ("43 images are read", "3 other files and folders", "1 of .txt", "1 of .png"):
+        assert message in line
 
 
 def test_folders_without_images_are_named(colour_folder, tmp_path):
@@ -229,7 +229,7 @@ def test_lines_of_other_files_are_counted(colour_folder, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda rows: rows[1:], "has no text for"),
         (lambda rows: ["{", *rows], "line 1, is not JSON"),
@@ -249,9 +249,9 @@ def test_lines_of_other_files_are_counted(colour_folder, caplog):
         ),
     ],
 )
-def test_captions_that_are_missing_or_damaged_are_named(colour_folder, change, said):
+def test_captions_that_are_missing_or_damaged_are_named(colour_folder, change, message):
     write_captions(colour_folder, change(rows_of(colour_folder)))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load(colour_folder)
 
 

@@ -79,7 +79,7 @@ IMAGES = idx(np.zeros((3, 2, 2)))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (compressed(IMAGES[:-1]), "fewer than the 12 bytes"),
         (compressed(IMAGES + b"x"), "more than the 12 bytes"),
@@ -91,9 +91,9 @@ IMAGES = idx(np.zeros((3, 2, 2)))
         (b"", "doesn't begin like"),
     ],
 )
-def test_damaged_files_are_refused(tmp_path, content, said):
+def test_damaged_files_are_refused(tmp_path, content, message):
     path = epath.Path(tmp_path / "a.gz")
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.gz can't be read as an IDX file") as refused:
         read_idx(path)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
