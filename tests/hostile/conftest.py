@@ -1,8 +1,8 @@
-"""How many hostile inputs there are, and from which seed on; each is one test, with a seed of its own.
+"""The number of hostile inputs and their first seed; each input is one test, with its own seed.
 
     pytest tests/hostile --count 5000 --seed 1000000
 
-An input's draws depend on its file and its seed alone, so --seed SEED --count 1 repeats it.
+An input's draws depend only on its test file and its seed, so --seed SEED --count 1 repeats it.
 """
 
 import random
@@ -14,7 +14,7 @@ import pytest
 from harness import Case
 
 FILES = 5
-"""That share the count."""
+"""The number of test files that share the count."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,6 +29,6 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     file = request.path.name
     print(f"alone: pytest tests/hostile/{file} --seed {request.param} --count 1")
     with tempfile.TemporaryDirectory() as folder:
-        # A relative path that somebody forgot to check leads nowhere else.
+        # A relative path that the code forgot to check stays within this folder.
         monkeypatch.chdir(folder)
         yield Case(random.Random(f"{file}/{request.param}"), Path(folder))

@@ -1,4 +1,4 @@
-"""Folders of runs and models, whole ones, made once and without training."""
+"""Complete folders of runs and models, made once and without training."""
 
 import json
 
@@ -21,7 +21,7 @@ CONFIG = {
 
 
 def write_run(folder):
-    """A finished run of the digits, evaluated, each stage with random weights."""
+    """Write a finished and evaluated run on the digits; the weights of its stages are constant."""
     workdir = make_run(folder, results=rows_of(fd=1.0), config=CONFIG, side=8)
     experiment = parse(json.loads((workdir / "config.json").read_text()))
     for stage in all_stages(experiment):
@@ -44,7 +44,7 @@ def write_run(folder):
 
 
 def save(directory, about):
-    """A checkpoint of weights that are all alike."""
+    """Save a checkpoint whose weights are all equal."""
     shapes = jax.eval_shape(about.network().init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
     with StageCheckpoints(directory) as checkpoints:
@@ -53,7 +53,7 @@ def save(directory, about):
 
 
 def write_text_run(folder):
-    """A teacher of texts that was imported, and a student of four steps."""
+    """Write a run of an imported text-conditioned teacher and a student of four steps."""
     folder = epath.Path(folder)
     tiny.write_pipeline(folder / "pipeline")
     source, workdir = folder / "pipeline", folder / "run"

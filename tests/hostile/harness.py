@@ -1,4 +1,4 @@
-"""What every hostile input must come to: it is read right, or refused in one sentence with status 2."""
+"""The rule for every hostile input: it is read correctly, or refused in one sentence with status 2."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ from guided_distill import cli
 from guided_distill.errors import UserError
 
 SECONDS = 30
-"""That an input may take, on a busy machine."""
+"""The time that an input may take, on a busy machine."""
 
 BYTES = 1 << 30
-"""That an input may add to the process's memory."""
+"""The memory that an input may add to the process."""
 
 
 class Begun(BaseException):
-    """The input is accepted: what trains, compiles or fetches would begin here."""
+    """The input is accepted: training, compiling or downloading would begin here."""
 
 
 def begin(*_: Any, **__: Any) -> None:
@@ -46,30 +46,30 @@ class Case:
     folder: Path
 
     def kind(self, kinds: Mapping[str, Any]) -> Any:
-        """One of some named things; the name is printed, for a test that fails."""
+        """Choose one of some named things; print its name, to identify a failing test."""
         name = self.rng.choice(sorted(kinds))
         print(f"kind: {name}")
         return kinds[name]
 
 
 def attempt(read: Callable[[], Any]) -> Any:
-    """What `read` returns, or the Refusal that it raises; every other exception is a failure."""
+    """Return what `read` returns, or a Refusal for its UserError; any other exception is a failure."""
     try:
         with _bounded():
             return read()
     except UserError as error:
-        # The command line prints it in one line.
+        # The command line prints the error on one line.
         return _refusal(" ".join(str(error).split()))
 
 
 def command(arguments: Sequence[str]) -> str | Refusal:
-    """What the command line prints, or the Refusal that it ends with."""
+    """Return the output of a command line, or the Refusal that it ends with."""
     print("guided-distill", *map(repr, arguments))
     out, said = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), _bounded():
         try:
             status: Any = cli.main(arguments)
-        except SystemExit as ended:  # From argparse.
+        except SystemExit as ended:  # Raised by argparse.
             status = ended.code
         except Begun:
             status = 0
@@ -108,6 +108,6 @@ def _bounded() -> Iterator[None]:
 
 
 def _data_size() -> int:
-    """Bytes of this process that RLIMIT_DATA counts."""
+    """The bytes of this process that RLIMIT_DATA counts."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmData" in x)
     return 1024 * int(line.split()[1])

@@ -1,4 +1,4 @@
-"""Command lines: every verb, and every flag that its parser knows."""
+"""Hostile command lines: every verb, with every flag that its parser knows."""
 
 import argparse
 import functools
@@ -26,7 +26,7 @@ from guided_distill.text.encoder import TextEncoder
 
 
 def leaves(parser, words=()):
-    """The parser of every verb, by its words."""
+    """The parser of every verb, by the verb's words."""
     found = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -141,7 +141,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Paths that exist, of every kind."""
+    """A folder with existing paths of every kind."""
     folder = tmp_path_factory.mktemp("places")
     rng = np.random.default_rng(0)
     for name in ("image", "mask"):
@@ -155,7 +155,7 @@ def places(tmp_path_factory):
 
 
 def good_values(verb, places, folder):
-    """Values that suit a flag of a verb, by its name."""
+    """Valid values of the flags of a verb, by the flag's name."""
     pipe, run, text = (str(places / each) for each in ("text/pipeline", "run", "text/run"))
     new, empty, file = str(folder / "new"), str(places / "empty"), str(places / "file")
     stages = ["teacher", "guidance", "halving_ddim_4", "halving_ddim_1"]
@@ -199,7 +199,7 @@ def good_values(verb, places, folder):
 
 
 def draw(case, verb, good):
-    """A command line of a verb, of good values but for one or two that may be anything at all."""
+    """A command line of a verb with valid values, except for up to two that may be anything."""
     rng, arguments = case.rng, []
     actions = [
         each
@@ -222,7 +222,7 @@ def draw(case, verb, good):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """What compiles, trains, fetches or waits for a browser is left out; all checks before it are not."""
+    """Replace everything that compiles, trains, downloads or waits for a browser; keep all checks."""
     for owner, name in (
         *((pipeline.Pipeline, "train"), (pipeline, "latents_of"), (study.pipeline, "run")),
         *((evaluate, "load_extractor"), (encode, "write_encoding"), (doctor, "check_yourself")),
@@ -271,7 +271,7 @@ def test_command_lines(case: Case, no_work, places, monkeypatch) -> None:
         return
     for line in found.splitlines():
         if line.startswith("/") and verb != ("plan",):
-            assert epath.Path(line).exists(), f"{line} was told of, and isn't there"
+            assert epath.Path(line).exists(), f"{line} was printed, but doesn't exist"
     if verb == ("sample",) and found:
         options = cli._parser().parse_args(arguments)
         with np.load(found.splitlines()[1]) as arrays:

@@ -1,4 +1,4 @@
-"""Image files, and arrays in npz files: what is read is what Pillow and NumPy read."""
+"""Hostile image files and npz files: what is read equals what Pillow and NumPy read."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ TURNED = {
     7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
-"""What EXIF's orientations do to rows and columns."""
+"""The effect of EXIF's orientations on rows and columns."""
 
 
 def numbers(rng):
@@ -85,7 +85,7 @@ def picture(rng, size):
 
 
 def damaged(rng, content):
-    """Half of the time whole; else cut, flipped, with more behind, or with a size that it hasn't."""
+    """The content, intact half of the time; else cut, flipped, extended, or with a false size."""
     draw = rng.random()
     if draw < 0.5:
         return content
@@ -97,7 +97,7 @@ def damaged(rng, content):
         return bytes(changed)
     if draw < 0.95:
         for _ in range(rng.choice((1, 3, 30))):
-            # Most of all the header.
+            # Mostly in the header.
             changed[rng.randrange(min(len(changed), rng.choice((40, 200, 10**6))))] = rng.randrange(
                 256
             )
@@ -106,7 +106,7 @@ def damaged(rng, content):
 
 
 def put(case, path, content):
-    """A file of that content, or one of no content that can be read."""
+    """Write a file with that content, or one whose content can't be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     makers = {
         "pipe": lambda: os.mkfifo(path),
@@ -124,10 +124,10 @@ def put(case, path, content):
 
 
 def pixels(path):
-    """What Pillow reads: RGB [H, W, 3], upright and over white, as floats of 0 to 255."""
-    # From a stream: Pillow does not turn every TIFF file that it maps into memory.
+    """The image as Pillow reads it: RGB [H, W, 3], upright and over white, as floats from 0 to 255."""
+    # From a stream, because Pillow doesn't rotate every TIFF file that it maps into memory.
     with path.open("rb") as stream, Image.open(stream) as image:
-        image.load()  # Which turns those of TIFF.
+        image.load()  # This rotates TIFF images.
         turn = TURNED.get(image.getexif().get(274, 1), TURNED[1])
         if image.mode.startswith("I;16"):
             gray = np.asarray(image).astype(float) / 257
@@ -140,7 +140,7 @@ def pixels(path):
 
 
 def folder_of_images(case):
-    """data.name=folder: of a class or two, each of two images."""
+    """data.name=folder:PATH with one or two classes of two images each."""
     root, size = case.folder / "images", case.rng.choice(((6, 6), (6, 6), (9, 6)))
     for name in ("a", "b")[: case.rng.choice((1, 2))]:
         for index in range(2):
@@ -152,7 +152,9 @@ def folder_of_images(case):
     if not isinstance(found, Refusal):
         wholes = []
         for file in filter(Path.is_file, root.glob("*/*")):
-            with contextlib.suppress(OSError, SyntaxError, ValueError):  # One of the other split.
+            with contextlib.suppress(
+                OSError, SyntaxError, ValueError
+            ):  # An image of the other split.
                 wholes.append(fitted(pixels(file), image_size))
         for image in found:
             alike = [whole for whole in wholes if whole.shape == image.shape]
@@ -166,12 +168,12 @@ def all_of(name, split, image_size):
 
 
 def largest_error(image, whole):
-    """Of an image in [-1, 1], in 255ths."""
+    """The largest error of an image in [-1, 1], in units of 1 / 255 of the range."""
     return np.abs(np.rint((image + 1) * 127.5) - whole).max()
 
 
 def fitted(values, size):
-    """The largest square in the middle, resized."""
+    """The largest centred square, resized."""
     if size is None:
         return values
     side = min(values.shape[:2])
@@ -181,7 +183,7 @@ def fitted(values, size):
 
 
 def one_image(case):
-    """An image or a mask of the command line."""
+    """An image or a mask that a flag names."""
     path = epath.Path(case.folder / f"image{case.rng.choice(SUFFIXES)}")
     put(
         case, case.folder / path.name, picture(case.rng, case.rng.choice(((8, 8), (1, 1), (30, 2))))
@@ -222,7 +224,7 @@ def array(rng, dtype, shape):
 
 
 def fields(rng):
-    """Fields of an npz file of ten images, one or two of them not as they should be."""
+    """The fields of an npz file of ten images, of which one or two are invalid."""
     images = array(rng, "u1", (10, 4, 4, 3))
     labels = numbers(rng).integers(0, 3, 10)
     made = {"image": images, "label": labels}
@@ -254,7 +256,7 @@ def fields(rng):
 
 
 def npz_of_images(case):
-    """data.name=npz: all images of a file, in either split, with their labels."""
+    """data.name=npz:PATH: each image of a file is in one of the splits, with its label."""
     path, made = case.folder / "data.npz", fields(case.rng)
     file = io.BytesIO()
     case.rng.choice((np.savez, np.savez_compressed))(file, **made)
@@ -272,7 +274,7 @@ def npz_of_images(case):
 
 
 def rows(arrays, prefix=""):
-    """How often an image, as numbers in [-1, 1], is there with a label."""
+    """Count the occurrences of each image, as numbers in [-1, 1], with its label."""
     images = arrays[f"{prefix}image"]
     values = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else np.float32(images)
     labels = arrays.get(f"{prefix}label", np.zeros(len(images)))
@@ -281,7 +283,7 @@ def rows(arrays, prefix=""):
 
 
 def samples(case, whole):
-    """The samples of a run, which its report shows."""
+    """A run's files of samples, which its report shows."""
     run = copied(case, whole)
     path = case.rng.choice(sorted(each for each in (run / "samples").iterdir()))
     file = io.BytesIO()
@@ -300,7 +302,7 @@ def samples(case, whole):
 
 
 def statistics(case):
-    """--reference: the mean and covariance that a file holds are those that count."""
+    """--reference FILE: the mean and covariance used are those in the file."""
     width = 3
     factor = numbers(case.rng).normal(size=(width, width))
     made = {"mu": np.arange(width) * 1.0, "sigma": factor @ factor.T}

@@ -1,9 +1,9 @@
-"""Reads weights files, each in a process of its own that may take little memory and time; tells of each.
+"""Read weights files, each in its own process with little memory and time, and report the outcomes.
 
     python tests/hostile/weights_reader.py HONEST FILE...
 
-Prints a JSON object from a file's path to [signal, what the reader said]. After each file the same
-process reads HONEST, a dictionary of a = [0, 1, 2, 3] in float32: what it says ends in "then: " and that.
+Prints a JSON object that maps each file's path to [signal, outcome]. After each file, the same process
+reads HONEST, a dictionary of a = [0, 1, 2, 3] in float32; the outcome ends with "then: " and HONEST's.
 """
 
 import json
@@ -22,7 +22,7 @@ SECONDS = 20
 
 
 def outcome(path):
-    """What reading a file came to, in words."""
+    """Describe the result of reading a file."""
     try:
         return f"read { ({name: each.tolist() for name, each in read_state_dict(path).items()}) }"
     except UserError as error:
@@ -32,7 +32,7 @@ def outcome(path):
 
 
 def within_limits(path, honest):
-    """The signal that ended a process which reads both files, or 0, and what it said."""
+    """Read both files in a process; return the signal that ended it, or 0, and its outcomes."""
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
@@ -50,7 +50,7 @@ def within_limits(path, honest):
 
 
 def main(honest, *paths):
-    """Print all outcomes."""
+    """Print the outcomes of all files."""
     print(json.dumps({path: within_limits(epath.Path(path), epath.Path(honest)) for path in paths}))
 
 
