@@ -16,7 +16,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "import",
         _import,
-        "turn a published model, a diffusers folder or a single .safetensors file, into a teacher",
+        "turn a published model (a diffusers folder or a single .safetensors file) into a teacher",
         "guided-distill import --from stable-diffusion-v1-5 --workdir runs/sd15",
     )
     imported.add_argument(
@@ -53,9 +53,9 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument(
         "--format",
         default="checkpoint",
-        help="checkpoint: a run that this package samples from and trains on; safetensors: one stage in "
-        "one file, for the same; diffusers: one stage as a folder that diffusers pipelines load; "
-        "stablehlo: one student as a standalone program (default: %(default)s)",
+        help="checkpoint: a run to sample from or continue with this package; safetensors: one stage in "
+        "a single file, for the same uses; diffusers: one stage as a folder that diffusers pipelines "
+        "load; stablehlo: one student as a standalone program (default: %(default)s)",
     )
     export.add_argument(
         "--stages",

@@ -95,12 +95,17 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--extractor",
         help="classifier (trained on the run's data), lite0, lite0:PATH, inception:PATH, or clip:PATH, "
-        "which adds the CLIP score if the run is conditioned on text (default of this flag and the "
-        "next ones: as in the run's config)",
+        "which adds the CLIP score if the run is conditioned on text (default: as in the run's config)",
     )
-    evaluate.add_argument("--num_samples", type=number(kinds.Count), help="samples per row")
     evaluate.add_argument(
-        "--w", type=several(number(kinds.Weight)), help="guidance weights, separated by commas"
+        "--num_samples",
+        type=number(kinds.Count),
+        help="samples per row (default: as in the run's config)",
+    )
+    evaluate.add_argument(
+        "--w",
+        type=several(number(kinds.Weight)),
+        help="guidance weights, separated by commas (default: as in the run's config)",
     )
     evaluate.add_argument(
         "--stages",
@@ -110,7 +115,7 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--num_steps",
         type=several(number(kinds.NumSteps)),
-        help="numbers of sampling steps of the teacher, separated by commas",
+        help="the teacher's numbers of steps, separated by commas (default: as in the run's config)",
     )
     evaluate.add_argument(
         "--reference",
