@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill import draws
-from guided_distill.config import AUTOENCODER, Experiment, differences
+from guided_distill.config import AUTOENCODER, STAGES, Experiment, differences
 from guided_distill.data.outline import outline_of
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
@@ -89,8 +89,9 @@ def check_trainable(experiment: Experiment, workdir: epath.Path, source: Source)
     """Raises UserError for a network that can't be made, or a start that doesn't fit."""
     network = network_of(experiment.model, outline_of(source))
     check_network(network)
-    for kind in ("guidance", "halving"):
-        if getattr(experiment, kind).clipped and not network.of_images:
+    for kind in STAGES:
+        clipped = getattr(getattr(experiment, kind), "clipped", False)
+        if clipped and not network.of_images:
             raise UserError(
                 f"config.{kind}.clipped is for pixels, and {source.name} has none: set it to False"
             )

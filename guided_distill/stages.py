@@ -1,47 +1,43 @@
-"""Which stages a run has, in which order, and the compiled step of each."""
+"""The stages of a run, in the order of training, and the compiled step of each."""
 
 import functools
 
 import optax
 from jax.sharding import Mesh
 
-from guided_distill.config import Experiment
+from guided_distill.config import KINDS, Experiment
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network
-from guided_distill.objectives.guidance import GuidanceStage
-from guided_distill.objectives.halving import HalvingStage
 from guided_distill.objectives.stage import Optimization, Stage
-from guided_distill.objectives.teacher import TeacherStage
 from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import TrainStep, make_train_step
 
 
 def chains(experiment: Experiment) -> list[list[Stage]]:
-    """The run's stages: one chain for each student sampler, each stage the teacher of the next.
+    """The run's stages: one chain for each sampler of students, each stage the teacher of the next.
 
     All chains begin with the same teacher and, in the paper's method, the same guidance stage.
     """
-    teacher, guidance = experiment.teacher, experiment.guidance
-    start: list[Stage] = [TeacherStage(teacher, teacher.steps)]
-    if experiment.method == "guided":
-        start.append(GuidanceStage(guidance, guidance.steps, guidance.w_range))
-    return [[*start, *rounds] for rounds in HalvingStage.chains(experiment)]
+    chains: list[list[Stage]] = [[]]
+    for kind in KINDS.values():
+        chains = [longer for chain in chains for longer in kind.extend(chain, experiment)]
+    return chains
 
 
 def all_stages(experiment: Experiment) -> list[Stage]:
-    """Every stage once, in the order of training."""
+    """Each stage once, in the order of training."""
     return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
 
 
 def teacher_of(experiment: Experiment, stage: Stage) -> Stage | None:
-    """The stage whose weights teach this one; None for the first."""
+    """The stage that is the teacher of this one; None for the first stage."""
     chain = next(chain for chain in chains(experiment) if stage in chain)
     place = chain.index(stage)
     return chain[place - 1] if place else None
 
 
 def check_batch(kind: str, settings: Optimization, *, devices: int) -> None:
-    """Raises UserError, naming the key, unless so many devices can share each part of a batch."""
+    """Raises UserError, naming the key, unless `devices` divides each part of a batch."""
     accumulation = settings.accumulation
     if settings.batch_size % (devices * accumulation):
         parts = f" in {accumulation} parts (config.{kind}.accumulation)" if accumulation > 1 else ""

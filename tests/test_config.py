@@ -311,3 +311,9 @@ def test_changes_that_leave_the_weights_alone_are_allowed():
     assert config.changed_keys(old, config.parse({"data": {"name": "photo10"}})) == {
         "data.name": ("digits", "photo10")
     }
+
+
+def test_a_kind_of_stage_has_the_name_of_its_section():
+    assert {name: kind.kind for name, kind in config.KINDS.items()} == {
+        name: name for name in config.STAGES
+    }

@@ -220,8 +220,9 @@ def test_what_extends_the_program_trains(patched, tmp_path):
         made_small(words, tmp_path / str(index))
         for index, (_, *words) in enumerate(block_commands(DOCS / "extend.md"))
     ]
-    assert len(commands) == len(patches("extend.md")) == 3
-    # The network is also conditioned on w; the other patches take effect in the first stage.
+    # The last command needs both last patches.
+    assert len(commands) == len(patches("extend.md")) - 1 == 4
+    # Networks and stages are also conditioned on w; the other patches take effect in the first stage.
     for index in (0, 2):
         commands[index].append("--config.stage=teacher")
     script = "import json, sys; from guided_distill import cli\n"
@@ -235,11 +236,11 @@ def test_what_extends_the_program_trains(patched, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     # Read as JSON, because this program doesn't know the names that the patches add.
-    configs = [json.loads((tmp_path / str(i) / "config.json").read_text()) for i in range(3)]
+    configs = [json.loads((tmp_path / str(i) / "config.json").read_text()) for i in range(4)]
     assert configs[0]["data"]["name"] == "moons"
     assert configs[1]["model"]["name"] == "convnet"
     assert configs[2]["teacher"]["weighting"] == "min_snr"
-    for index, stage in enumerate(("teacher", "halving_ddim_1", "teacher")):
+    for index, stage in enumerate(("teacher", "halving_ddim_1", "teacher", "direct_ddim_1")):
         steps = latest_step(epath.Path(tmp_path / str(index) / stage))
         assert steps == configs[index][stage.partition("_")[0]]["steps"] * (2 if index == 1 else 1)
 

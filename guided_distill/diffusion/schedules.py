@@ -159,3 +159,12 @@ def check_schedule(name: str, options: Mapping[str, float]) -> None:
             f"t = 0, where it is {knots[0]:g}, to t = 1: choose values nearer to its own"
         )
     kinds.check("the log-SNR that config.model.schedule_options end at", knots[-1], LogSnr)
+
+
+def loses_x(name: str, options: Mapping[str, float]) -> bool:
+    """Whether x = (z - sigma eps) / alpha is lost at t = 1, where alpha is below 0.01.
+
+    A network's error of 0.01 in eps is then one of more than 1 in x, which is as large as the data. Under
+    every weighting but snr, whose loss is the error of eps itself, t = 1 drowns all other times.
+    """
+    return last_log_snr(name, options) < -2.0 * math.log(100.0)

@@ -108,7 +108,7 @@ class Drawing:
             return False
         if task.stage.kind == "teacher":
             return task.num_steps == max(self.settings.teacher_num_steps)
-        return task.stage.kind == "halving" and task.num_steps <= PATH_STEPS
+        return task.stage.num_steps is not None and task.num_steps <= PATH_STEPS
 
     def _request(self, task: Task) -> Request:
         return Request(

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from guided_distill.config import SECOND_STAGES
 from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
 from guided_distill.evaluation.results import Result
 from guided_distill.report.figures import (
@@ -36,7 +37,7 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
             if stage == "guidance":
                 continue
             steps |= curve.keys()
-            student = stage == "halving"
+            student = stage in SECOND_STAGES
             axes.plot(
                 list(curve),
                 list(curve.values()),

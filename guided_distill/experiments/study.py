@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from guided_distill import pipeline
-from guided_distill.config import Experiment, changed_keys
+from guided_distill.config import SECOND_STAGES, Experiment, changed_keys
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.evaluation.comparison import comparable
 from guided_distill.evaluation.evaluate import evaluate
@@ -24,7 +24,7 @@ from guided_distill.training.progress import console
 DONE = "done.json"
 """A file in the folder of a finished point: the config that it was trained and measured with."""
 
-_AFTER_THE_TEACHER = ("start_from", "method", "guidance", "halving")
+_AFTER_THE_TEACHER = ("start_from", "method", "second_stage", "guidance", *SECOND_STAGES)
 """Keys of a config that don't affect its teacher."""
 
 

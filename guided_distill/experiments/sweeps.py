@@ -17,9 +17,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from guided_distill.config import STAGES, loses_x
+from guided_distill.config import STAGES
 from guided_distill.diffusion.process import PARAMETERIZATIONS
 from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.diffusion.schedules import loses_x
 from guided_distill.errors import UserError
 from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.objectives.weighting import WEIGHTINGS
@@ -101,7 +102,8 @@ def prediction_type(config: ConfigDict) -> list[Point]:
     has no encoders. config.py gives the reasons.
     """
     eps: dict[str, Any] = {f"{stage}.weighting": "snr" for stage in STAGES}
-    if config.halving.last_num_steps == 1 and loses_x(config.model):
+    model = config.model
+    if config.halving.last_num_steps == 1 and loses_x(model.schedule, model.schedule_options):
         eps["halving.last_num_steps"] = 2
     samplers = tuple(name for name in config.halving.samplers if name != ENCODE)
     x = {"halving.samplers": samplers} if ENCODE in config.halving.samplers else {}

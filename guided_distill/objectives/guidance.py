@@ -1,7 +1,7 @@
-"""Stage one: a single network, conditioned on w, learns the guided output of its teacher."""
+"""Stage one: one network, conditioned on w, learns the guided output of its teacher."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 
@@ -9,20 +9,25 @@ from guided_distill import draws, kinds
 from guided_distill.diffusion.guidance import Denoiser, with_guidance
 from guided_distill.diffusion.process import add_noise
 from guided_distill.diffusion.schedules import Schedule
+from guided_distill.errors import UserError
 from guided_distill.models.embeddings import W_FEATURES
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.stage import Batch, Examples, LossFunction, Optimization, Stage
 from guided_distill.objectives.weighting import Loss, Weighting, prediction_loss
 
+if TYPE_CHECKING:
+    from guided_distill.config import Experiment
+
 
 @dataclass(frozen=True)
 class Guidance(Optimization):
-    """Stage one. The w range is the student's for good: the later rounds and samplers keep to it.
+    """Settings of stage one.
 
-    w_embedding, the student's for good too: how the network sees w, "fourier" as it sees time (the
-    paper's way, and the one that diffusers knows), or "scalar" as the number itself.
-    clipped, here and in Halving: distill the teacher as samplers of images use it, with its x held to
-    [-1, 1]; not in the papers.
+    w_min, w_max: the range of w that this student and all later ones are conditioned on.
+    w_embedding: how these students embed w: "fourier", as time is (the paper's embedding, which
+    diffusers supports), or "scalar", as the number itself.
+    clipped, here and in `Halving`: distill the teacher with its x clipped to [-1, 1], as samplers of
+    images clip it; not in the papers.
     """
 
     weighting: Weighting = "snr"
@@ -47,7 +52,7 @@ def guidance_loss(
 ) -> Loss:
     """Match the teacher's guided prediction at w ~ U[w_min, w_max], t ~ U[0, 1].
 
-    Meng et al. 2023, stage one. Raises ValueError if the teacher is guided already.
+    Meng et al. 2023, stage one. Raises ValueError if the teacher is already guided.
     """
     x, condition, keys = examples
     time_keys, noise_keys, weight_keys = draws.split(keys, 3)
@@ -70,6 +75,36 @@ class GuidanceStage(Stage):
     """The paper's stage one."""
 
     kind = "guidance"
+    words = "stage one"
+
+    @classmethod
+    def is_used(cls, experiment: "Experiment") -> bool:
+        """Whether the method is the paper's; its baselines leave stage one out."""
+        return experiment.method == "guided"
+
+    @classmethod
+    def extend(cls, chain: list[Stage], experiment: "Experiment") -> list[list[Stage]]:
+        """One chain, with stage one after the teacher."""
+        settings = experiment.guidance
+        if not cls.is_used(experiment):
+            return [chain]
+        return [[*chain, cls(settings, settings.steps, settings.w_range)]]
+
+    @classmethod
+    def check(cls, experiment: "Experiment") -> None:
+        """Raises UserError also for a w to evaluate that is outside of the trained range."""
+        super().check(experiment)
+        low, high = experiment.guidance.w_range
+        if low > high:
+            raise UserError(
+                f"config.guidance.w_min is {low}, above config.guidance.w_max, which is {high}: swap them"
+            )
+        for w in experiment.evaluation.weights:
+            if not low <= w <= high:
+                raise UserError(
+                    f"config.evaluation.weights holds {w}, outside the trained range [{low}, {high}] of "
+                    f"config.guidance.w_min and w_max: take it out or widen the range"
+                )
 
     def loss(self, student: Network, teacher: Network) -> LossFunction:
         """`guidance_loss` of a batch."""

@@ -1,18 +1,19 @@
-"""Stage two: a student of N steps learns, in one step, what its teacher does in two.
+"""Stage two: a student of N steps learns to do in one step what its teacher does in two.
 
 Meng et al. 2023: deterministic and stochastic students, and encoders; Salimans & Ho 2022, algorithm 2.
 On the grid i/N the student learns one DDIM jump from t to s, for i in 1..N:
 
-    ddim         t = i/N        s = t - 1/N    the teacher's two steps go over t - 1/(2N)
-    stochastic   t = i/N        s = t - 2/N    the teacher's two steps go over t - 1/N; this is the jump
-                                               of its own sampler, which then adds noise back over 1/N
-    encode       t = (i-1)/N    s = t + 1/N    ddim run from data to noise, over t + 1/(2N)
+    ddim         t = i/N        s = t - 1/N    the teacher stops at t - 1/(2N)
+    stochastic   t = i/N        s = t - 2/N    the teacher stops at t - 1/N; the stochastic sampler makes
+                                               this jump, and then adds noise back over 1/N
+    encode       t = (i-1)/N    s = t + 1/N    DDIM from data to noise; the teacher stops at t + 1/(2N)
 
-A jump that ends at t = 0 has the teacher's second x as its target, for samplers return x there. The
-stochastic student's jump from t = 1/N is to 0 and takes the teacher one step, hence its first x; at
-N = 1 that is the only jump, so the stochastic student of one step is its teacher, and isn't trained.
+Samplers return x at t = 0, so the target of a jump to t = 0 is the teacher's second x. The stochastic
+student's jump from t = 1/N also ends at 0; the teacher makes it in one step, and the target is its first
+x. At N = 1 this is the only jump, so the stochastic student of one step is its teacher, untrained.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
@@ -29,9 +30,22 @@ from guided_distill.diffusion.process import (
     two_steps_in_one,
 )
 from guided_distill.diffusion.samplers import ENCODE
-from guided_distill.diffusion.schedules import Schedule, arrival
+from guided_distill.diffusion.schedules import (
+    CHAINS,
+    NUM_TIMESTEPS,
+    Schedule,
+    arrival,
+    loses_x,
+)
+from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
-from guided_distill.objectives.stage import Batch, Examples, LossFunction, Optimization, Stage
+from guided_distill.objectives.stage import (
+    Batch,
+    Examples,
+    LossFunction,
+    Optimization,
+    SecondStage,
+)
 from guided_distill.objectives.teacher import drop_conditions
 from guided_distill.objectives.weighting import Loss, Weighting, prediction_loss
 
@@ -43,7 +57,7 @@ _Rounds = Annotated[int, kinds.Range(1, 2**13)]
 
 
 class Jump(NamedTuple):
-    """Times [B] of a jump: where it starts, the teacher's stop half way, and where it ends."""
+    """The times [B] of a jump: its start, the teacher's stop on the way, and its end."""
 
     t: jax.Array
     half: jax.Array
@@ -55,16 +69,16 @@ JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
     "stochastic": lambda i, n: Jump(i / n, (i - 1) / n, jnp.maximum(i - 2, 0) / n),
     ENCODE: lambda i, n: Jump((i - 1) / n, (i - 0.5) / n, i / n),
 }
-"""f(i [B] in 1..N, N) -> the student's i-th jump, by the sampler that it is trained for."""
+"""f(i [B] in 1..N, N) -> the i-th jump of a student that is trained for this sampler."""
 
 
 @dataclass(frozen=True)
 class Halving(Optimization):
-    """Stage two: rounds of N = first_num_steps, half of it, ... last_num_steps.
+    """Settings of stage two, whose rounds have N = first_num_steps, first_num_steps/2 ... last_num_steps.
 
-    few_step_factor multiplies the updates of the rounds N = 2 and N = 1; round_steps, where it isn't
-    empty, is the updates of every round in turn. Each of `samplers` gets its own chain of students, for
-    they are trained on different jumps.
+    few_step_factor multiplies the updates of the rounds N = 2 and N = 1. round_steps, unless it is empty,
+    gives the updates of each round instead. Each of `samplers` has its own chain of students, which are
+    trained on its jumps.
     """
 
     weighting: Weighting = "truncated_snr"
@@ -76,22 +90,27 @@ class Halving(Optimization):
     samplers: tuple[Annotated[str, kinds.OneOf(JUMPS)], ...] = ("ddim",)
 
     def rounds(self) -> tuple[int, ...]:
-        """The N of every round, falling."""
+        """The N of every round, in the order of training."""
         rounds = [self.first_num_steps]
         while rounds[-1] > self.last_num_steps:
             rounds.append(rounds[-1] // 2)
         return tuple(rounds)
 
     def updates(self, num_steps: int) -> int:
-        """Updates of the round that ends at `num_steps`."""
+        """Updates of the round that trains the student of `num_steps` steps."""
         if self.round_steps:
             return self.round_steps[self.rounds().index(num_steps)]
         return self.steps * (self.few_step_factor if num_steps <= 2 else 1)
 
-    def is_its_teacher(self, num_steps: int, sampler: str) -> bool:
-        """Whether a student's only jump is one of its teacher's own, so that it has nothing to learn.
+    @property
+    def fewest_updates(self) -> int:
+        """Updates of the shortest round."""
+        return min(map(self.updates, self.rounds()))
 
-        A first round has even so: another network's weights, or guidance, to take up.
+    def is_its_teacher(self, num_steps: int, sampler: str) -> bool:
+        """Whether a student's only jump is one of its teacher's, so that it has nothing to learn.
+
+        The first round's student does: its teacher may be another network, or guided.
         """
         return sampler == "stochastic" and num_steps == 1 < self.first_num_steps
 
@@ -105,7 +124,7 @@ def halving_target(
     jump: Jump,
     schedule: Schedule,
 ) -> Prediction:
-    """What the student must predict at z [B, ...] to make the teacher's two DDIM steps in one: (6)."""
+    """The prediction at z [B, ...] that makes the teacher's two DDIM steps in one: equation (6)."""
     log_snr_h = arrival(schedule, jump.half)
     first = teacher.predict(z, jump.t, condition, w)
     second = teacher.predict(ddim_step(first, log_snr_h), jump.half, condition, w)
@@ -119,7 +138,7 @@ def halving_target(
 
 
 class Round(NamedTuple):
-    """What a student is trained for: N, traced or not, and a key of JUMPS."""
+    """The N, traced or not, and the key of JUMPS that a student is trained for."""
 
     num_steps: int | jax.Array
     sampler: str
@@ -135,19 +154,19 @@ def halving_loss(
     w_range: tuple[float, float] | None,
     aim: Round,
 ) -> Loss:
-    """Match two steps of the teacher in one, from a jump drawn uniformly at w ~ U[w_range].
+    """Match two steps of the teacher in one, on a jump drawn uniformly and at w ~ U[w_range].
 
-    A traced N lets one compilation serve every round. settings.clipped: the teacher's two steps clip x,
-    as its sampler does, and the error is that of `prediction_loss`; it plays no part in encoding, which
-    never clips. w_range is None without guidance in either (the paper's two-student baseline). Raises
-    ValueError if one of the two takes w and the other doesn't: guidance belongs to stage one alone.
+    With a traced N, all rounds share one compilation. settings.clipped: the teacher clips x in both
+    steps, as its sampler does, and `prediction_loss` clips x too; encoding never clips. w_range is None
+    if neither network takes w (the paper's two-student baseline). Raises ValueError if only one of them
+    takes w: stage one alone distills guidance.
     """
     if student.guided != teacher.guided:
         raise ValueError(
             "step halving needs a w-conditioned teacher for a w-conditioned student: run the "
             "guidance stage first"
         )
-    # At t = 0 x is z, and a pixel at the end of the range would count as met whatever its eps.
+    # At t = 0 x is z, so that a pixel at an end of the range would match whatever eps is.
     clipped = settings.clipped and aim.sampler != ENCODE
     if clipped:
         teacher = with_clipping(teacher, schedule)
@@ -167,14 +186,14 @@ def halving_loss(
     )
 
 
-class HalvingStage(Stage):
+class HalvingStage(SecondStage):
     """A round of the paper's stage two."""
 
     kind = "halving"
 
     @classmethod
-    def chains(cls, experiment: "Experiment") -> list[list[Self]]:
-        """For each sampler its rounds, each the teacher of the next."""
+    def students(cls, experiment: "Experiment") -> list[list[Self]]:
+        """For each sampler, its rounds."""
         settings = experiment.halving
         w_range = None if experiment.method == "two_student" else experiment.guidance.w_range
         return [
@@ -191,6 +210,14 @@ class HalvingStage(Stage):
             for sampler in settings.samplers
         ]
 
+    @classmethod
+    def check(cls, experiment: "Experiment") -> None:
+        """Raises UserError also for rounds that don't halve, or that the model can't be trained for."""
+        _check_rounds(experiment.halving)
+        super().check(experiment)
+        if cls.is_used(experiment):
+            _check_model(experiment)
+
     def loss(self, student: Network, teacher: Network) -> LossFunction:
         """`halving_loss` of a batch."""
         sampler = self.sampler
@@ -201,7 +228,7 @@ class HalvingStage(Stage):
             tutor = teacher.denoiser(frozen["params"], null=frozen["null"])
             examples = Examples.of(batch, keys)
             if learner.null is not None:
-                # Two students in one network: half of the examples go to the unconditional one.
+                # One network holds two students: half of the examples train the unconditional one.
                 drop_keys, keys = draws.split(keys, 2)
                 condition = drop_conditions(
                     examples.condition, drop_keys, null=learner.null, rate=0.5
@@ -220,3 +247,53 @@ class HalvingStage(Stage):
             )
 
         return loss
+
+
+def _check_rounds(settings: Halving) -> None:
+    first, last = settings.first_num_steps, settings.last_num_steps
+    if not settings.samplers:
+        raise UserError(
+            f"config.halving.samplers is empty; name at least one of {', '.join(JUMPS)}"
+        )
+    rounds = settings.rounds()
+    if rounds[-1] != last or any(a != 2 * b for a, b in itertools.pairwise(rounds)):
+        raise UserError(
+            f"config.halving.first_num_steps is {first}, which can't be halved down to "
+            f"config.halving.last_num_steps, {last}: make it {last} times a power of two"
+        )
+    if settings.round_steps and len(settings.round_steps) != len(rounds):
+        raise UserError(
+            f"config.halving.round_steps has {len(settings.round_steps)} numbers for {len(rounds)} "
+            f"rounds, from {first} to {last}: give one for each, or none"
+        )
+    for num_steps in rounds:
+        kinds.check(
+            "config.halving.steps times few_step_factor", settings.updates(num_steps), kinds.Count
+        )
+
+
+def _check_model(experiment: "Experiment") -> None:
+    model, settings = experiment.model, experiment.halving
+    first = settings.first_num_steps
+    if model.schedule in CHAINS and 2 * first > NUM_TIMESTEPS:
+        raise UserError(
+            f"config.halving.first_num_steps is {first}, whose teacher takes {2 * first} steps, but "
+            f"config.model.schedule is {model.schedule}, a chain of {NUM_TIMESTEPS}: make it smaller"
+        )
+    to_one_step = settings.last_num_steps == 1 and set(settings.samplers) != {ENCODE}
+    if model.parameterization == "eps" and loses_x(model.schedule, model.schedule_options):
+        if to_one_step:
+            raise UserError(
+                "config.halving.last_num_steps is 1, but a student of one step sees only t = 1, where "
+                "eps hardly determines x: make it 2, or config.model.parameterization v"
+            )
+    elif settings.weighting == "snr" and model.schedule not in CHAINS and to_one_step:
+        raise UserError(
+            "config.halving.weighting is snr, which is 0 at t = 1, the only time that a student of one "
+            "step sees: choose another, or make config.halving.last_num_steps 2"
+        )
+    if model.parameterization == "x" and ENCODE in settings.samplers:
+        raise UserError(
+            f"config.halving.samplers holds {ENCODE}, but config.model.parameterization is x, which "
+            f"doesn't determine eps at t = 0, where encoding begins: make it v, or take {ENCODE} out"
+        )

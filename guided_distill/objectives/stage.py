@@ -1,4 +1,4 @@
-"""What a stage is: one training of a run. Its kinds are beside this file, each described once."""
+"""A stage is one training of a run. Each kind of stage has its own file beside this one."""
 
 import abc
 import itertools
@@ -11,6 +11,8 @@ import jax
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
+from guided_distill.diffusion.schedules import loses_x
+from guided_distill.errors import UserError
 from guided_distill.models.registry import Network
 from guided_distill.objectives.weighting import Loss
 
@@ -21,11 +23,11 @@ LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 
 Batch = Mapping[str, jax.Array]
 LossFunction = Callable[[Any, Any, Batch, jax.Array], Loss]
-"""f(params, frozen, batch, keys [B]) -> Loss. frozen: what doesn't change, as `Stage.loss` says."""
+"""f(params, frozen, batch, keys [B]) -> Loss. `Stage.loss` describes the frozen argument."""
 
 
 class Examples(NamedTuple):
-    """A batch: clean data x [B, ...], its condition [B, ...] each, and a key [B] each to draw from."""
+    """A batch: clean data x [B, ...], its condition [B, ...], and the random keys [B] of its examples."""
 
     x: jax.Array
     condition: Condition
@@ -33,7 +35,7 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, keys: jax.Array) -> Self:
-        """The examples of a batch from the input pipeline, whose data are its "image"."""
+        """The examples of a batch from the input pipeline, which calls the data "image"."""
         return cls(
             batch["image"], {name: each for name, each in batch.items() if name != "image"}, keys
         )
@@ -41,9 +43,11 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a network is trained. An ema_decay of 0 keeps no average: the raw weights are the result.
+    """How a stage optimizes its network.
 
-    accumulation: in how many parts, one after the other, the gradient of a batch is computed.
+    accumulation: the number of parts in which the gradient of a batch is computed, one after the other.
+    ema_decay: of the exponential moving average of the weights, which is the stage's result; with 0 the
+    result is the weights themselves.
     """
 
     steps: kinds.Count = 1000
@@ -56,23 +60,44 @@ class Optimization:
     gradient_clip: kinds.Positive = 1.0
     ema_decay: kinds.Fraction = 0.0
 
+    @property
+    def fewest_updates(self) -> int:
+        """Updates of the shortest training that has these settings."""
+        return self.steps
+
+
+def check_optimization(section: str, settings: Optimization) -> None:
+    """Raises UserError, naming the key, for settings of `config.<section>` that don't fit each other."""
+    if settings.batch_size % settings.accumulation:
+        raise UserError(
+            f"config.{section}.accumulation is {settings.accumulation}, which doesn't divide "
+            f"config.{section}.batch_size, {settings.batch_size}: choose one that does"
+        )
+    if settings.warmup_steps >= settings.fewest_updates:
+        raise UserError(
+            f"config.{section}.warmup_steps is {settings.warmup_steps}, but the stage has only "
+            f"{settings.fewest_updates} updates by config.{section}: make the warm-up shorter"
+        )
+
 
 def stage_name(kind: str, sampler: str | None, num_steps: int | None) -> str:
-    """The folder of a stage in its run's."""
+    """The name of a stage's folder in the workdir."""
     return "_".join(str(part) for part in (kind, sampler, num_steps) if part)
 
 
 @dataclass(frozen=True)
 class Stage(abc.ABC):
-    """One training of a run.
+    """One training of a run, the base class of all kinds.
 
-    settings: the section of the config that has the stage's kind as its name. total_steps: its updates;
-    0 where its teacher is already what it is to be. w_range: the guidance weights [w_min, w_max] that its
-    network is conditioned on; None where the network doesn't take w. num_steps, sampler: those that a
-    student of N steps is trained for.
+    kind: the name of the kind, and of its section in the config. words: the kind in words.
+
+    settings: the section of the config. total_steps: the number of updates; 0 if the stage's result is
+    its teacher, unchanged. w_range: the guidance weights [w_min, w_max] that the network is conditioned
+    on; None if it doesn't take w. num_steps, sampler: those that a student is trained for.
     """
 
     kind: ClassVar[str]
+    words: ClassVar[str]
 
     settings: Any
     total_steps: int
@@ -87,33 +112,83 @@ class Stage(abc.ABC):
 
     @property
     def takes_w(self) -> bool:
-        """Whether its network takes the guidance weight, and so has guidance inside."""
+        """Whether the network is conditioned on w, so that one call predicts the guided output."""
         return self.w_range is not None
 
     @property
     def program(self) -> Self:
-        """What the compiled step depends on: N is an argument of it, so rounds of one length share it."""
+        """The stage without its N, which is an argument of the compiled step: rounds share a program."""
         return replace(self, num_steps=None)
+
+    @classmethod
+    def is_used(cls, experiment: "Experiment") -> bool:
+        """Whether the run trains stages of this kind."""
+        return True
+
+    @classmethod
+    @abc.abstractmethod
+    def extend(cls, chain: list["Stage"], experiment: "Experiment") -> list[list["Stage"]]:
+        """The chains that continue `chain` with this kind's stages; [chain] if the run has none."""
+
+    @classmethod
+    def check(cls, experiment: "Experiment") -> None:
+        """Raises UserError, naming the key, if the kind's settings don't fit each other or the model."""
+        model, settings = experiment.model, getattr(experiment, cls.kind)
+        check_optimization(cls.kind, settings)
+        weighting = getattr(settings, "weighting", "snr")
+        if (
+            cls.is_used(experiment)
+            and model.parameterization == "eps"
+            and weighting != "snr"
+            and loses_x(model.schedule, model.schedule_options)
+        ):
+            raise UserError(
+                f"config.{cls.kind}.weighting is {weighting}, which magnifies errors of eps near t = 1 "
+                f"beyond all others: make it snr, or config.model.parameterization v"
+            )
 
     @abc.abstractmethod
     def loss(self, student: Network, teacher: Network) -> LossFunction:
         """The loss that trains `student`.
 
-        Its frozen argument holds the teacher's "params", rounded, "num_steps", an int32, and "null", the
-        condition that stands for none.
+        Its frozen argument holds the teacher's rounded "params", the stage's "num_steps", an int32, and
+        the "null" condition.
         """
 
     def samplings(self, experiment: "Experiment") -> list[tuple[str, int]]:
-        """The samplers to measure the stage by, each with its number of steps; none of an encoder.
+        """The samplers that `evaluate` measures the stage with, each with its number of steps.
 
-        A student of N steps has its own; another one that takes w makes as many steps as the first
-        round's teacher; any other is sampled as `experiment.evaluation` says of the teacher.
+        A student of N steps has its own, and an encoder has none. Another network conditioned on w takes
+        as many steps as the first round's teacher. A teacher is sampled as `experiment.evaluation` says.
         """
         if self.sampler == ENCODE:
             return []
         if self.sampler is not None and self.num_steps is not None:
             return [(self.sampler, self.num_steps)]
         if self.takes_w:
-            return [("ddim", 2 * experiment.halving.first_num_steps)]
+            return [("ddim", experiment.default_num_steps)]
         evaluation = experiment.evaluation
         return list(itertools.product(evaluation.teacher_samplers, evaluation.teacher_num_steps))
+
+
+class SecondStage(Stage):
+    """A kind of stage that trains few-step students; a run has the one that `second_stage` names."""
+
+    words = "student"
+
+    @classmethod
+    @abc.abstractmethod
+    def students(cls, experiment: "Experiment") -> list[list[Self]]:
+        """For each sampler, the stages that train its students, each the teacher of the next."""
+
+    @classmethod
+    def is_used(cls, experiment: "Experiment") -> bool:
+        """Whether the config names this kind."""
+        return experiment.second_stage == cls.kind
+
+    @classmethod
+    def extend(cls, chain: list[Stage], experiment: "Experiment") -> list[list[Stage]]:
+        """A chain for each sampler."""
+        if not cls.is_used(experiment):
+            return [chain]
+        return [[*chain, *students] for students in cls.students(experiment)]

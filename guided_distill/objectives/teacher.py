@@ -1,7 +1,7 @@
 """The teacher: one network, conditional and unconditional by dropping conditions."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,22 @@ from guided_distill import draws, kinds
 from guided_distill.diffusion.guidance import Condition, Denoiser, without_condition
 from guided_distill.diffusion.process import Prediction, add_noise, broadcast_to_rank
 from guided_distill.diffusion.schedules import Schedule
+from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
 from guided_distill.objectives.stage import Batch, Examples, LossFunction, Optimization, Stage
 from guided_distill.objectives.weighting import Loss, Weighting, prediction_loss
 
+if TYPE_CHECKING:
+    from guided_distill.config import Experiment
+
 
 @dataclass(frozen=True)
 class Teacher(Optimization):
-    """The guided diffusion model: conditional and unconditional in one network.
+    """Settings of the teacher, one network that predicts with and without a condition.
 
-    label_dropout: the share of examples that lose their condition, be it a label or a text.
-    initial: the folder of another run's teacher to start from, or its .safetensors file, whatever it
-    predicts: so one of eps becomes one of v.
+    label_dropout: the share of examples whose condition, a label or a text, is dropped. initial: the
+    folder of a teacher to start from, or its .safetensors file. It may predict something else than
+    config.model.parameterization: a teacher that predicts eps is fine-tuned to predict v this way.
     """
 
     weighting: Weighting = "snr_plus_one"
@@ -33,7 +37,7 @@ class Teacher(Optimization):
 def drop_conditions(
     condition: Condition, keys: jax.Array, *, null: Condition, rate: float
 ) -> Condition:
-    """The condition [B, ...] with each example's replaced by `null` at probability `rate`."""
+    """Replace each example's condition [B, ...] by `null` with probability `rate`."""
     nothing = without_condition(condition, null)
     dropped = draws.bernoullis(keys, rate)
     return {
@@ -45,7 +49,7 @@ def drop_conditions(
 def teacher_loss(
     student: Denoiser, examples: Examples, *, schedule: Schedule, settings: Teacher
 ) -> Loss:
-    """Denoise examples at t ~ U[0, 1], some without condition (Ho & Salimans 2022, algorithm 1).
+    """Denoise examples at t ~ U[0, 1], some without a condition (Ho & Salimans 2022, algorithm 1).
 
     Raises ValueError if the student has no null condition.
     """
@@ -68,7 +72,29 @@ def teacher_loss(
 class TeacherStage(Stage):
     """The first stage of a run; it has no teacher."""
 
-    kind = "teacher"
+    kind = words = "teacher"
+
+    @classmethod
+    def is_used(cls, experiment: "Experiment") -> bool:
+        """Whether the run trains its teacher itself."""
+        return not experiment.start_from
+
+    @classmethod
+    def extend(cls, chain: list[Stage], experiment: "Experiment") -> list[list[Stage]]:
+        """One chain, which the teacher begins."""
+        settings = experiment.teacher
+        return [[*chain, cls(settings, settings.steps)]]
+
+    @classmethod
+    def check(cls, experiment: "Experiment") -> None:
+        """Raises UserError also if guidance needs predictions that the teacher doesn't learn."""
+        super().check(experiment)
+        guided = experiment.method == "two_student" or experiment.guidance.w_range != (0.0, 0.0)
+        if cls.is_used(experiment) and guided and experiment.teacher.label_dropout == 0.0:
+            raise UserError(
+                "config.teacher.label_dropout is 0, so the teacher never learns to predict without a "
+                "condition, which guidance needs: make it greater than 0, such as 0.1"
+            )
 
     def loss(self, student: Network, teacher: Network) -> LossFunction:
         """`teacher_loss` of a batch."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from markupsafe import Markup
 
-from guided_distill.config import Data, Experiment, differences
+from guided_distill.config import SECOND_STAGES, Data, Experiment, differences
 from guided_distill.errors import UserError
 from guided_distill.evaluation.comparison import at_weights, metric_name
 from guided_distill.evaluation.results import COLUMNS, Result, read_results
@@ -139,7 +139,7 @@ def summary(runs: Mapping[str, Sequence[Result]]) -> tuple[list[str], list[list[
         (name, sampler, curve)
         for name, found in curves.items()
         for (stage, sampler), curve in found.items()
-        if stage == "halving"
+        if stage in SECOND_STAGES
     ]
     steps = sorted({n for *_, curve in students for n in curve if n <= FEW_STEPS}, reverse=True)
     least = {n: min(curve[n] for *_, curve in students if n in curve) for n in steps}

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from guided_distill.config import KINDS, SECOND_STAGES
 from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
 from guided_distill.evaluation.results import Result
 from guided_distill.evaluation.round_trip import RoundTrip
@@ -51,8 +52,8 @@ def words_of_weights(weights: Collection[float]) -> str:
     return f"at w = {listed}" if len(weights) == 1 else f"mean over w = {listed}"
 
 
-WORDS = {"teacher": "teacher", "guidance": "stage one", "halving": "student"}
-_STYLES = {"teacher": "s--", "guidance": "D", "halving": "o-"}
+WORDS = {name: kind.words for name, kind in KINDS.items()}
+_STYLES = {"teacher": "s--", "guidance": "D"} | dict.fromkeys(SECOND_STAGES, "o-")
 _FAITHFULNESS = ("accuracy", "alignment", "inception_score")
 _PANEL = (5.0, 4.3)
 

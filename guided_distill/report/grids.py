@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from etils import epath
 
+from guided_distill.config import SECOND_STAGES
 from guided_distill.errors import UserError
 from guided_distill.evaluation.comparison import metric_name
 from guided_distill.evaluation.drawing import PATH_STEPS, middle
@@ -52,14 +53,14 @@ def middle_weight(results: Iterable[Result]) -> float | None:
 def rounds(workdir: epath.Path, results: Sequence[Result]) -> list[Strip]:
     """Teacher and students at the middle w, from most steps to fewest."""
     w = middle_weight(results)
-    shown = [each for each in results if each.w == w and each.stage in ("teacher", "halving")]
+    shown = [each for each in results if each.w == w and each.stage in ("teacher", *SECOND_STAGES)]
     shown.sort(key=lambda each: (each.stage != "teacher", -(each.num_steps or 0)))
     return _strips(workdir, shown)
 
 
 def pair(results: Sequence[Result]) -> list[Result]:
     """Rows of the few-step students at every w, and of the teacher with the most steps at these w."""
-    students = [each for each in results if each.stage == "halving" and each.num_steps]
+    students = [each for each in results if each.stage in SECOND_STAGES and each.num_steps]
     if not students:
         return []
     few = min((each.num_steps or 0 for each in students), key=lambda n: (abs(n - FEW_STEPS), n))

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from guided_distill.config import Experiment
+from guided_distill.config import SECOND_STAGES, Experiment
 from guided_distill.errors import UserError
 from guided_distill.evaluation.comparison import at_weights, comparable, metric_name, shared_weights
 from guided_distill.evaluation.results import COLUMNS, Result, read_results, read_rows
@@ -91,17 +91,18 @@ def headline(results: Sequence[Result]) -> str:
     weights = shared_weights(results)
     distances = mean_over_w(at_weights(results, weights), "fd")
     teacher = distances.get(("teacher", "ddim"), {})
-    students = [curve for (stage, _), curve in distances.items() if stage == "halving"]
+    students = [name for name in distances if name[0] in SECOND_STAGES]
     if not teacher or not students:
         return "Distances to the training data, and samples, of the stages trained so far."
     most = max(teacher)
     best = min(teacher, key=lambda n: teacher[n])
-    few = few_steps(students[0])
+    curve = distances[students[0]]
+    few = few_steps(curve)
     at_best = "" if best == most else f" (its best, at {best} steps: {teacher[best]:.3f})"
     count = next(result.n for result in results if result.stage != "real")
     return (
-        f"The {few}-step student, with {_calls(results, 'halving', few)} network calls per sample: "
-        f"{metric_name('fd', results[0].extractor)} {students[0][few]:.3f}. Its teacher: "
+        f"The {few}-step student, with {_calls(results, students[0][0], few)} network calls per sample: "
+        f"{metric_name('fd', results[0].extractor)} {curve[few]:.3f}. Its teacher: "
         f"{teacher[most]:.3f} at {most} steps, {2 * most} calls{at_best}. "
         f"{_sentence(words_of_weights(weights))}, with n = {count} samples each."
     )
@@ -120,14 +121,18 @@ def tiles(results: Sequence[Result]) -> list[dict[str, str]]:
     results = at_weights(results, shared_weights(results))
     distances = mean_over_w(results, "fd")
     teacher = distances.get(("teacher", "ddim"), {})
-    students = [name for name in distances if name[0] == "halving"]
+    students = [name for name in distances if name[0] in SECOND_STAGES]
     if not teacher or not students:
         return []
     most, few = max(teacher), few_steps(distances[students[0]])
     seconds = mean_over_w(results, "seconds_per_sample")
     own, its = distances[students[0]][few], teacher[most]
     found = [
-        ("Network calls per sample", str(_calls(results, "halving", few)), f"teacher: {2 * most}"),
+        (
+            "Network calls per sample",
+            str(_calls(results, students[0][0], few)),
+            f"teacher: {2 * most}",
+        ),
         (metric_name("fd", results[0].extractor), f"{own:.4g}", f"teacher: {its:.4g}"),
     ]
     if timed(results):

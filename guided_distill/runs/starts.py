@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from guided_distill.config import STAGES, Experiment
+from guided_distill.config import SECOND_STAGES, STAGES, Experiment
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.formats.companions import bring_companions
@@ -48,8 +48,8 @@ def bring_from_origins(workdir: epath.Path, experiment: Experiment) -> None:
 
 
 def left_after(kind: str, chain: list[Stage]) -> list[Stage]:
-    """What a chain still has to do after a stage of another run; its halving rounds after any round."""
-    after = STAGES.index(kind) + (kind != "halving")
+    """The stages of a chain that follow a stage of another run; all students follow any student."""
+    after = STAGES.index(kind) + (kind not in SECOND_STAGES)
     return [stage for stage in chain if STAGES.index(stage.kind) >= after]
 
 

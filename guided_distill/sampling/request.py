@@ -148,7 +148,7 @@ def usual_w(about: Description, wished: float = 1.0) -> float:
 
 def _steps_or_trained(about: Description, num_steps: int | None) -> int:
     if num_steps is None:
-        return about.num_steps or 2 * about.experiment.halving.first_num_steps
+        return about.num_steps or about.experiment.default_num_steps
     kinds.check("--num_steps", num_steps, kinds.NumSteps)
     if about.model.schedule in CHAINS and num_steps > NUM_TIMESTEPS:
         raise UserError(

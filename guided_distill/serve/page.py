@@ -139,7 +139,7 @@ def _w_range(about: Description) -> dict[str, Any]:
 
 def _steps(about: Description) -> dict[str, Any]:
     free = about.num_steps is None
-    value = about.num_steps or 2 * about.experiment.halving.first_num_steps
+    value = about.num_steps or about.experiment.default_num_steps
     return {"value": value, "maximum": max(value, _MOST_STEPS), "visible": free}
 
 
