@@ -1,5 +1,7 @@
 """Data sources by name."""
 
+from collections.abc import Callable
+
 from guided_distill.data import builtin
 from guided_distill.data.encoded import load_encoded
 from guided_distill.data.folder import load_folder
@@ -9,7 +11,14 @@ from guided_distill.data.source import SPLITS, Source, check_image_size
 from guided_distill.data.tfds import load_tfds
 from guided_distill.errors import UserError
 
-KNOWN = ("digits", "photo10", "mixture2d", "npz:PATH", "folder:PATH", "tfds:NAME", "encoded:PATH")
+BUILT_IN: dict[str, Callable[[str, int], Source]] = {
+    "digits": lambda split, _: builtin.digits(split),
+    "photo10": lambda split, _: photo10(split),
+    "mixture2d": lambda split, seed: builtin.mixture2d(split, seed=seed),
+}
+"""f(split, seed) of each source that is part of the package."""
+
+KNOWN = (*BUILT_IN, "npz:PATH", "folder:PATH", "tfds:NAME", "encoded:PATH")
 
 
 def load_source(
@@ -38,12 +47,8 @@ def load_source(
         source = load_npz(place, split=split, image_size=image_size)
     elif kind == "encoded" and place:
         source = load_encoded(place, split=split)
-    elif name == "digits":
-        source = builtin.digits(split)
-    elif name == "photo10":
-        source = photo10(split)
-    elif name == "mixture2d":
-        source = builtin.mixture2d(split, seed=seed)
+    elif name in BUILT_IN:
+        source = BUILT_IN[name](split, seed)
     else:
         raise UserError(f"unknown data source {name!r}: use one of {', '.join(KNOWN)}")
     check_image_size(source, image_size)
