@@ -35,7 +35,7 @@ def test_a_run_is_its_last_student_that_samples(workdir, student):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_what_an_encoder_makes_is_decoded_from(workdir, student):
+def test_the_noise_of_an_encoder_can_be_decoded(workdir, student):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
     encoder = guided_distill.load(workdir / "halving_encode_2")
     noise = encoder.encode(images, labels=[1, 2])
@@ -47,7 +47,7 @@ def test_what_an_encoder_makes_is_decoded_from(workdir, student):
         encoder.sample(labels=[1])
 
 
-def test_requests_that_cannot_be_met_say_why(student, tmp_path):
+def test_requests_that_cannot_be_met_give_a_reason(student, tmp_path):
     image = np.zeros((1, 8, 8, 1), np.float32)
     for request, message in (
         (lambda: student.sample(), "no labels: give names or numbers of classes, such as 0, 1"),

@@ -29,6 +29,6 @@ def test_compiled_programs_are_kept_in_it(tmp_path):
     assert any((tmp_path / "compiled").iterdir())
 
 
-def test_a_folder_that_jax_was_told_of_comes_first(tmp_path):
+def test_the_folder_that_jax_is_configured_with_takes_precedence(tmp_path):
     keep_compiled_programs(epath.Path(tmp_path))
     assert jax.config.jax_compilation_cache_dir == os.environ[FOLDER]

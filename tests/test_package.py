@@ -79,18 +79,18 @@ def test_what_takes_long_to_import_waits_until_it_is_needed():
 
 
 @pytest.mark.parametrize("arguments", ["--version", "--help", "train --help", "sample --num x"])
-def test_the_command_answers_without_jax(arguments):
-    answer = f"""
+def test_the_command_line_runs_without_jax(arguments):
+    program = f"""
 from guided_distill.cli import main
 try:
     main({arguments.split()})
 except SystemExit:
     pass
 """
-    assert not {"jax", "flax", "matplotlib", "scipy"} & loaded_after(answer)
+    assert not {"jax", "flax", "matplotlib", "scipy"} & loaded_after(program)
 
 
-def test_doctor_tells_what_there_is_and_tries_it(capsys):
+def test_doctor_reports_the_installation_and_tries_it(capsys):
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr()
     assert output.out == "all is well\n"

@@ -53,7 +53,7 @@ def test_the_page_draws_what_the_stages_draw(workdir, served):
     assert "2 steps, 4 network calls for each image" in teachers_words
 
 
-def test_a_page_of_labels_says_what_it_cannot_do(workdir, served):
+def test_a_page_of_labels_refuses_bad_settings(workdir, served):
     client = Client(served(workdir), verbose=False)
     assert [each["api_name"] for each in client.config["dependencies"] if each["queue"]] == [
         "sample",
@@ -132,7 +132,7 @@ def test_a_browser_shows_images_that_arrive(workdir, served):
             assert {each for each in asked if not each.startswith((url, "data:", "blob:"))} == set()
 
 
-def test_points_are_plotted_for_who_logs_in(tmp_path, served):
+def test_points_are_plotted_for_a_user_who_logs_in(tmp_path, served):
     arguments = ["--config", "configs/mixture2d.py:runlocal", "--config.stage=teacher"]
     assert cli.main(["train", "--workdir", str(tmp_path), *arguments]) == 0
     (tmp_path / "logins").write_text("ann:secret\n")

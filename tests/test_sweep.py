@@ -109,7 +109,7 @@ def checkpoints(workdir):
     return {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/checkpoints/*/*")}
 
 
-def test_a_study_goes_on_in_shards_past_a_point_that_fails(sweeps, tmp_path, capsys):
+def test_a_study_resumes_in_shards_and_continues_after_a_failed_point(sweeps, tmp_path, capsys):
     assert sweep(sweeps, "ends", tmp_path, "--shard", "1/3") == 0
     ddim, stochastic = (
         f"halving.samplers={name},guidance.w_embedding={embedding}"

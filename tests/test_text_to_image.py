@@ -193,7 +193,7 @@ def some_masks():
     return masks, corners[0], np.maximum.reduce(corners)
 
 
-def test_inpainting_tells_the_sampler_what_is_known(model, asked):
+def test_inpainting_gives_the_sampler_the_known_part(model, asked):
     masks, _, free = some_masks()
     inpaint(model, images(), masks, PROMPTS, w=1.0, seed=5)
     (request,) = asked
@@ -220,7 +220,7 @@ def test_inpainting_keeps_the_latents_outside_of_the_mask(model, monkeypatch):
     assert changes[free].min(axis=-1).mean() > 0.01
 
 
-def test_an_inpainting_network_is_told_of_the_mask_and_of_what_is_around(model, asked):
+def test_an_inpainting_network_is_conditioned_on_the_mask_and_its_surroundings(model, asked):
     about = model.trained.description
     told = {**about.condition_shapes, INPAINT: (*about.data_shape[:2], 1 + about.data_shape[2])}
     of_masks = replace(about, condition_shapes=told)
@@ -267,7 +267,7 @@ def test_evaluation_looks_at_images_of_held_out_captions(workdir):
         assert samples["image"].shape[1:] == (SIDE, SIDE, 3)
 
 
-def test_evaluation_through_clip_tells_its_score(workdir, tmp_path):
+def test_evaluation_with_clip_reports_its_score(workdir, tmp_path):
     write_clip_of_both(tmp_path)
     asked = ["--stages", "halving_ddim_1", "--w", "0", "--extractor", f"clip:{tmp_path}"]
     assert cli.main(["evaluate", "--workdir", str(workdir), *asked]) == 0
@@ -417,7 +417,7 @@ def test_exported_weights_bring_their_companions(workdir, tmp_path):
         ("teacher.initial={guidance}", "is a guidance stage"),
     ],
 )
-def test_bad_configs_are_told_before_the_autoencoder_is_trained(
+def test_bad_configs_are_reported_before_the_autoencoder_is_trained(
     workdir, arguments, tmp_path, capsys, change, said
 ):
     change = f"--config.{change.format(guidance=workdir / 'guidance')}"

@@ -183,7 +183,7 @@ def _path_strip(result: Result, file: epath.Path) -> Strip:
         title=title,
         words=f"t = {listed}",
         image=picture,
-        alt=f"{count} samples on their way at t = {listed}: {title}; {_listed(labels)}",
+        alt=f"x predicted for {count} samples at t = {listed}: {title}; {_listed(labels)}",
         points=False,
         share=steps / PATH_STEPS,
     )

@@ -47,7 +47,7 @@ def read_prompts(
     Raises UserError if there are none.
     """
     if num < 1:
-        raise UserError(f"--num is {num}; ask for at least 1 image")
+        raise UserError(f"--num is {num}; make it at least 1")
     prompts = list(given or ())
     if file is not None:
         lines = read_text(file, what="--prompts ").splitlines()
@@ -101,7 +101,7 @@ def inpaint_to_files(
     if sizes[0] != sizes[1]:
         width, height = sizes[0]
         raise UserError(
-            f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels, but the image {width} x {height}: "
+            f"--mask {mask} is {sizes[1][0]} x {sizes[1][1]} pixels and the image is {width} x {height}: "
             f"give a mask of the image's size"
         )
     white = read_mask(mask, shape=model.image_shape[:2])

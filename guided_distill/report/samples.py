@@ -37,7 +37,7 @@ def sample_to_files(
     classes. Raises UserError if the stage is missing, and as `sample` does.
     """
     if count < 1:
-        raise UserError(f"--num is {count}; ask for at least 1 sample")
+        raise UserError(f"--num is {count}; make it at least 1")
     trained = load_finished(stage_to_sample(workdir, stage))
     about = trained.description
     if "label" not in about.condition_shapes:

@@ -52,7 +52,7 @@ def transfer_to_files(
     """
     to, images, count, seed = request.to, request.images, request.count, request.seed
     if count < 1:
-        raise UserError(f"--num is {count}; ask for at least 1 image")
+        raise UserError(f"--num is {count}; make it at least 1")
     models = load_models(workdir, to, encoder=request.encoder, decoder=request.decoder)
     about = models.encoder.description
     w_encode = usual_w(about, 0.0) if request.w_encode is None else request.w_encode

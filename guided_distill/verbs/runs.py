@@ -285,9 +285,9 @@ def _check_key(config: ml_collections.ConfigDict, key: str, file: str) -> None:
     for name in key.split("."):
         keys = list(section) if isinstance(section, ml_collections.ConfigDict) else []
         if name not in keys:
+            remedy = f"in place of {name}, choose one of {', '.join(keys)}"
             raise UserError(
-                f"config.{key} is not a key of {file}; in place of {name}, choose one of: "
-                f"{', '.join(keys) or 'no key'}"
+                f"config.{key} is not a key of {file}; {remedy if keys else f'leave out .{name}'}"
             )
         section = section[name]
 

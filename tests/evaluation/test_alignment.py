@@ -20,7 +20,7 @@ def test_the_fit_is_a_ridge_regression_with_an_intercept(rng):
     np.testing.assert_allclose(guess.directions(new), expected, atol=1e-10)
 
 
-def test_captions_that_features_tell_are_found_among_unseen_ones(rng):
+def test_captions_that_features_predict_are_found_among_unseen_ones(rng):
     embeddings = rng.normal(5, 1, (130, 8))
     features = embeddings @ rng.normal(size=(8, 8)) + 1
     guess = CaptionGuess.fit(features[:100], embeddings[:100], ridge=1e-9)
@@ -33,7 +33,7 @@ def test_captions_that_features_tell_are_found_among_unseen_ones(rng):
     assert abs(wrong.cosine) < 0.3
 
 
-def test_chance_is_what_unrelated_samples_reach(rng):
+def test_unrelated_samples_score_at_chance(rng):
     embeddings = rng.normal(4, 1, (500, 16))
     guess = CaptionGuess.fit(rng.normal(size=(500, 16)), embeddings)
     found = guess.align(rng.normal(size=(4000, 16)), embeddings[:100], np.arange(4000) % 100)

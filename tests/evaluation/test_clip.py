@@ -27,7 +27,7 @@ def extractor(folder):
     return clip.clip_extractor((16, 16, 3), str(folder))
 
 
-def test_every_image_is_held_against_its_own_caption(extractor):
+def test_every_image_is_compared_with_its_own_caption(extractor):
     images = from_uint8(random_pixels(33, 16, 16, 3))
     captions = np.array([f"number {number}" for number in range(33)])
     features, logits = extractor(images)
@@ -81,7 +81,7 @@ def test_images_are_resized_as_pillow_does(side):
 @pytest.mark.parametrize(
     ("height", "width", "resized"), [(41, 29, (16, 22)), (20, 33, (26, 16)), (8, 12, (24, 16))]
 )
-def test_of_oblong_images_the_middle_is_seen(height, width, resized):
+def test_oblong_images_are_cropped_to_their_centre(height, width, resized):
     # The sizes and the crop are those observed from CLIPImageProcessor of transformers 5.
     small = Image.fromarray(random_pixels(5, 5, 3) // 3 + 85)
     smooth = small.resize((width, height), Image.Resampling.BICUBIC)
@@ -115,7 +115,7 @@ def test_of_oblong_images_the_middle_is_seen(height, width, resized):
         ("vocab.json", None, r"vocab\.json is missing"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder, file, content, message):
+def test_what_is_wrong_with_a_folder_is_reported(tmp_path, folder, file, content, message):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).unlink()

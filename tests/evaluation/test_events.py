@@ -91,7 +91,7 @@ def test_samples_are_those_of_the_newest_row(workdir):
     assert with_samples == {"lite0-64@other_n8_seed0": False, "lite0-64@other_n8_seed1": True}
 
 
-def test_a_folder_that_cannot_be_made_is_told(workdir):
+def test_a_folder_that_cannot_be_created_is_reported(workdir):
     (workdir / "tensorboard").write_text("")
     with pytest.raises(UserError, match=r"tensorboard.* can't be written"):
         log_rows(workdir, [STUDENT])

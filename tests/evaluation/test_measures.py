@@ -75,7 +75,7 @@ def test_a_stream_in_any_chunks_is_measured_as_the_whole():
         )
 
 
-def test_what_cannot_be_told_is_none():
+def test_what_cannot_be_measured_is_none():
     extractor = extractor_of(own_classes=False)
     yardstick = Yardstick(extractor, reference_of(None))
     found = measure(in_chunks(30, extractor), yardstick, count=80)
@@ -84,7 +84,7 @@ def test_what_cannot_be_told_is_none():
 
 
 @pytest.mark.parametrize(("count", "of_reference"), [(3, 90), (80, 3)])
-def test_of_few_images_all_but_precision_and_recall_is_measured(count, of_reference):
+def test_few_images_have_all_measures_but_precision_and_recall(count, of_reference):
     yardstick = yardstick_of(reference_of(REAL[:of_reference]))
     chunks = itertools.islice(in_chunks(count, yardstick.extractor), 1)
     found = measure(chunks, yardstick, count=count)
@@ -93,7 +93,7 @@ def test_of_few_images_all_but_precision_and_recall_is_measured(count, of_refere
     assert found.fd > 0
 
 
-def test_what_few_images_lack_is_said_first():
+def test_what_too_few_images_lack_is_reported_first():
     assert shortages(train=4, test=4) == []
     (none,) = shortages(train=4, test=1)
     assert "test split has 1 image: results.csv gets no row of real images" in none
@@ -114,7 +114,7 @@ def test_another_number_of_samples_is_refused(count):
         measure(in_chunks(30, yardstick.extractor), yardstick, count=count)
 
 
-def test_parts_are_of_one_row_alone(tmp_path):
+def test_parts_belong_to_one_row_only(tmp_path):
     experiment = parse({})
     stages = [stage for stage in all_stages(experiment) if stage.num_steps]
     task = Task(stages[0], "ddim", 4, 1.0)
@@ -132,7 +132,7 @@ def test_parts_are_of_one_row_alone(tmp_path):
     assert folders[0] == tables[0].parts(task, 80, "0123abcd")
 
 
-def test_caveats_say_what_holds():
+def test_caveats_are_those_that_apply():
     wide, wider = yardstick_of(reference_of(), 1280), yardstick_of(reference_of(), 2048)
     assert caveats(50_000, wider) == []
     (unnamed,) = caveats(50_000, yardstick_of(replace(reference_of(None), of="adm")))

@@ -132,7 +132,7 @@ def test_devices_make_no_difference(mesh_of):
     assert 0.1 < found[0][1].precision < 0.95
 
 
-def test_what_float32_cannot_tell_apart():
+def test_points_that_float32_cannot_distinguish():
     # Clusters of points at 1e-6 of their distance from each other.
     rng = np.random.default_rng(8)
     centres = rng.normal(size=(10, 1, 4))

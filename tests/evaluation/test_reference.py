@@ -101,7 +101,7 @@ def test_the_datas_fingerprint_is_a_hash_of_all_images_as_one_array(monkeypatch)
     ],
     ids=["pixels", "size", "labels"],
 )
-def test_other_data_are_read_anew(file, folder, change_of):
+def test_other_data_are_read_again(file, folder, change_of):
     source = source_of(**change_of)
     with pytest.raises(AssertionError, match="read again"):
         training_reference(source, extractor_of(apply=never), folder)
@@ -193,7 +193,7 @@ def test_statistics_of_another_size_or_damaged_are_refused(file, tmp_path):
         read_reference(epath.Path(tmp_path / "text.npz"), source_of(), extractor_of())
 
 
-def test_extractors_are_told_apart_by_every_weight():
+def test_extractors_are_distinguished_by_every_weight():
     one = extractor_of()
     params = {"a": np.zeros(3), "b": np.ones(2)}
     hashes = {

@@ -102,7 +102,7 @@ class Pair:
     [b"", b"a,b\n1,x\n,", b"a,b\n1,x\n2", b"a,b\n1.5,x\n", b'a,b\n1,"x\n', b"a,b\n1,\xff\n"],
     ids=repr,
 )
-def test_a_damaged_file_is_told_in_one_sentence(tmp_path, damaged):
+def test_a_damaged_file_is_reported_in_one_sentence(tmp_path, damaged):
     file = epath.Path(tmp_path / "rows.csv")
     file.write_text(WHOLE)
     assert read_rows(file, Pair) == [Pair(1, "x"), Pair(None, "y")]
@@ -123,7 +123,7 @@ def test_a_file_that_does_not_know_the_seconds_is_read(tmp_path):
     assert RESULT.seconds_per_sample == 2.5 / 1024
 
 
-def test_means_are_over_the_weights_that_everything_was_measured_at():
+def test_means_are_over_the_weights_at_which_everything_was_measured():
     real = row(stage="real", sampler=None, num_steps=None, w=None)
     few = [row(w=0.0), row(w=1.0), row(w=2.0)]
     many = [row(w=w, num_steps=8) for w in (1.0, 2.0, 4.0)]
@@ -180,7 +180,7 @@ def test_rows_of_another_reference_are_not_compared():
     assert comparable([old, stale], "classifier") == [old, stale]
 
 
-def test_a_row_of_an_unknown_stage_is_told_in_one_sentence(tmp_path):
+def test_a_row_of_an_unknown_stage_is_reported_in_one_sentence(tmp_path):
     path = epath.Path(tmp_path) / "results.csv"
     write_results(path, [dataclasses.replace(RESULT, stage="x")])
     with pytest.raises(UserError, match=r"results\.csv is damaged \(a row's stage is 'x'\)"):

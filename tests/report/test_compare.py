@@ -71,7 +71,7 @@ def test_a_run_that_is_left_out_is_named_on_the_page(tmp_path):
     assert "one: student" in page
 
 
-def test_of_several_grounds_the_one_that_most_runs_share_is_taken(tmp_path):
+def test_the_ground_that_most_runs_share_is_chosen(tmp_path):
     both = rows_of(fd=1.0) + rows_of(fd=9.0, n=9000)
     one = make_run(tmp_path / "one", results=both)
     other = run(tmp_path / "other")
@@ -104,19 +104,19 @@ def test_the_table_has_each_sampler_and_marks_the_least():
     ]
 
 
-def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
+def test_runs_of_one_name_are_named_by_their_paths(tmp_path):
     folders = [run(tmp_path / parent / "run") for parent in ("a", "b")]
     assert list(read_runs([*folders, *folders])) == [str(folder) for folder in folders]
 
 
-def test_points_of_a_sweep_are_told_by_what_they_do_not_share(tmp_path):
+def test_points_of_a_sweep_are_named_by_the_parts_that_differ(tmp_path):
     names = [f"a.low=0,a.high={high},b=1" for high in (1, 2)]
     assert list(read_runs([run(tmp_path / name) for name in names])) == ["a.high=1", "a.high=2"]
     assert list(read_runs([tmp_path / names[0]])) == [names[0]]
 
 
 @pytest.mark.parametrize("names", [["a=1", "a=1,b=2"], ["a=1,b=2", "b=2,a=1"], ["x,y"], []])
-def test_names_stay_whole_where_the_rest_would_not_tell_them_apart(names):
+def test_names_are_not_shortened_if_the_rest_would_be_ambiguous(names):
     assert without_shared_parts(names) == names
 
 

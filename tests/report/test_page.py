@@ -53,7 +53,7 @@ def test_a_page_is_called_by_the_datas_name(tmp_path):
     assert "Data: shapes.npz." in page
 
 
-def test_damaged_samples_are_told_in_one_sentence(tmp_path):
+def test_damaged_samples_are_reported_in_one_sentence(tmp_path):
     workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
     file = sorted((workdir / "samples").glob("halving_ddim_4_w*.npz"))[0]
     whole = file.read_bytes()
@@ -75,7 +75,9 @@ def test_damaged_samples_are_told_in_one_sentence(tmp_path):
         ("teacher_ddim_16_w1_path.npz", {"x": np.zeros((8, 2))}),
     ],
 )
-def test_samples_of_another_shape_are_told_in_one_sentence(tmp_path, monkeypatch, name, changes):
+def test_samples_of_another_shape_are_reported_in_one_sentence(
+    tmp_path, monkeypatch, name, changes
+):
     monkeypatch.setattr(page_module, "data_url", lambda *_: "data:,")
     monkeypatch.setattr(grids, "data_url", lambda *_: "data:,")
     workdir = make_run(tmp_path / "run", results=rows_of(fd=1.0))
@@ -160,20 +162,20 @@ def test_unknown_seconds_are_left_out():
     ]
 
 
-def told(workdir, results):
+def shortfalls_of(workdir, results):
     experiment = read_config(workdir)
     logs = {stage.name: read_metrics(workdir / stage.name) for stage in all_stages(experiment)}
     return shortfalls(workdir, experiment, results, logs)
 
 
-def test_what_failed_or_is_missing_is_told(tmp_path):
+def test_what_failed_or_is_missing_is_reported(tmp_path):
     results = [each for each in rows_of(fd=1.0) if (each.num_steps, each.w) != (2, 4.0)]
     workdir = make_run(tmp_path / "run", results=results, skipped=3)
     (workdir / "halving_ddim_1").rmtree()
     checkpoint = workdir / "guidance" / "checkpoints" / "1000"
     checkpoint.rename(checkpoint.parent / "600")
     steps = {"teacher": 1000, "guidance": 1000, "halving_ddim_4": 1000, "halving_ddim_2": 2000}
-    assert told(workdir, results) == [
+    assert shortfalls_of(workdir, results) == [
         *(
             f"{name} skipped 3 of its first {count} updates, because the loss or gradient was not finite."
             for name, count in steps.items()
@@ -190,7 +192,7 @@ def test_a_run_that_started_from_another_is_not_blamed_for_its_teacher(tmp_path)
     workdir = make_run(tmp_path / "run", results=results, config=config)
     for name in ("teacher", "guidance"):
         (workdir / name).rmtree()
-    assert told(workdir, results) == []
+    assert shortfalls_of(workdir, results) == []
     assert "of the stages trained so far" in headline(results)
     stages = re.findall(r'<th scope="row">(.*?)</th>', section(written(workdir), "training"))
     assert stages == ["halving_ddim_4", "halving_ddim_2", "halving_ddim_1"]
