@@ -47,12 +47,12 @@ def _one_line(error: BaseException) -> str:
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main` and exit at once: threads that libraries leave behind can abort Python as it exits."""
     stopping.watch()
-    surroundings.settle()
+    surroundings.prepare()
     try:
         status = main(argv)
     except SystemExit as ending:  # Raised by argparse.
         status = int(ending.code or 0)
-    stopping.end_by(status)
+    stopping.finish(status)
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

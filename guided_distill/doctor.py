@@ -1,4 +1,4 @@
-"""Whether the package works on this machine: what is installed, what there is, and a tiny run."""
+"""Check that the package works on this machine: versions, hardware, and a tiny run."""
 
 import importlib.metadata
 import os
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def installed() -> Table:
-    """Versions of what the package stands on, the devices and their memory, and room on the disk."""
+    """Return a table of package versions, devices, memory and free disk space."""
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
@@ -67,17 +67,17 @@ def _memory_of(device: Any) -> str:
     return f", {limit / 2**30:.1f} GiB each" if limit else ""
 
 
-def check_yourself() -> None:
-    """Compute on every device, then train, distill, resume and sample a tiny run, telling of each.
+def self_test() -> None:
+    """Compute on every device, then train, distill, reopen and sample a tiny run, printing each time.
 
-    Raises UserError, naming the first that doesn't work.
+    Raises UserError that names the first check that fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         workdir = epath.Path(folder)
         config = default_config()
         config.model.options = {"width": 16, "depth": 1, "embedding_width": 16}
         config = shrink(config)
-        # Every device gets an example.
+        # Every device gets an example of each batch.
         for stage in (config.teacher, config.guidance, config.halving):
             stage.batch_size = 8 * jax.device_count()
         experiment = parse(config)
@@ -90,23 +90,25 @@ def check_yourself() -> None:
             if not np.isfinite(images).all():
                 raise ValueError("samples aren't finite")
 
-        _try("a product of matrices on every device", _multiply)
-        _try("training and distilling in steps of a few", lambda: pipeline.run(experiment, workdir))
-        _try("finding the run again", lambda: pipeline.run(experiment, workdir))
-        _try("sampling in one step", draw)
+        _check("multiplying matrices on every device", _multiply)
+        _check(
+            "training and distilling for a few updates", lambda: pipeline.run(experiment, workdir)
+        )
+        _check("reopening the run", lambda: pipeline.run(experiment, workdir))
+        _check("sampling in one step", draw)
 
 
 def _multiply() -> None:
     for device in jax.local_devices():
         ones = jax.device_put(jnp.ones((256, 256)), device)
         if float((ones @ ones).mean()) != 256.0:
-            raise ValueError(f"{device} doesn't multiply")
+            raise ValueError(f"{device} returns a wrong product")
 
 
-def _try(words: str, work: Callable[[], Any]) -> None:
+def _check(words: str, work: Callable[[], Any]) -> None:
     start = time.perf_counter()
     try:
         work()
-    except Exception as error:  # Whatever is amiss with the machine or its packages.
+    except Exception as error:  # Any problem of the machine or its packages.
         raise UserError(f"{words} fails: {type(error).__name__}: {error}") from error
     console.print(f"{words}: {time.perf_counter() - start:.1f} s", highlight=False)

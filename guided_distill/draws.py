@@ -1,7 +1,7 @@
-"""Random numbers: keys from seeds, and draws that are float32 whatever JAX_ENABLE_X64 says.
+"""Random numbers: keys from seeds, and draws in float32 regardless of JAX_ENABLE_X64.
 
-What belongs to an example is drawn from a key of its own, by the functions that take keys [B]: the draws
-are then the same however a batch is split over devices, over parts or over calls.
+The functions that take keys [B] draw for each example from its own key, so the draws don't depend on how
+a batch is split over devices, over the parts of an accumulation or over calls.
 """
 
 import functools
@@ -15,9 +15,9 @@ normal = functools.partial(jax.random.normal, dtype=jnp.float32)
 
 
 def key_of(seed: int) -> jax.Array:
-    """The key that all 64 bits of a seed make: below 2^32, that of `jax.random.key`.
+    """Return the key of a 64-bit seed; for seeds below 2^32 it is that of `jax.random.key`.
 
-    Raises UserError for a seed outside of [0, 2^64).
+    Raises UserError for a seed outside [0, 2^64).
     """
     kinds.check("the seed", seed, kinds.Seed)
     words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
@@ -25,30 +25,30 @@ def key_of(seed: int) -> jax.Array:
 
 
 def split(keys: jax.Array, count: int) -> jax.Array:
-    """`count` keys [count, B] of each key [B]."""
+    """Split each key [B] into `count` keys: [count, B]."""
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 def fold_in(keys: jax.Array, data: jax.Array | int) -> jax.Array:
-    """Keys [B] of each key [B] and the same number."""
+    """Fold the same number into each key [B]; returns keys [B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
 def normals(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Unit noise [B, *shape] of keys [B]."""
+    """Return unit Gaussian noise [B, *shape] from keys [B]."""
     return jax.vmap(lambda key: normal(key, shape))(keys)
 
 
 def uniforms(keys: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
-    """Numbers [B] ~ U[low, high) of keys [B]."""
+    """Return numbers [B] ~ U[low, high) from keys [B]."""
     return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, low, high))(keys)
 
 
 def integers(keys: jax.Array, low: int | jax.Array, high: int | jax.Array) -> jax.Array:
-    """int32 [B] in [low, high) of keys [B]."""
+    """Return int32 [B], uniform in [low, high), from keys [B]."""
     return jax.vmap(lambda key: jax.random.randint(key, (), low, high, jnp.int32))(keys)
 
 
 def bernoullis(keys: jax.Array, rate: float) -> jax.Array:
-    """bool [B] of keys [B], each True at probability `rate`."""
+    """Return bool [B] from keys [B], each True with probability `rate`."""
     return jax.vmap(lambda key: jax.random.bernoulli(key, jnp.float32(rate)))(keys)

@@ -1,4 +1,4 @@
-"""The two exceptions that end a command in good order."""
+"""The two exceptions that end a command without a traceback."""
 
 import os
 
@@ -11,11 +11,11 @@ class UserError(ValueError):
 
 
 class Interrupted(BaseException):
-    """Stopped by a pre-emption, a lost process or storage that is away; nothing is wrong here.
+    """The program was stopped by a preemption, a lost process or unavailable storage.
 
-    The same command resumes it. The command line prints the message and exits with `STATUS`, which is
-    EX_TEMPFAIL of sysexits.h: a failure that passes, so try again. Like KeyboardInterrupt it is no
-    Exception: a signal can raise it anywhere, and nobody may take it for an error of what was going on.
+    The same command resumes. The command line prints the message and exits with `STATUS`, EX_TEMPFAIL in
+    sysexits.h: a temporary failure. Like KeyboardInterrupt it isn't an Exception, because a signal can
+    raise it anywhere, and no handler should mistake it for an error of the code that it interrupts.
     """
 
     STATUS = getattr(os, "EX_TEMPFAIL", 75)

@@ -1,4 +1,4 @@
-"""What all readers of the user's files share: regular files and texts."""
+"""Functions that all readers of the user's files share: regular files, texts and warnings."""
 
 import functools
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class File(NamedTuple):
-    """A regular file as it is now: its length in bytes, and when it was modified."""
+    """A regular file, its length in bytes, and its modification time."""
 
     path: epath.Path
     length: int
@@ -23,12 +23,12 @@ class File(NamedTuple):
 
 
 def regular_file(path: epath.Path) -> File | None:
-    """The file, or None where there is none, or a folder, a pipe or a device, which may never end."""
+    """Return the file, or None if it is missing, a folder, or a pipe or device, which may never end."""
     try:
         if "://" in str(path):
             far = path.stat()
             return None if far.is_directory else File(path, far.length, int(far.mtime))
-        # Not epath's stat, which looks up the owner's name and fails where there is none.
+        # epath's stat looks up the owner's name and fails if the owner has none.
         here = os.stat(path)
     except OSError:
         return None
@@ -36,20 +36,20 @@ def regular_file(path: epath.Path) -> File | None:
 
 
 def read_text(path: epath.Path, *, what: str = "") -> str:
-    """The text of a file in UTF-8, without a byte order mark. Raises UserError.
+    """Return the text of a UTF-8 file, without a byte order mark. Raises UserError if it can't be read.
 
-    what: how the error begins, such as with a flag.
+    what: a prefix for the error's message, such as a flag and a space.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{what}{path} can't be read as text, save it in UTF-8: {first_line(error)}"
+            f"{what}{path} can't be read as text ({first_line(error)}): save it in UTF-8"
         ) from error
 
 
 def is_text(text: object) -> bool:
-    """Whether it is a string that can be encoded, without half of a surrogate pair."""
+    """Whether the object is a string that can be encoded, so without lone surrogates."""
     if not isinstance(text, str):
         return False
     try:
@@ -61,5 +61,5 @@ def is_text(text: object) -> bool:
 
 @functools.cache
 def warn_once(sentence: str) -> None:
-    """Log a warning, though both splits of a source find what it says."""
+    """Log a warning once, even if both splits of a source cause it."""
     log.warning("%s", sentence)

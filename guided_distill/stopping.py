@@ -1,7 +1,7 @@
-"""The program's end by SIGTERM or Ctrl-C, from its first line on.
+"""Handlers of SIGTERM and Ctrl-C, in place from the program's first line on.
 
-Python runs the handler of a signal between two instructions of its main thread. A compile, which is one
-instruction, can put that off for minutes; a thread of its own sees the signal at once.
+Python runs a signal's handler between two instructions of the main thread. A compilation, which is one
+instruction, can delay that for minutes; a separate thread sees the signal at once.
 """
 
 import os
@@ -13,45 +13,45 @@ from typing import NoReturn
 
 from guided_distill.errors import Interrupted
 
-# Nothing here imports what takes long, so that `watch` is there before the program is.
+# Nothing here imports a slow module, so that `watch` runs before the program has loaded.
 
 PATIENCE = 5.0
-"""Seconds that the main thread has to end in good order."""
+"""Seconds that the main thread gets to end the program by itself."""
 
 STATUSES = {signal.SIGTERM: Interrupted.STATUS, signal.SIGINT: 130}
 
-STOPPED = "stopped; the same command resumes from what is kept"
+STOPPED = "stopped; the same command resumes from what is saved"
 
 unsaved = threading.Event()
-"""Set while a training has updates that no checkpoint holds."""
+"""Set while training has updates that no checkpoint contains."""
 
-_over = threading.Event()
+_finished = threading.Event()
 
 
 def watch() -> None:
-    """End the program within `PATIENCE` seconds of SIGTERM or Ctrl-C, but for a save, whatever it does.
+    """Make SIGTERM and Ctrl-C end the program within `PATIENCE` seconds, or after a save if needed.
 
-    A second Ctrl-C ends it at once, which loses no more than what is unsaved.
+    A second Ctrl-C ends the program at once, and loses only unsaved updates.
     """
     signal.signal(signal.SIGTERM, _stop)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # A child's signals aren't its parent's.
+    # A child process must not report its signals to its parent.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_see, args=(reading,), daemon=True).start()
+    threading.Thread(target=_read_signals, args=(reading,), daemon=True).start()
 
 
-def end_by(status: int) -> None:
-    """The work is over: a signal that comes now ends the program with this status."""
-    _over.set()
+def finish(status: int) -> None:
+    """Make a signal that arrives after the work is done exit with the same status."""
+    _finished.set()
     for number in STATUSES:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(status))
 
 
 def say(words: str) -> None:
-    """Print a line of the program's, in a handler or a thread, where print isn't safe."""
+    """Print a message in a signal handler or a thread, where print isn't safe."""
     os.write(2, f"guided-distill: {words}\n".encode())
 
 
@@ -60,15 +60,15 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def _exit(status: int, words: str) -> NoReturn:
-    if not _over.is_set():
+    if not _finished.is_set():
         if os.isatty(2):
             os.write(2, b"\x1b[?25h\n")  # A progress bar hides the cursor.
         say(words)
     os._exit(status)
 
 
-def _see(reading: int) -> None:
-    """Read the numbers of signals as they come."""
+def _read_signals(reading: int) -> None:
+    """Read the numbers of signals as they arrive, and end the program if the main thread doesn't."""
     seen: list[int] = []
     while numbers := os.read(reading, 64):
         for number in numbers:
@@ -79,15 +79,15 @@ def _see(reading: int) -> None:
                 )
             if number in STATUSES and not seen:
                 status = STATUSES[signal.Signals(number)]
-                threading.Thread(target=_insist, args=(status,), daemon=True).start()
+                threading.Thread(target=_exit_later, args=(status,), daemon=True).start()
             seen.append(number)
 
 
-def _insist(status: int) -> None:
-    """Let the main thread end, or save and then end; after that, end without it."""
+def _exit_later(status: int) -> None:
+    """Exit with this status, after the main thread has had time to end the program or to save."""
     time.sleep(PATIENCE)
     if unsaved.is_set():
-        say("preempted: saves after an update or a compile that can't be interrupted")
+        say("preempted: saving after the current update or compilation, which can't be interrupted")
         while unsaved.is_set():
             time.sleep(0.1)
         time.sleep(PATIENCE)

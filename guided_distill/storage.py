@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and storage that fails."""
+"""Atomic writes of files and folders, the lock of a run's folder, and retries when storage fails."""
 
 import contextlib
 import errno
@@ -26,26 +26,27 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 WAITS = (1.0, 4.0, 15.0)
-"""Seconds between attempts."""
+"""Seconds to wait before each retry."""
 
-PASSING = {
+TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETUNREACH),
     *(errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, socket.EAI_AGAIN),
     errno.ENOTEMPTY,
 }
-"""The errors of shared disks and networks that are away for a while; the last, where a save that failed
-is still writing into the folder that the next attempt clears."""
+"""Errors of shared disks and networks that may be temporary. The last one occurs when a failed save is
+still writing to the folder that the next attempt clears."""
 
 
 LOCK = ".lock"
 LOST_AFTER = 600.0
-"""Seconds without a sign of life after which a process of another machine counts as ended."""
+"""Seconds without a heartbeat after which a process on another machine counts as dead."""
 
 _BEAT = 60.0
+"""Seconds between heartbeats."""
 
 
 def _part(path: epath.Path) -> epath.Path:
-    """A name beside `path` that no other writer has."""
+    """Return a unique path beside `path`."""
     if not path.name:  # The current folder.
         path = path.absolute()
     return path.parent / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
@@ -53,10 +54,10 @@ def _part(path: epath.Path) -> epath.Path:
 
 @contextlib.contextmanager
 def whole(path: epath.Path) -> Iterator[epath.Path]:
-    """Yields a place beside `path` for a new file or folder, and renames it to `path` after the block.
+    """Yield a temporary path beside `path` for a new file or folder, and rename it to `path` at the end.
 
-    If the block raises, nothing of it stays. A file replaces the file that is there; a folder must not
-    be there yet, or be empty. Raises what the storage raises.
+    If the block raises, the temporary file or folder is removed. A new file replaces an existing one. For
+    a new folder, `path` must not exist or must be an empty folder. Raises what the storage raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
@@ -66,18 +67,18 @@ def whole(path: epath.Path) -> Iterator[epath.Path]:
             path.rmdir()
         part.replace(path)
     except BaseException:
-        with contextlib.suppress(Exception):  # The first error is the one to report.
+        with contextlib.suppress(Exception):  # Report the first error, not one of the clean-up.
             part.rmtree() if part.is_dir() else part.unlink()
         raise
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Write a small file whole or not at all. Raises UserError if it can't be written."""
+    """Write a small text file atomically. Raises UserError if it can't be written."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """As `write_text`, of bytes. Of many processes, the first writes."""
+    """Like `write_text`, for bytes. Only process 0 writes."""
     if not is_first():
         return
 
@@ -89,14 +90,14 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 def npz_bytes(**arrays: np.ndarray) -> bytes:
-    """An npz file of named arrays."""
+    """Return the content of an npz file with these arrays."""
     data = io.BytesIO()
     np.savez_compressed(data, allow_pickle=False, **arrays)
     return data.getvalue()
 
 
 def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, by name. Raises UserError if it is damaged."""
+    """Return the arrays of an npz file by name. Raises UserError if it is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -105,7 +106,7 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def check_writable(folder: epath.Path) -> None:
-    """Raises what the storage raises unless a file can be written to the folder, which is made."""
+    """Create the folder and write a test file to it. Raises what the storage raises if either fails."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = _part(folder / "probe")
     probe.write_text("")
@@ -114,13 +115,13 @@ def check_writable(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: epath.Path) -> Iterator[None]:
-    """Keeps other processes from training in the folder while the block runs.
+    """Lock the folder, so that no other process trains in it while the block runs.
 
-    The file `LOCK` in it names the process. The lock is the kernel's, and ends with the process however
-    that ends. Other machines may not see it, and buckets have none: there the file's age tells whether
-    its process lives, which touches it every minute.
+    The file `LOCK` in the folder names the process. The kernel holds the lock and releases it when the
+    process ends for any reason. Other machines may not see that lock, and buckets have none, so the
+    process also touches the file every minute: if the file is old, its process is dead.
 
-    Raises UserError if another process holds the folder, or the file can't be written.
+    Raises UserError if another process has locked the folder, or if the file can't be written.
     """
     file = folder / LOCK
     with storing(file):
@@ -143,7 +144,7 @@ def held(folder: epath.Path) -> Iterator[None]:
 
 
 def _locked(file: epath.Path) -> tuple[int | None, bool]:
-    """A descriptor with the kernel's lock, None where there are no locks; and whether no other has it."""
+    """Return a locked descriptor, or None without locks, and whether no other process has the lock."""
     if _is_remote(file):
         return None, True
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -156,20 +157,22 @@ def _locked(file: epath.Path) -> tuple[int | None, bool]:
 
 
 class _Owner(NamedTuple):
+    """The process that a lock file names."""
+
     host: str
     process: int
 
 
 def _owner(file: epath.Path) -> _Owner | None:
-    """Whom the file names, if anybody."""
+    """Return the process that the lock file names, if any."""
     text = file.read_bytes().decode(errors="replace") if file.exists() else ""
     found = re.fullmatch(r"(\S+) ([0-9]{1,9})\n", text)
     return _Owner(found[1], int(found[2])) if found else None
 
 
 def _age(file: epath.Path) -> float:
-    """Seconds since it was written."""
-    # Not epath's stat of a local file, which looks up the owner's name and fails where there is none.
+    """Return the seconds since the file was written."""
+    # For a local file, epath's stat looks up the owner's name and fails if the owner has none.
     modified = file.stat().mtime if _is_remote(file) else os.stat(file).st_mtime
     return time.time() - modified
 
@@ -179,7 +182,7 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # Another user's.
+    except PermissionError:  # The process is another user's.
         pass
     return process != os.getpid()
 
@@ -191,19 +194,19 @@ def _held_by(folder: epath.Path, owner: _Owner | None, *, foreign: bool) -> User
         f"{LOST_AFTER / 60:.0f} minutes"
     )
     return UserError(
-        f"{who} is training in {folder}: wait for its end, or choose another --workdir"
+        f"{who} is training in {folder}: wait until it ends, or choose another --workdir"
         f"{todo if foreign else ''}"
     )
 
 
 @contextlib.contextmanager
 def _beating(file: epath.Path) -> Iterator[None]:
-    """Renews the file's time every minute; empties the file in the end."""
+    """Touch the file every minute while the block runs, and empty it at the end."""
     ended, text = threading.Event(), file.read_text()
 
     def beat() -> None:
         while not ended.wait(_BEAT):
-            with contextlib.suppress(Exception):  # A disk that is away for a while.
+            with contextlib.suppress(Exception):  # The disk may be unavailable for a while.
                 file.write_text(text) if _is_remote(file) else os.utime(file)
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -224,38 +227,38 @@ def persistently(
     waits: Sequence[float] = WAITS,
     verb: str = "written",
 ) -> Value:
-    """Do it, and again after each of `waits`, in seconds, while the error is one that can pass.
+    """Return work(), retrying it after each of `waits`, in seconds, while the error may be temporary.
 
-    verb: what is done with the path, "written" or "read". Raises UserError for any other error of the
-    storage, such as a full disk, and for one that doesn't pass; of many processes, Interrupted for the
-    latter, for whatever starts them can start them again.
+    verb: "written" or "read", for messages about the path. Raises UserError for other storage errors,
+    such as a full disk, and for a temporary error that outlasts all retries. If there are several
+    processes, the latter raises Interrupted instead, so that their launcher restarts them.
     """
     with storing(path, verb=verb):
         for wait in waits:
             try:
                 return work()
             except Exception as error:
-                if not can_pass(error, path):
+                if not is_transient(error, path):
                     raise
                 words = first_line(error)
-                log.warning("%s can't be %s (%s): again in %g s", path, verb, words, wait)
+                log.warning("%s can't be %s (%s): retrying in %g s", path, verb, words, wait)
                 time.sleep(wait)
         return work()
 
 
 @contextlib.contextmanager
 def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
-    """Raises as `persistently` does for an error in the block."""
+    """Convert storage errors in the block to UserError or Interrupted, as `persistently` does."""
     try:
         yield
     except Exception as error:
-        passing = can_pass(error, path)
-        # A wrong value in what was read need not be the storage's.
+        transient = is_transient(error, path)
+        # A ValueError while reading may come from the data, not from the storage.
         if not _of_storage(error, path) or (
-            verb == "read" and isinstance(error, ValueError) and not passing
+            verb == "read" and isinstance(error, ValueError) and not transient
         ):
             raise
-        if jax.process_count() > 1 and passing:
+        if jax.process_count() > 1 and transient:
             raise Interrupted(
                 f"{path} can't be {verb} ({first_line(error)}); the same command resumes from the last "
                 f"checkpoint"
@@ -268,14 +271,14 @@ def _is_remote(path: epath.Path) -> bool:
 
 
 def _of_storage(error: Exception, path: epath.Path) -> bool:
-    """Whether it is the storage that fails. Clients of buckets raise errors of every kind."""
+    """Whether the storage raised the error. Clients of buckets raise errors of every type."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return False
     return isinstance(error, OSError | ValueError) or _is_remote(path)
 
 
-def can_pass(error: Exception, path: epath.Path) -> bool:
-    """Whether it speaks of a network or a shared disk that may come back."""
+def is_transient(error: Exception, path: epath.Path) -> bool:
+    """Whether the error may be temporary: a network or shared disk that is unavailable for a while."""
     if not _of_storage(error, path):
         return False
     if not isinstance(error, OSError | ValueError | ImportError):
@@ -284,19 +287,19 @@ def can_pass(error: Exception, path: epath.Path) -> bool:
     if found := re.search(r"\[OS error (\d+)", str(error)):  # TensorStore's.
         number = int(found[1])
     return (
-        number in PASSING
+        number in TRANSIENT
         or isinstance(error, ConnectionError | TimeoutError)
         or any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
     )
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message, or its type if it has none."""
     return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def storage_error(path: epath.Path, error: Exception, *, verb: str = "written") -> UserError:
-    """The sentence for a user whose disk is full or read-only."""
+    """Return the UserError for a path that can't be read or written, such as on a full disk."""
     if isinstance(error, ImportError):
         return _unreachable(path, error)
     if verb == "read":
@@ -312,15 +315,15 @@ def storage_error(path: epath.Path, error: Exception, *, verb: str = "written") 
 
 def _unreachable(path: epath.Path, error: Exception) -> UserError:
     if isinstance(error, ImportError):
-        todo = "gs:// needs the package's extra `tpu`"
+        todo = "install the package's extra `tpu`, which gs:// needs"
     else:
         todo = "check its name, the network and your access to it"
     return UserError(f"{path} can't be reached ({first_line(error)}): {todo}")
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether the path exists. Raises UserError if its storage can't be asked."""
+    """Whether the path exists. Raises UserError if its storage can't be reached."""
     try:
         return path.exists()
-    except Exception as error:  # Clients of buckets raise errors of every kind.
+    except Exception as error:  # Clients of buckets raise errors of every type.
         raise _unreachable(path, error) from error

@@ -1,4 +1,4 @@
-"""What the program finds around it: variables of a shell or notebook, devices, standard output."""
+"""Preparation of the process for its environment: variables, accelerators, standard output."""
 
 import importlib.util
 import io
@@ -10,36 +10,40 @@ from typing import Any, TextIO
 
 from guided_distill.errors import UserError
 
-# As in stopping.py, nothing here imports what takes long. JAX and matplotlib read their variables when
-# they are imported.
+# As in stopping.py, nothing here imports a slow module. JAX and matplotlib read their variables when they
+# are imported.
 
 _DEVICES = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd", "dxg")
-"""In /dev: TPUs of both kinds of drivers, GPUs."""
+"""Names in /dev of TPUs, with either kind of driver, and of GPUs."""
 
 _GOOGLE = "0x1ae0"
 _DISKS_AND_NETWORKS = ("0x01", "0x02")
 
-# JAX and libtpu set these themselves on any machine, and what they start inherits them.
+# JAX and libtpu set these themselves on any machine, and child processes inherit them.
 _NO_SIGN_OF_A_TPU = {
     *("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"),
     *("TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"),
 }
 
 
-def settle() -> None:
-    """Draw to files, ask for no TPU in vain, and make a sentence of output that can't be written."""
-    # Jupyter names a backend for all that it starts, which other environments than its own lack.
+def prepare() -> None:
+    """Make matplotlib draw to files, skip the search for a missing TPU, and report unwritable output.
+
+    If standard output can't be written, the program raises UserError; failures of standard error are
+    ignored.
+    """
+    # Jupyter sets a backend for all processes that it starts, which may be missing in their environment.
     os.environ["MPLBACKEND"] = "agg"
-    if in_vain(os.environ):
+    if lacks_tpu(os.environ):
         os.environ["JAX_PLATFORMS"] = "cpu"
     sys.stdout = _checked(sys.stdout, must_be_written=True)
     sys.stderr = _checked(sys.stderr, must_be_written=False)
 
 
-def in_vain(environ: Mapping[str, str], root: Path = Path("/")) -> bool:
-    """Whether JAX would ask libtpu for a TPU that isn't there, which takes time and lines of errors.
+def lacks_tpu(environ: Mapping[str, str], root: Path = Path("/")) -> bool:
+    """Whether libtpu is installed without a TPU, so that JAX's search would take time and print errors.
 
-    False as well for a user who chose JAX's platforms, and where there may be another accelerator.
+    False if the user chose JAX's platforms, or if there may be another accelerator.
     """
     if "JAX_PLATFORMS" in environ or not _installed("libtpu") or _installed("jax_plugins"):
         return False
@@ -53,7 +57,7 @@ def _installed(module: str) -> bool:
 
 
 def _google_chips(root: Path) -> list[Path]:
-    """Google's devices on the bus that are no disks or networks of a virtual machine."""
+    """Return Google's PCI devices other than the disks and networks of a virtual machine."""
     return [
         device
         for device in (root / "sys/bus/pci/devices").glob("*")
@@ -63,7 +67,7 @@ def _google_chips(root: Path) -> list[Path]:
 
 
 class _Checked(io.FileIO):
-    """A stream whose failure is a sentence, or passed over."""
+    """A stream that raises UserError if a write fails, or ignores the failure."""
 
     must_be_written = False
 
@@ -73,13 +77,13 @@ class _Checked(io.FileIO):
         except OSError as error:
             if self.must_be_written:
                 raise UserError(
-                    f"standard output can't be written ({error}): make room, or send it elsewhere"
+                    f"standard output can't be written ({error}): make room, or redirect it elsewhere"
                 ) from error
             return len(data)
 
 
 def _checked(stream: TextIO | None, *, must_be_written: bool) -> Any:
-    if not isinstance(stream, io.TextIOWrapper):  # It was closed.
+    if not isinstance(stream, io.TextIOWrapper):  # The stream was closed.
         return open(os.devnull, "w")
     raw = _Checked(stream.fileno(), "w", closefd=False)
     raw.must_be_written = must_be_written

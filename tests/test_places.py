@@ -124,8 +124,8 @@ def test_an_encoding_is_not_written_to_a_bucket(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("s3://bucket/run", "s3fs, which reads those, isn't installed"),
-        ("ftp://host/run", "is in no bucket that is known"),
+        ("s3://bucket/run", "s3fs, which reads buckets, isn't installed"),
+        ("ftp://host/run", "is in an unknown kind of bucket"),
         ("\udc80", "is not a name in UTF-8"),
     ],
 )

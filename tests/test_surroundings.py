@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guided_distill import cli, surroundings
-from guided_distill.surroundings import in_vain
+from guided_distill.surroundings import lacks_tpu
 
 # Vendor and class of Google's devices, as lspci tells them of machines of its cloud.
 NETWORK, DISK = ("0x1ae0", "0x020000"), ("0x1ae0", "0x010802")
@@ -43,7 +43,7 @@ def machine(tmp_path, monkeypatch):
     ],
 )
 def test_no_tpu_is_asked_for_where_there_is_no_sign_of_one(machine, environ, files, bus):
-    assert in_vain(environ, machine(files, bus))
+    assert lacks_tpu(environ, machine(files, bus))
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_no_tpu_is_asked_for_where_there_is_no_sign_of_one(machine, environ, fil
     ],
 )
 def test_jax_is_left_alone_where_there_may_be_a_device(machine, environ, files, bus):
-    assert not in_vain(environ, machine(files, bus))
+    assert not lacks_tpu(environ, machine(files, bus))
 
 
 @pytest.mark.parametrize("installed", [[], ["libtpu", "jax_plugins"]])
 def test_jax_is_left_alone_without_libtpu_or_with_other_plugins(machine, monkeypatch, installed):
     monkeypatch.setattr(surroundings, "_installed", installed.__contains__)
-    assert not in_vain({}, machine())
+    assert not lacks_tpu({}, machine())
 
 
 def program(text, **environ):
@@ -88,12 +88,12 @@ def program(text, **environ):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
 def test_libtpu_is_not_loaded_and_matplotlib_draws_to_files():
-    if not in_vain({"TPU_LIBRARY_PATH": "libtpu.so"}):
+    if not lacks_tpu({"TPU_LIBRARY_PATH": "libtpu.so"}):
         pytest.skip("there is no libtpu, or there may be an accelerator")
     done = program(
         """
-from guided_distill.surroundings import settle
-settle()
+from guided_distill.surroundings import prepare
+prepare()
 import jax, matplotlib, matplotlib.figure
 print(jax.default_backend(), matplotlib.get_backend(), "libtpu" in open("/proc/self/maps").read())
 """,

@@ -370,7 +370,7 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypa
         ),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "none"], "no image at none"),
         ("generate", ["--prompt", "caf\udce9"], "can't be read as text"),
-        ("generate", ["--prompts", "{text}"], "can't be read as text, save it in UTF-8"),
+        ("generate", ["--prompts", "{text}"], ": save it in UTF-8"),
     ],
 )
 def test_bad_input_is_one_sentence(workdir, tmp_path, capsys, verb, more, said):

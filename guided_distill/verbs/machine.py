@@ -18,9 +18,9 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _doctor(_: argparse.Namespace, __: list[str]) -> None:
-    from guided_distill.doctor import check_yourself, installed
+    from guided_distill.doctor import installed, self_test
     from guided_distill.training.progress import console
 
     console.print(installed(), highlight=False)
-    check_yourself()
+    self_test()
     print("all is well")

@@ -76,7 +76,7 @@ def test_what_is_unsaved_is_waited_for_and_that_is_said():
     _, said = process.communicate(timeout=10)
     assert process.returncode == 75
     waiting, stopped = said.splitlines()
-    assert "saves after an update or a compile that can't be interrupted" in waiting
+    assert "saving after the current update or compilation, which can't be interrupted" in waiting
     assert stopped == f"guided-distill: {stopping.STOPPED}"
 
 

@@ -93,7 +93,7 @@ def test_of_many_processes_what_can_pass_is_left_to_a_restart(waited, monkeypatc
     [
         (
             ImportError("Please install gcsfs"),
-            r"Please install gcsfs\): gs:// needs the package's extra `tpu`",
+            r"Please install gcsfs\): install the package's extra `tpu`",
         ),
         (HttpError("Invalid credentials\nand more"), r"Invalid credentials\): check .* access"),
         (HttpError(), r"HttpError\): check its name, the network"),
