@@ -36,7 +36,7 @@ from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
-from guided_distill.training.session import hand_on, train_in
+from guided_distill.training.session import save_result, train_in
 
 
 def run(experiment: Experiment, workdir: epath.Path) -> None:
@@ -183,7 +183,7 @@ class Pipeline:
             mesh=self._mesh,
         )
         if teacher is not None and stage.total_steps == 0:
-            hand_on(job.directory, teacher.params, about=job.about)
+            save_result(job.directory, teacher.params, about=job.about)
             console.print(f"{stage.name} is its teacher, {teacher.path}", highlight=False)
             return Trained(str(job.directory), 0, teacher.params, about)
         network = about.network()

@@ -95,7 +95,7 @@ def test_a_bucket_without_its_client_is_one_sentence(without_clients, read):
 def test_flags_say_so_too(without_clients, home, capsys, arguments):
     assert cli.main([each.format(home=home) for each in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "in a bucket, and gcsfs, which reads those, isn't installed" in line
+    assert "in a bucket, but gcsfs, which reads buckets, isn't installed" in line
 
 
 BUCKET = epath.Path("gs://bucket/x")

@@ -1,1 +1,1 @@
-"""One train step and one loop for every stage, and what keeps them safe: checkpoints and logs."""
+"""One train step and one training loop for every stage, with checkpoints, logs and preemption."""

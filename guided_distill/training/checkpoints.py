@@ -1,10 +1,9 @@
-"""Checkpoints of one stage: saved asynchronously and atomically, self-describing, never half read.
+"""Checkpoints of one stage: saved asynchronously and atomically, self-describing, verified when read.
 
-Each is an Orbax composite of `params`, `ema` (where the stage keeps an average), `rest` (optimizer
-and counters), `data` (the input pipeline's state), `about` (what the checkpoint is, see trained.py),
-`layout` (names and shapes of the weights) and, of a pre-empted run, `unlogged` (sums of figures), and
-of the digests of their files. The weights of a teacher are never written again in its student's
-checkpoint.
+Each is an Orbax composite of `params`, `ema` (if the stage keeps an average), `rest` (optimizer and
+counters), `data` (the input pipeline's state), `about` (the self-description, see trained.py), `layout`
+(names and shapes of the weights) and, in a preempted run, `unlogged` (sums of metrics), with a file of
+digests. A student's checkpoint never contains its teacher's weights.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ ARRAYS = ("params", "ema", "rest")
 TEXTS = ("data", "about", "layout", UNLOGGED)
 
 Items = tuple[tuple[str, ...], ...]
-"""What is read of a checkpoint: each the name of an item, or of those that can take its place."""
+"""The items to read from a checkpoint; each entry lists an item's name and then its alternatives."""
 
 ALL: Items = tuple((name,) for name in (*ARRAYS, *TEXTS))
 RESULT: Items = (("layout",), ("ema", "params"))
@@ -45,7 +44,7 @@ ABOUT: Items = (("about",),)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree of weights, and where they live on the mesh: to restore, or to compile for."""
+    """Return the shapes and shardings of a tree of weights, to restore it or to compile for it."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -54,7 +53,7 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
 
 def latest_step(directory: epath.Path) -> int | None:
-    """The step of the newest checkpoint in a stage's folder, or None, without opening it.
+    """Return the step of the newest checkpoint in a stage's folder, or None, without opening it.
 
     Raises UserError if the folder can't be reached.
     """
@@ -68,9 +67,9 @@ def latest_step(directory: epath.Path) -> int | None:
 
 
 def checkpoint_id(directory: epath.Path) -> str:
-    """8 hex digits that differ for the newest checkpoints of two trainings, even of one config.
+    """Return 8 hex digits that identify the newest checkpoint, even among runs of the same config.
 
-    They are of Orbax's note of when and what it saved, which a copy of the folder keeps.
+    They come from Orbax's metadata about when and what it saved, so a copy of the folder has the same.
     """
     step = latest_step(directory)
     note = directory / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
@@ -78,7 +77,7 @@ def checkpoint_id(directory: epath.Path) -> str:
 
 
 class Restored(NamedTuple):
-    """A checkpoint as read: the state on its devices, the input pipeline's state, what it is."""
+    """A restored checkpoint: the state on its devices, the input pipeline's state, and the rest."""
 
     state: TrainState
     data_state: Any
@@ -88,20 +87,20 @@ class Restored(NamedTuple):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Left to the loop: JAX wants to be asked by one caller, with numbers that grow one by one."""
+        """Return False: only the training loop may ask JAX, which expects consecutive step numbers."""
         return False
 
 
 class StageCheckpoints:
-    """The checkpoints in a stage's folder; a context manager that waits for its last save."""
+    """The checkpoints in a stage's folder; a context manager that waits for the last save."""
 
     def __init__(
         self, directory: epath.Path, *, keep: int | None = None, total_steps: int | None = None
     ) -> None:
-        """keep: how many checkpoints stay when a newer one is saved; None for all.
+        """keep: how many checkpoints to keep; None for all.
 
-        total_steps: updates of the stage, where this is its training, which sets damaged checkpoints
-        aside; None for whoever reads or writes a result, and moves nothing.
+        total_steps: the stage's number of updates if this is its training job, which moves damaged
+        checkpoints aside; None for other readers and writers, which move nothing.
         """
         # Orbax refuses relative paths, and epath's absolute() spoils those like gs://bucket.
         self.directory = directory if directory.is_absolute() else directory.absolute()
@@ -129,18 +128,18 @@ class StageCheckpoints:
         return self.directory / "checkpoints"
 
     def _write_digests(self) -> None:
-        """Orbax calls this in the background, when the items are whole and not yet committed.
+        """Write the digests, when Orbax calls this in the background between writing and committing.
 
-        Thus a checkpoint and its digests are committed as one, and a kill leaves both or none. Of many
-        processes, the first does it for all, once all have written: that reads the checkpoint back once,
-        while training goes on, but needs no exchange, as digests by each process of its own files would.
+        A checkpoint and its digests are thus committed together, and a kill leaves both or neither.
+        Process 0 reads back the files of all processes once they are complete, while training continues;
+        if each process digested its own files, the processes would have to exchange the digests.
         """
         unfinished = [
             each
             for each in self._folder.iterdir()
             if each.name.partition(".")[0] == str(self._saving)
         ]
-        for folder in unfinished:  # One, whose name is Orbax's to choose.
+        for folder in unfinished:  # A single folder, whose suffix Orbax chooses.
             digests.write_digests(folder)
 
     def save(
@@ -151,9 +150,9 @@ class StageCheckpoints:
         about: Mapping[str, Any],
         unlogged: Sequence[float] = (),
     ) -> None:
-        """Start to save. Raises as `persistently` if this save, or the one before, can't be written.
+        """Start a save. Raises as `persistently` does if this save or the previous one can't be written.
 
-        Raises UserError, and saves nothing, unless all weights are finite.
+        If a weight isn't finite, raises UserError and saves nothing.
         """
         self._check_finite(int(state.step), (state.params, state.ema))
         items = {
@@ -170,9 +169,9 @@ class StageCheckpoints:
         self._save(int(state.step), items)
 
     def save_result(self, step: int, params: Any, *, about: Mapping[str, Any]) -> None:
-        """Start to save the weights alone: enough for `restore_result`, not to train on.
+        """Start a save of the weights alone: enough for `restore_result`, but not for `restore`.
 
-        Raises as `save`.
+        Raises as `save` does.
         """
         self._check_finite(step, params)
         self._save(
@@ -188,7 +187,7 @@ class StageCheckpoints:
         if not _all_finite(weights):
             raise UserError(
                 f"{self.directory} has weights that are not finite at step {step}, which are not saved: "
-                f"start again from finite ones in another --workdir, with a lower learning_rate"
+                f"start again in another --workdir, from finite weights and with a lower learning_rate"
             )
 
     def _save(self, step: int, items: Mapping[str, Any]) -> None:
@@ -196,20 +195,20 @@ class StageCheckpoints:
         self._persistently(self._begin)
 
     def _begin(self) -> None:
-        """Start to save the latest state, when the save before has ended."""
+        """Start a save of the latest state after the previous save has ended."""
         self._manager.wait_until_finished()
         step, items = self._latest
         self._saving = step
         self._manager.save(step, args=items)
 
     def _persistently(self, write: Callable[[], Any]) -> None:
-        """Write; if that fails, then the latest state anew. Many processes leave that to a restart."""
+        """Call `write`; if it fails, retry with a new manager. Several processes don't retry."""
         attempts = itertools.chain([write], itertools.repeat(self._rewrite))
         waits = WAITS if jax.process_count() == 1 else ()
         persistently(lambda: next(attempts)(), self.directory, waits=waits)
 
     def _rewrite(self) -> None:
-        # By another manager, for this one remembers its failure.
+        # A new manager is necessary because a manager raises its failure again.
         with contextlib.suppress(UserError):
             self.close()
         self._manager = self._open()
@@ -217,29 +216,29 @@ class StageCheckpoints:
         self._manager.wait_until_finished()
 
     def wait(self) -> None:
-        """Return when everything is on disk; the state that was saved last must still be there.
+        """Wait until everything is on disk. The last saved state must still be in memory, for a retry.
 
-        Raises as `persistently` if it can't be written.
+        Raises as `persistently` does if it can't be written.
         """
         self._persistently(self._manager.wait_until_finished)
 
     def restore(self, template: TrainState) -> Restored | None:
-        """The newest whole checkpoint, or None if there is none.
+        """Restore the newest undamaged checkpoint; return None if there is none.
 
-        template: a TrainState of jax.ShapeDtypeStruct with shardings. In a training, a checkpoint whose
-        files aren't as they were written is moved into the folder `damaged`, with a warning, and the
-        one before it is read instead. Raises UserError if it may not be moved, for a damaged checkpoint
-        elsewhere or as the only one of a stage that was finished, and for what can't be read; what else
-        goes wrong, such as want of memory, is raised as it is.
+        template: a TrainState of jax.ShapeDtypeStruct with shardings. A training job moves a checkpoint
+        whose files don't match their digests into the folder `damaged`, with a warning, and reads the
+        previous one. Raises UserError if a checkpoint can't be read or moved, and also for a damaged one
+        if this isn't a training job, or if the stage was finished and no checkpoint is undamaged. Other
+        errors, such as a lack of memory, are raised unchanged.
         """
         return self._newest(ALL, lambda step: self._read(step, template))
 
     def restore_result(self, template: Any) -> tuple[int, Any] | None:
-        """Step and weights that the newest whole checkpoint hands on, or None; as for `restore`."""
+        """Return the step and the result of the newest undamaged checkpoint or None, like `restore`."""
         return self._newest(RESULT, lambda step: (step, self._read_result(step, template)))
 
     def about(self) -> dict[str, Any] | None:
-        """What the newest checkpoint is, or None if there is none; as for `restore`."""
+        """Return the self-description of the newest undamaged checkpoint or None, like `restore`."""
         return self._newest(
             ABOUT,
             lambda step: (
@@ -254,7 +253,7 @@ class StageCheckpoints:
         if step is None:
             return None
         folder = self._folder / str(step)
-        # Of many processes, one that tried again would be alone where Orbax lets all meet.
+        # One of several processes can't retry alone, because Orbax synchronizes all of them.
         waits = WAITS if jax.process_count() == 1 else ()
         try:
             return persistently(lambda: read(step), folder, waits=waits, verb="read")
@@ -263,14 +262,14 @@ class StageCheckpoints:
         except Exception as error:
             if is_there(folder / digests.FILE):
                 raise
-            # Of an earlier version. Orbax raises a plain Exception for a truncated array.
+            # An earlier version wrote no digests. Orbax raises a plain Exception for a truncated array.
             raise UserError(
-                f"{folder} can't be read ({first_line(error)}) and has no digests to tell whether it is "
-                f"damaged: bring it back, or move it away to go on from the checkpoint before it"
+                f"{folder} can't be read ({first_line(error)}) and has no digests to show whether it is "
+                f"damaged: restore it from a copy, or move it away to resume from the one before it"
             ) from error
 
     def _choose(self, items: Items) -> int | None:
-        """The step of the newest whole checkpoint, or None: process 0 looks, and all follow."""
+        """Return the step of the newest undamaged checkpoint, or None. Process 0 decides for all."""
         chosen: int | None = None
         with together():
             if is_first():
@@ -282,7 +281,7 @@ class StageCheckpoints:
         return chosen
 
     def _find_whole(self, items: Items) -> int | None:
-        """As `_choose`, after setting aside what is newer and damaged, where that is allowed."""
+        """Find the step for `_choose`, and move newer, damaged checkpoints aside if that is allowed."""
         damaged: dict[int, str] = {}
         whole = None
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -295,27 +294,27 @@ class StageCheckpoints:
                 break
             if self._total_steps is None:
                 raise UserError(
-                    f"{folder} is damaged ({words}): bring it back, or let `guided-distill train` go on "
-                    f"from the checkpoint before it"
+                    f"{folder} is damaged ({words}): restore it from a copy, or resume from the "
+                    f"checkpoint before it with `guided-distill train`"
                 )
             damaged[step] = words
         if whole is None and self._total_steps in damaged:
             raise UserError(
-                f"{self.directory} was finished, and no checkpoint of it is whole ({self._total_steps}: "
-                f"{damaged[self._total_steps]}): bring one back, or remove the folder to train the stage "
-                f"again from its start"
+                f"{self.directory} was finished, but all its checkpoints are damaged "
+                f"({self._total_steps}: {damaged[self._total_steps]}): restore one from a copy, or "
+                f"remove the folder to train the stage again from the start"
             )
         for step, words in damaged.items():
             self._set_aside(step, words, instead=whole)
         return whole
 
     def _check_layout(self, step: int, params: Any) -> None:
-        """Another network is the user's to sort out: such a checkpoint isn't damaged."""
+        """Raise UserError if the checkpoint holds another network, which the user must resolve."""
         item = ocp.args.Composite(layout=ocp.args.JsonRestore())
         if self._manager.restore(step, args=item).layout != _layout(params):
             raise UserError(
-                f"{self.directory} holds the weights of another network than its config makes with this "
-                f"version of guided_distill: use the version that trained it, or another --workdir"
+                f"{self.directory} holds the weights of another network than its config describes in "
+                f"this version of guided_distill: use the version that trained it, or another --workdir"
             )
 
     def _read(self, step: int, template: TrainState) -> Restored:
@@ -352,18 +351,18 @@ class StageCheckpoints:
 
         persistently(move, damaged)
         log.warning(
-            "The checkpoint of step %d in %s is damaged (%s); it now lies in %s, and %s.",
+            "The checkpoint of step %d in %s is damaged (%s); it was moved to %s, and %s.",
             step,
             self.directory,
             words,
             damaged,
-            "nothing older is left: the stage starts again"
+            "no older one is left: the stage starts again"
             if instead is None
             else f"step {instead} is read instead",
         )
 
     def close(self) -> None:
-        """Wait for the last save, and stop the manager's threads. Raises as `wait`."""
+        """Wait for the last save, and stop the manager's threads. Raises as `wait` does."""
         with storing(self.directory):
             self._manager.close()
 
@@ -380,7 +379,7 @@ def _all_finite(weights: Any) -> jax.Array:
 
 
 def _layout(params: Any) -> dict[str, list[int]]:
-    """Name and shape of every weight."""
+    """Return the shape of every weight by its name."""
     return {
         jax.tree_util.keystr(path): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

@@ -1,8 +1,8 @@
-"""Digests of a checkpoint's files: the evidence of whether they are as they were written.
+"""Digests of a checkpoint's files, which show whether the files are damaged.
 
-`digests.json` lies beside a checkpoint's items and holds the SHA-256 of each of their files, and its own.
-Orbax and TensorStore notice some damage, but not all of it, and can't tell damage from a disk that is
-away; nor does anything else watch over the small files.
+`digests.json` beside a checkpoint's items holds the SHA-256 of each of their files, and one of all these.
+Orbax and TensorStore detect some damage but not all, and can't distinguish it from an unavailable disk;
+nothing else checks the small files.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ _THREADS = 16
 
 
 def write_digests(folder: epath.Path) -> None:
-    """Write `digests.json` to the folder of a checkpoint whose items are whole."""
-    # Orbax still writes to the files beside the items.
+    """Write `digests.json` to the folder of a checkpoint whose items are complete."""
+    # Only the items, because Orbax still writes to the files beside them.
     items = [each for each in folder.iterdir() if each.is_dir()]
     paths = [path.relative_to(folder).as_posix() for item in items for path in _files(item)]
     digests = _digests(folder, sorted(paths))
@@ -28,10 +28,10 @@ def write_digests(folder: epath.Path) -> None:
 
 
 def find_damage(folder: epath.Path, items: Iterable[Iterable[str]]) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing is, or if it has no digests.
+    """Return a description of the damage to a checkpoint's files, "" if there is none or no digests.
 
-    items: each the names of alternatives, the first of which that the checkpoint has is checked. Raises
-    what the storage raises for a file that is there and can't be read.
+    items: for each item, its name and alternatives; the first one that the checkpoint has is checked.
+    Raises what the storage raises if a file exists but can't be read.
     """
     try:
         text = (folder / FILE).read_bytes()
@@ -66,7 +66,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _digests(folder: epath.Path, paths: list[str]) -> dict[str, str | None]:
-    """The digest of each file, None for one that isn't there."""
+    """Return the digest of each file, None for a missing one."""
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda path: _digest(folder / path), paths)
         return dict(zip(paths, found, strict=True))

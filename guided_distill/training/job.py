@@ -1,4 +1,4 @@
-"""One training, whatever it trains: what the loop, the checkpoints and the log need to know of it."""
+"""The description of one training job, shared by the loop, the checkpoints and the log."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from guided_distill.objectives.stage import Optimization
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often a training reports and saves, and how many updates it makes in one call."""
+    """How often a job logs and saves, in updates, and how many updates one call of the step makes."""
 
     steps_per_dispatch: kinds.Count
     log_every: kinds.Count
@@ -25,10 +25,10 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Job:
-    """A training of `total_steps` updates in a folder of its own.
+    """A training job of `total_steps` updates, with its own folder.
 
-    title: its name in progress and messages. about: what its checkpoints say of themselves. seed
-    draws the batches, key what the losses draw. mesh: the devices that it runs on.
+    title: its name in the progress bar and in messages. about: the self-description in its checkpoints.
+    seed: of the batches. key: for the random numbers of the loss. mesh: the devices that it runs on.
     """
 
     directory: epath.Path

@@ -1,4 +1,4 @@
-"""The training loop: one for every stage."""
+"""The training loop, the same for every stage."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,19 +13,19 @@ from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.job import Job
 from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
-from guided_distill.training.preemption import ending, notices
+from guided_distill.training.preemption import notices, stop_error
 from guided_distill.training.progress import progress
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
 
 
 class Batches(Protocol):
-    """An endless iterator over batches whose place can be saved."""
+    """An endless iterator over batches whose position can be saved."""
 
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
     def __next__(self) -> Mapping[str, np.ndarray]: ...
     def get_state(self) -> Any:
-        """The place, as JSON can hold it."""
+        """Return the position, as JSON-serializable data."""
         ...
 
 
@@ -39,18 +39,18 @@ def train(
     checkpoints: StageCheckpoints,
     log: MetricsLog,
 ) -> TrainState:
-    """Run `step` from the state's own step to the job's last, saving and logging on the way.
+    """Train from the state's step to the job's last step, with checkpoints and logs; return the state.
 
-    Each dispatch makes cadence.steps_per_dispatch updates; their boundaries are multiples of it, so a
-    resumed run makes the very same calls as an uninterrupted one. The figures of a dispatch are read
-    while the next one runs. Batches are this process's own parts of them. Raises UserError when
-    cadence.max_nonfinite_steps updates in a row were skipped, and as `ending` after SIGTERM or Ctrl-C,
-    when the state is saved.
+    Each dispatch, or call of `step`, makes cadence.steps_per_dispatch updates and ends at a multiple of
+    that number, so a resumed run makes the same calls as an uninterrupted one. The loop reads the metrics
+    of a dispatch while the next one runs. `batches` yields this process's part of each batch. Raises
+    UserError if cadence.max_nonfinite_steps updates in a row were skipped. After SIGTERM or Ctrl-C, saves
+    the state and raises `stop_error`.
     """
     cadence, title, total_steps = job.cadence, job.title, job.total_steps
     now, size = int(state.step), cadence.steps_per_dispatch
     sharding = split_batch(job.mesh, axis=1)
-    # By a program, for keys can't be put on the devices of other processes.
+    # A program does this because device_put can't put keys on the devices of other processes.
     key = jax.jit(lambda key: key, out_shardings=replicated(job.mesh))(job.key)
     sums: clu.metrics.Collection | None = None
     unlogged = log.unlogged
@@ -61,19 +61,19 @@ def train(
     ):
 
         def read(done: int, report: StepReport) -> None:
-            """Wait for a dispatch, check it, and log what it measured."""
+            """Wait for a dispatch, check it, and log its metrics."""
             nonlocal sums
             report = jax.device_get(report)
             in_a_row = int(report.skipped_in_a_row)
             if in_a_row >= min(cadence.max_nonfinite_steps, total_steps):
                 raise UserError(
                     f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
-                    f"{done}: start again in another --workdir with a lower learning_rate of this stage, "
-                    f"from the last one that is finished, if any, by --config.start_from=WORKDIR/STAGE"
+                    f"{done}: start again in another --workdir, with a lower learning_rate for this "
+                    f"stage and with --config.start_from=WORKDIR/STAGE if an earlier stage is finished"
                 )
             sums = report.metrics if sums is None else sums.merge(report.metrics)
             if done % cadence.log_every == 0 or done == total_steps:
-                with np.errstate(invalid="ignore"):  # Without a finite update there is no average.
+                with np.errstate(invalid="ignore"):  # Without finite updates, the average is 0/0.
                     figures = {name: float(value) for name, value in sums.compute().items()}
                 log.write(done, {**figures, "skipped": int(report.skipped)})
                 sums = None
@@ -102,7 +102,7 @@ def train(
                 )
             if ends:
                 checkpoints.wait()
-                raise ending(
+                raise stop_error(
                     f"{title}: preempted, and saved at step {now}; the same command resumes"
                 )
         checkpoints.wait()
@@ -110,13 +110,14 @@ def train(
 
 
 def _on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch, of which this process holds `batch`."""
+    """Return the global batch; `batch` is this process's part."""
     return {
         name: jax.make_array_from_process_local_data(sharding, each) for name, each in batch.items()
     }
 
 
 def _like(sums: clu.metrics.Collection, values: Sequence[float]) -> clu.metrics.Collection:
+    """Return a collection with the structure of `sums` and these values."""
     leaves, structure = jax.tree.flatten(sums)
     same = [np.asarray(value, leaf.dtype) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree.unflatten(structure, same)

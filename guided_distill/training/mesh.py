@@ -1,8 +1,8 @@
-"""Where arrays live: examples are split over all devices, weights over some of them or none.
+"""The mesh and the shardings: examples are split over all devices, weights over some or none of them.
 
-A mesh has two axes. Weights, their average and the optimizer's state are split over "fsdp" and copied
-along "data"; the examples of a batch are split over both. With one device on "fsdp", training is
-data-parallel. Devices along "fsdp" are of one slice, within which links are fast; slices share a batch.
+A mesh has two axes. Weights, their average and the optimizer's state are split over "fsdp" and replicated
+over "data"; the examples of a batch are split over both. If "fsdp" has one device, training is
+data-parallel. The devices along "fsdp" belong to one slice, whose links are fast; slices share a batch.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from guided_distill.errors import UserError
 DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 
 EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))
-"""Of arrays whose first axis is the batch: over all devices."""
+"""The partition spec of arrays whose first axis is the batch: split over all devices."""
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
-    """All devices, or those given; weights are split over `fsdp` of a slice's, 0 for all of these.
+    """Return a mesh of all or the given devices, with weights split over `fsdp` devices of a slice.
 
-    Raises UserError unless that divides their number.
+    fsdp: 0 for all devices of a slice. Raises UserError unless it divides their number.
     """
     slices = _slices(jax.devices() if devices is None else devices)
     size = len(slices[0])
@@ -32,7 +32,7 @@ def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
     if fsdp < 1 or size % fsdp:
         raise UserError(
             f"config.fsdp is {fsdp}, which doesn't divide {size} devices"
-            f"{' of a slice' if len(slices) > 1 else ''}: choose one that does"
+            f"{' of a slice' if len(slices) > 1 else ''}: choose a number that does"
         )
     grids = [
         mesh_utils.create_device_mesh((size // fsdp, fsdp), each, allow_split_physical_axes=True)
@@ -46,7 +46,7 @@ def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each slice; where JAX tells of none, all are of one."""
+    """Return the devices of each slice; a single slice if JAX reports none."""
     slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -54,17 +54,17 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """Return the sharding that puts a whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """Examples, on `axis` of the array, split over the devices."""
+    """Return the sharding that splits the examples, on `axis` of the array, over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, *EXAMPLES))
 
 
 def split_weights(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each array of a tree: its longest axis that "fsdp" divides is split, if any."""
+    """Return a sharding for each array: splits its longest axis that "fsdp" divides, if there is one."""
     return jax.tree.map(lambda leaf: _split_longest(mesh, leaf.shape), tree)
 
 
@@ -77,9 +77,9 @@ def _split_longest(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def mean_over_devices(tree: Any, specs: Any) -> Any:
-    """The mean over all devices of each one's arrays, for use in `jax.shard_map`.
+    """Return the mean over all devices of each device's arrays, for use in `jax.shard_map`.
 
-    specs: for each array, where the mean is to live: along "fsdp" in parts, or on each device whole.
+    specs: for each array, the partition spec of its mean: split over "fsdp", or whole on each device.
     """
 
     def mean(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:

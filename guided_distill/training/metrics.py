@@ -1,4 +1,4 @@
-"""Where the figures of a stage go: JSON lines always, and TensorBoard events beside them."""
+"""The log of a stage's metrics, as JSON lines and as TensorBoard events."""
 
 import contextlib
 import json
@@ -19,12 +19,12 @@ from guided_distill.training.processes import is_first
 
 
 class EventFile:
-    """A file of TensorBoard's events in a folder; each is on disk as soon as it is added.
+    """A TensorBoard event file in a folder; every event is on disk as soon as it is added.
 
     Raises UserError if it can't be written.
     """
 
-    # Not tensorboardX's SummaryWriter: it writes in a thread, where a full disk can't be reported.
+    # tensorboardX's SummaryWriter writes in a thread, from which a full disk can't be reported.
     def __init__(self, folder: epath.Path, suffix: str) -> None:
         """suffix: the end of the file's name, after the time."""
         self._folder = folder
@@ -37,7 +37,7 @@ class EventFile:
         self.add(Event(file_version="brain.Event:2"))
 
     def add(self, event: Event) -> None:
-        """Write an event, with the present time."""
+        """Write an event with the current time."""
         event.wall_time = time.time()
         try:
             self._records.write(event.SerializeToString())
@@ -47,18 +47,18 @@ class EventFile:
             raise storage_error(self._folder, error) from error
 
     def close(self) -> None:
-        """Close the file. What was added is on disk already."""
+        """Close the file. All added events are already on disk."""
         with contextlib.suppress(OSError):
             self._records.close()
 
 
 class MetricsLog:
-    """The log of one stage: `metrics.jsonl`, one object a line, and TensorBoard's events.
+    """The log of one stage: `metrics.jsonl`, with one object per line, and TensorBoard events.
 
-    Opened at the step that a stage resumes from, it forgets what was logged beyond, so that a resumed
-    run's log is that of an uninterrupted one. The file is written whole and renamed into place, for
-    object stores can't append. Of many processes, the first writes. unlogged: the sums of figures that a
-    preemption kept from being logged, as the checkpoint holds them.
+    When a stage resumes from `step`, the log drops all later rows, so that a resumed run's log equals
+    that of an uninterrupted one. The file is rewritten and renamed into place, because object stores
+    can't append. Only process 0 writes. unlogged: the sums of metrics that weren't logged before a
+    preemption, from the checkpoint.
     """
 
     def __init__(self, directory: epath.Path, *, step: int, unlogged: Sequence[float] = ()) -> None:
@@ -67,12 +67,12 @@ class MetricsLog:
         self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
         self._events = EventFile(directory / "tensorboard", str(step)) if is_first() else None
         if self._events is not None:
-            # Tells TensorBoard to forget the steps beyond.
+            # Makes TensorBoard drop all later steps.
             start = SessionLog(status=SessionLog.START)
             self._events.add(Event(step=step + 1, session_log=start))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log named figures at a step. A figure that isn't finite is left out of the events."""
+        """Log named metrics at a step. Values that aren't finite are null, and left out of the events."""
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         row: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in figures}
         self._rows.append(row)
@@ -82,15 +82,15 @@ class MetricsLog:
             self._events.add(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the file of events. What was written is on disk already."""
+        """Close the event file. All logged metrics are already on disk."""
         if self._events is not None:
             self._events.close()
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a stage's log, oldest first; none where it has no log yet.
+    """Return the rows of a stage's log, oldest first; an empty list if it has no log yet.
 
-    A last line that was cut is left out. Raises UserError for another one that is damaged.
+    Skips a truncated last line. Raises UserError for any other damaged line.
     """
     path = directory / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -103,13 +103,13 @@ def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
     if len(whole) < len(rows):
         raise UserError(
             f"{path}, line {rows.index(None) + 1}, is damaged: remove the line, or the file if you don't "
-            f"need what it says"
+            f"need the log"
         )
     return whole
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """What a line says of a step; None for one that doesn't."""
+    """Return the row of a line, or None if the line isn't a valid row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -124,5 +124,5 @@ def _is_figure(value: Any) -> bool:
 
 
 def parameter_table(params: Mapping) -> str:
-    """Name, shape and size of every weight, and their count."""
+    """Return a table of the name, shape and size of every weight, and the total count."""
     return parameter_overview.get_parameter_overview(params, include_stats=False)

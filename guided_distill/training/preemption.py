@@ -1,8 +1,8 @@
-"""The notice to end: by SIGTERM, the notice that this machine will be taken away, or by Ctrl-C.
+"""Preemption: SIGTERM, the notice that this machine will be taken away, or Ctrl-C.
 
-Anything but a training stops at once. A training asks for the notice after each dispatch. In a run of
-many processes it hands the signal to JAX, which tells all of them, and chooses the dispatch after which
-they stop, the same for all.
+Everything but training stops at once. Training checks for a signal after each dispatch. If there are
+several processes, the signal is forwarded to JAX, which notifies all of them and chooses the dispatch
+after which they all stop.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from guided_distill.errors import Interrupted
 Handler = Callable[[int, FrameType | None], None]
 
 _preempted = threading.Event()
-_by_hand = threading.Event()
+_ctrl_c = threading.Event()
 _dispatches = itertools.count()
 
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """SIGTERM raises Interrupted in the block, but where `notices` takes it."""
+    """Make SIGTERM raise Interrupted in the block, except inside `notices`."""
 
     def stop(*_: int | FrameType | None) -> None:
-        # Remembered too: libraries can lose what is raised.
+        # Also set a flag, because libraries can lose the exception.
         _preempted.set()
         raise Interrupted(stopping.STOPPED)
 
@@ -44,7 +44,7 @@ def stopping_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sent_again() -> Iterator[None]:
-    """Sends the signal once more if what it raised is lost, as in a callback of the interpreter's own."""
+    """Send the signal again if its exception is lost, as in a callback of the interpreter."""
     report = sys.unraisablehook
 
     def lost(error: "sys.UnraisableHookArgs") -> None:
@@ -55,7 +55,7 @@ def _sent_again() -> Iterator[None]:
 
     def send() -> None:
         if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-            os.kill(os.getpid(), signal.SIGTERM)  # Which wakes the main thread.
+            os.kill(os.getpid(), signal.SIGTERM)  # Wakes the main thread.
 
     sys.unraisablehook = lost
     try:
@@ -66,46 +66,46 @@ def _sent_again() -> Iterator[None]:
 
 @contextlib.contextmanager
 def notices() -> Iterator[Callable[[], bool]]:
-    """Yields what every process asks after each dispatch: whether all are to save now, and end.
+    """Yield a function to call after each dispatch, on all processes: whether to save now and stop.
 
-    Once it was asked, the training counts as unsaved until the block ends. Raises as `ending` after the
-    block for a signal that nobody asked for in time.
+    After its first call, training counts as unsaved until the block ends. Raises `stop_error` after the
+    block for a signal that arrived after the last call.
     """
     together = jax.distributed.is_initialized()
-    tell = _handler_of_jax() if together else lambda _: _preempted.set()
+    forward = _handler_of_jax() if together else lambda _: _preempted.set()
 
     def note(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if _by_hand.is_set():
+            if _ctrl_c.is_set():
                 raise KeyboardInterrupt
-            _by_hand.set()
-            stopping.say("saves after this update, then stops; Ctrl-C again stops at once")
-        tell(signal.SIGTERM)
+            _ctrl_c.set()
+            stopping.say("saving after this update, then stopping; Ctrl-C again stops at once")
+        forward(signal.SIGTERM)
 
-    def asked() -> bool:
+    def stop_requested() -> bool:
         stopping.unsaved.set()
         if together:
-            # Counted over all stages: JAX wants numbers that grow one by one.
+            # Counted over all stages, because JAX expects consecutive numbers.
             return multihost_utils.reached_preemption_sync_point(next(_dispatches))
         return _preempted.is_set()
 
     with _handling(signal.SIGTERM, note), _handling(signal.SIGINT, note):
         try:
-            yield asked
+            yield stop_requested
         finally:
             stopping.unsaved.clear()
         if not together and _preempted.is_set():
-            raise ending(stopping.STOPPED)
+            raise stop_error(stopping.STOPPED)
 
 
-def ending(words: str) -> BaseException:
-    """What to raise when all is saved: KeyboardInterrupt if it was Ctrl-C, else Interrupted."""
-    return KeyboardInterrupt(words) if _by_hand.is_set() else Interrupted(words)
+def stop_error(words: str) -> BaseException:
+    """Return the exception to raise after a save: KeyboardInterrupt after Ctrl-C, else Interrupted."""
+    return KeyboardInterrupt(words) if _ctrl_c.is_set() else Interrupted(words)
 
 
 @functools.cache
 def _handler_of_jax() -> Callable[[int], None]:
-    """The handler that JAX has set, which Python can't see. To be asked before Python sets one."""
+    """Return JAX's signal handler, which Python can't see. Call this before Python sets a handler."""
     exchange = ctypes.CDLL(None).signal
     exchange.argtypes, exchange.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     return ctypes.CFUNCTYPE(None, ctypes.c_int)(exchange(signal.SIGTERM, None))
@@ -116,7 +116,7 @@ def _handling(number: int, handler: Handler) -> Iterator[None]:
     before = signal.getsignal(number)
     ignored = number == signal.SIGINT and before in (signal.SIG_IGN, None)
     if threading.current_thread() is not threading.main_thread() or ignored:
-        # Python gives signals to the main thread alone.
+        # Only the main thread can set signal handlers.
         yield
         return
     if jax.distributed.is_initialized():
@@ -126,7 +126,7 @@ def _handling(number: int, handler: Handler) -> Iterator[None]:
         yield
     except (Interrupted, KeyboardInterrupt):
         _preempted.clear()
-        _by_hand.clear()
+        _ctrl_c.clear()
         raise
     finally:
         signal.signal(number, before)

@@ -1,6 +1,6 @@
-"""Many processes that train as one: how they find each other, agree, and share the writing.
+"""Several processes that train together: how they connect, agree on errors, and divide the writing.
 
-With one process, which is the common case, nothing here does anything.
+With a single process, the common case, these functions do nothing special.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # Only there does jax tell the address that it found.
+from jax._src import distributed  # The only place where JAX exposes the address that it detected.
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
@@ -21,89 +21,92 @@ from guided_distill.errors import Interrupted, UserError
 from guided_distill.training.progress import console
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-"""Environment variables of processes that are started by hand. JAX itself reads the first alone."""
+"""Environment variables of processes that are started by hand. JAX itself reads only the first one."""
 
-_SLACK = 60
-"""Seconds that JAX, which aborts, waits longer than we do, who tell why."""
+_MARGIN = 60
+"""Seconds that JAX, which aborts, waits longer than our own time-outs, which report the reason."""
 
-_FAREWELL = 10
-"""Seconds that a process which ends in an error waits for the others to end too."""
+_SHUTDOWN = 10
+"""Seconds that a process which ends with an error waits for the others to end too."""
 
 _LOST_AFTER = 60
-"""Seconds without a sign of life after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
-_SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier")
-"""What errors speak of when another process is gone."""
+_LOST_PROCESS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier")
+"""Words in error messages that mean that another process is gone."""
 
 
 @contextlib.contextmanager
 def connected(*, timeout: int) -> Iterator[None]:
-    """Join the other processes of this run, if there are any, for the time of the block.
+    """Connect to the other processes of this run, if there are any, while the block runs.
 
-    By hand they are set by `ADDRESS`, `COUNT` and `INDEX`; on TPU pods, GKE, Slurm and with Open MPI
-    JAX finds them. timeout: seconds until all have to be there. Raises UserError for variables that don't
-    fit together, for a port that is taken, and if the others aren't found; if they don't come, the
-    process says so and exits with 2. If another process dies, this one says so and exits with
-    Interrupted.STATUS.
+    `ADDRESS`, `COUNT` and `INDEX` describe processes started by hand; on TPU pods, on GKE, under Slurm
+    and
+    with Open MPI, JAX detects them. timeout: seconds until all must have connected. Raises UserError if
+    the variables are inconsistent, the port is taken, or JAX can't detect the processes. If the others
+    don't connect in time, prints the reason and exits with status 2. If another process dies, prints so
+    and exits with Interrupted.STATUS.
     """
     if not jax.distributed.is_initialized():
-        _join(timeout)
+        _connect(timeout)
     console.quiet = not is_first()
     try:
         yield
     except (UserError, Interrupted) as error:
-        _leave(error)
+        _disconnect(error)
         raise
     except Exception as error:
-        if jax.process_count() > 1 and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+        if jax.process_count() > 1 and any(sign in str(error) for sign in _LOST_PROCESS):
             said = str(error).splitlines()[0][:200]
             _exit(
                 f"process {jax.process_index()} lost another process ({said}): start all of them again "
-                f"by the same command",
+                f"with the same command",
                 Interrupted.STATUS,
             )
         raise
 
 
-def _join(timeout: int) -> None:
-    address, count, index = _by_hand()
+def _connect(timeout: int) -> None:
+    address, count, index = _from_environment()
     try:
         with _exiting_after(
-            timeout, lambda: _not_met(distributed.global_state.coordinator_address, timeout)
+            timeout, lambda: _not_connected(distributed.global_state.coordinator_address, timeout)
         ):
             jax.distributed.initialize(
                 coordinator_address=address,
                 num_processes=count,
                 process_id=index,
-                initialization_timeout=timeout + _SLACK,
+                initialization_timeout=timeout + _MARGIN,
                 heartbeat_timeout_seconds=_LOST_AFTER,
-                shutdown_timeout_seconds=_FAREWELL + _SLACK,
+                shutdown_timeout_seconds=_SHUTDOWN + _MARGIN,
             )
     except ValueError as error:
-        # Nothing was set, and JAX found nothing: the one process of a machine alone.
+        # No variable is set, and JAX detected no cluster: there is a single process.
         if address is not None or "coordinator_address" not in str(error):
             raise UserError(
-                f"JAX can't tell which processes there are ({error}): set {ADDRESS}, {COUNT} and {INDEX}"
+                f"JAX can't detect the processes ({error}): set {ADDRESS}, {COUNT} and {INDEX}"
             ) from error
     except RuntimeError as error:
-        # A session that has used JAX before, such as a notebook, is one process.
+        # A session that has already used JAX, such as a notebook, is a single process.
         if address is None and "must be called before" in str(error):
             return
-        raise UserError(f"{str(error).splitlines()[0]}; {_not_met(address, timeout)}") from error
+        raise UserError(
+            f"{str(error).splitlines()[0]}; {_not_connected(address, timeout)}"
+        ) from error
 
 
-def _leave(error: UserError | Interrupted) -> None:
-    """Part from the others, which have met the same error, or are left waiting for this process."""
+def _disconnect(error: UserError | Interrupted) -> None:
+    """Disconnect from the others, which either met the same error or are waiting for this process."""
     status = Interrupted.STATUS if isinstance(error, Interrupted) else 2
-    with _exiting_after(_FAREWELL, lambda: str(error), status):
+    with _exiting_after(_SHUTDOWN, lambda: str(error), status):
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
 def _exiting_after(seconds: float, message: Callable[[], str], status: int = 2) -> Iterator[None]:
-    """End the process if the block takes longer.
+    """Exit the process with a message if the block takes longer than `seconds`.
 
-    For calls of JAX that can't be interrupted and abort with a stack trace in the end.
+    For calls of JAX that can't be interrupted and that eventually abort with a stack trace.
     """
     watch = threading.Timer(seconds, lambda: _exit(message(), status))
     watch.daemon = True
@@ -119,19 +122,19 @@ def _exit(message: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def _not_met(address: str | None, timeout: int) -> str:
+def _not_connected(address: str | None, timeout: int) -> str:
     return (
-        f"the processes didn't all meet at {address or 'the address that JAX found'} within {timeout} s: "
-        f"check that each was started, that {ADDRESS} is process 0's host:port for all of them, and that "
-        f"no firewall is between; --start_timeout waits longer"
+        f"the processes didn't all connect to {address or 'the address that JAX detected'} within "
+        f"{timeout} s: check that each was started, that {ADDRESS} is process 0's host:port for all of "
+        f"them, and that no firewall blocks it, or set a longer --start_timeout"
     )
 
 
-def _by_hand() -> tuple[str | None, int | None, int | None]:
+def _from_environment() -> tuple[str | None, int | None, int | None]:
     address, *numbers = (os.environ.get(name) or None for name in (ADDRESS, COUNT, INDEX))
     port = _port(address) if address else 0
     if all(number is None for number in numbers):
-        # An address alone: JAX adds the rest where it knows the cluster.
+        # With only an address, JAX detects the rest if it knows the cluster.
         return address, None, None
     try:
         count, index = (int(number or "") for number in numbers)
@@ -140,8 +143,8 @@ def _by_hand() -> tuple[str | None, int | None, int | None]:
     if address is None or not 0 <= index < count:
         raise UserError(
             f"{ADDRESS}={address or ''}, {COUNT}={numbers[0] or ''} and {INDEX}={numbers[1] or ''} "
-            f"don't fit together: give host:port of process 0, how many processes there are, and which "
-            f"of them this is, from 0"
+            f"are inconsistent: set them to host:port of process 0, the number of processes, and the "
+            f"index of this process, from 0"
         )
     if index == 0:
         _check_free(port)
@@ -158,28 +161,28 @@ def _port(address: str) -> int:
 
 
 def _check_free(port: int) -> None:
-    """Raises UserError if this process, the first, can't listen there, for which JAX would crash."""
+    """Raise UserError if this process, process 0, can't listen on the port; JAX would crash."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
         raise UserError(
-            f"process 0 can't listen on port {port} ({error.strerror}): choose another by {ADDRESS}, "
+            f"process 0 can't listen on port {port} ({error.strerror}): choose another one in {ADDRESS}, "
             f"the same for all processes"
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes what isn't an array."""
+    """Whether this is process 0, which writes everything but arrays."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def process_order(mesh: Mesh) -> list[int]:
-    """The processes' indices, as their devices come in the mesh."""
+    """Return the indices of the processes in the order of their devices in the mesh."""
     return list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
 
 
 def texts_of_all(text: str) -> list[str]:
-    """What each process gave, in the order of their indices."""
+    """Return the texts of all processes, in the order of their indices."""
     if jax.process_count() == 1:
         return [text]
     mine = np.frombuffer(text.encode(), np.uint8)
@@ -193,9 +196,9 @@ def texts_of_all(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raises in every process the UserError or Interrupted that any of them meets in the block.
+    """Raise in every process the UserError or Interrupted that any of them raises in the block.
 
-    Else those without it would wait for ever for the one that left. All return at the same time.
+    Otherwise the other processes would wait forever for the one that left. All leave the block together.
     """
     said = ""
     try:
@@ -209,14 +212,14 @@ def together() -> Iterator[None]:
 
 
 def first_alone(work: Callable[[], None]) -> None:
-    """Let process 0 do it, and the others wait. Raises everywhere what `together` does."""
+    """Run work() in process 0 while the others wait. Raises in every process, as `together` does."""
     with together():
         if is_first():
             work()
 
 
 def on_all_processes(values: Any, sharding: Sharding) -> Any:
-    """Global arrays of a tree of numpy arrays that every process holds whole."""
+    """Return global arrays from a tree of NumPy arrays that every process holds whole."""
     if jax.process_count() == 1:
         return values
     return jax.tree.map(
@@ -226,5 +229,5 @@ def on_all_processes(values: Any, sharding: Sharding) -> Any:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of a global array, on every process."""
+    """Return a whole global array as a NumPy array, on every process."""
     return multihost_utils.process_allgather(array, tiled=True)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left, or plain lines where there is no terminal."""
+"""Progress of long tasks: a bar with rate and remaining time, or plain lines if there is no terminal."""
 
 import os
 import time
@@ -13,13 +13,13 @@ SECONDS_BETWEEN_LINES = 10.0
 console = Console(stderr=True, soft_wrap=True)
 
 Advance = Callable[[int, str], None]
-"""advance(units done in all, a few words on how it goes)."""
+"""advance(done, words): report the total number of units done, and a few words such as the loss."""
 
 
 @contextmanager
 def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Show work of `total` units, `done` of which an earlier call has made."""
-    # A notebook's ! passes for a terminal, but a bar that is drawn over itself can't be read there.
+    """Show the progress of `total` units, of which `done` were done before."""
+    # A notebook's ! looks like a terminal, but it can't redraw a bar in place.
     in_notebook = "JPY_PARENT_PID" in os.environ
     show = _bar if console.is_terminal and not in_notebook else _lines
     with show(title, total=total, unit=unit, done=done) as advance:

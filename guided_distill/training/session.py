@@ -1,4 +1,4 @@
-"""A training in its own folder: from its newest checkpoint, or from given weights, to its end."""
+"""One training job from start to end: resumes from its newest checkpoint or starts from given weights."""
 
 import contextlib
 import functools
@@ -21,8 +21,8 @@ from guided_distill.training.state import TrainState, split_initial_state
 from guided_distill.training.step import TrainStep
 
 
-def hand_on(directory: epath.Path, params: Any, *, about: Mapping[str, Any]) -> None:
-    """Keep `params` as the result of a stage without updates. Raises UserError if the disk is full."""
+def save_result(directory: epath.Path, params: Any, *, about: Mapping[str, Any]) -> None:
+    """Save `params` as the result of a stage without updates. Raises UserError if the disk is full."""
     with StageCheckpoints(directory) as checkpoints:
         checkpoints.save_result(0, params, about=about)
 
@@ -37,13 +37,14 @@ def train_in(
     frozen: Any,
     flip: bool = False,
 ) -> TrainState:
-    """Train on the source from a checkpoint, or from `initial()`; returns the state at the end.
+    """Train on the source, from the newest checkpoint or from `initial()`, and return the final state.
 
-    program: the train step and its optimizer. initial: makes the weights of these shapes at step 0, where
-    they live on the mesh; a resumed stage never calls it, so that the devices hold no other state beside
-    the restored one. flip: mirror half of the images. The job's folder then holds checkpoints/,
-    metrics.jsonl, tensorboard/ and parameters.txt. Raises UserError if the disk is full, or the loss
-    isn't finite for long, and Interrupted after saving if the job is preempted.
+    program: the train step and its optimizer. initial: returns the weights at step 0, with these shapes
+    and placed on the mesh. A resumed job never calls it, so the devices hold no state but the restored
+    one. frozen: the teacher's weights, as in `make_train_step`. flip: mirror half of the images. Writes
+    checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt to the job's folder. Raises UserError if
+    the disk is full or too many losses in a row aren't finite, and Interrupted, after a save, if the job
+    is preempted.
     """
     step, optimizer = program
     settings, mesh = job.settings, job.mesh
@@ -73,7 +74,7 @@ def train_in(
             del params
         else:
             state, data_state, _, unlogged = restored
-            del restored  # The first update takes the state's memory over.
+            del restored  # So that the first update can reuse the state's memory.
             iterator.set_state(data_state)
         log = MetricsLog(job.directory, step=int(state.step), unlogged=unlogged)
         with contextlib.closing(log):

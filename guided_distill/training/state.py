@@ -1,4 +1,4 @@
-"""What training changes from step to step, and the optimizer that changes it."""
+"""The train state and its optimizer."""
 
 import functools
 from typing import Any
@@ -15,10 +15,10 @@ from guided_distill.training.mesh import split_weights
 
 @flax.struct.dataclass
 class TrainState:
-    """Weights and optimizer of a stage after `step` updates.
+    """The weights and optimizer state of a stage after `step` updates.
 
-    ema: the running average of the weights; an empty tree where the stage keeps none.
-    skipped, skipped_in_a_row: updates left out because loss or gradient wasn't finite.
+    ema: the exponential moving average of the weights; an empty tree if the stage keeps none.
+    skipped, skipped_in_a_row: updates skipped because the loss or gradient wasn't finite.
     """
 
     step: jax.Array
@@ -30,12 +30,15 @@ class TrainState:
 
     @property
     def result(self) -> Any:
-        """The weights that the stage hands on."""
+        """The weights that the stage passes on to the next one: the average if there is one."""
         return self.ema or self.params
 
 
 def make_optimizer(settings: Optimization, *, steps: int) -> optax.GradientTransformation:
-    """Adam after clipping the mean gradient's global norm, over `steps` updates."""
+    """Return Adam with decoupled weight decay, after clipping by the mean gradient's global norm.
+
+    steps: the number of updates over which the learning rate warms up and decays.
+    """
     decay_steps = steps - settings.warmup_steps
     peak = settings.learning_rate
     after_warmup = {
@@ -54,8 +57,8 @@ def make_optimizer(settings: Optimization, *, steps: int) -> optax.GradientTrans
 def initial_state(
     params: Any, optimizer: optax.GradientTransformation, *, ema_decay: float
 ) -> TrainState:
-    """State before the first update. Its arrays are copies: it may be donated, `params` kept."""
-    # Each counter is an array of its own, for a donated buffer can't be given twice.
+    """Return the state before the first update. Its arrays are copies, so it can be donated."""
+    # Each counter is a separate array because the same buffer can't be donated twice.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(jnp.copy, params),
@@ -70,6 +73,6 @@ def initial_state(
 def split_initial_state(
     params: Any, *, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh
 ) -> TrainState:
-    """`initial_state` made where it will live, so that no device ever holds it whole."""
+    """Return `initial_state`, created with its final sharding, so that no device ever holds it whole."""
     state = initial_state(params, optimizer, ema_decay=ema_decay)
     return jax.lax.with_sharding_constraint(state, split_weights(mesh, state))

@@ -1,4 +1,4 @@
-"""The train step: one function for every stage and every machine."""
+"""The train step, the same for every stage and every machine."""
 
 import functools
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from guided_distill.training.state import TrainState
 
 @functools.cache
 def metrics_of(names: tuple[str, ...]) -> type[clu.metrics.Collection]:
-    """A collection that averages each of `names` over the finite updates since the last log line."""
+    """Return a collection that averages each named metric over the finite updates since the last log."""
     averages = {name: clu.metrics.Average.from_output(name) for name in names}
     return clu.metrics.Collection.create(**averages)
 
 
 class StepReport(NamedTuple):
-    """Figures of a dispatch: averages over its finite updates, and the state's counts of skips."""
+    """Metrics of a dispatch, averaged over its finite updates, and the counts of skipped updates."""
 
     metrics: clu.metrics.Collection
     skipped: jax.Array
@@ -52,19 +52,19 @@ def make_train_step(
     accumulation: int = 1,
     rounded: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
-    """A compiled function that makes K updates in one call.
+    """Return a compiled function that makes K updates in one call.
 
-    It takes (state, frozen, batches, key): the state is donated; `frozen` is the teacher's weights,
-    an argument so that they aren't built into the program; batches are arrays [K, B, ...]; `key` is the
-    stage's own. Example number b of update number n draws from key b of split(fold_in(key, n), B). An
-    update whose loss or gradient isn't finite is left out and counted. accumulation: in how many parts,
-    one after the other, a batch's gradient is computed; it divides the examples of a device.
+    It takes (state, frozen, batches, key) and donates the state. `frozen` holds the teacher's weights;
+    they are an argument so that they don't become constants of the program. batches: arrays [K, B, ...].
+    key: the stage's key; example b of update n uses key b of split(fold_in(key, n), B). Updates whose
+    loss or gradient isn't finite are skipped and counted. accumulation: the number of sequential parts in
+    which a batch's gradient is computed; it must divide the number of examples per device.
 
-    Weights live as `split_weights` says, in float32. A network sees them whole and `rounded` to what it
-    computes in, gathered once an update. Each device computes the gradient of its own examples, and they
-    are averaged in float32.
+    The weights are float32 and sharded by `split_weights`. Once per update they are gathered and
+    converted by `rounded` to the network's dtype. Each device computes the gradient of its own examples,
+    and the gradients are averaged in float32.
     """
-    # In loops, XLA's CPU backend takes a hundred times longer for the gradient of a convolution.
+    # XLA's CPU backend computes the gradient of a convolution a hundred times slower inside a loop.
     slow_loops = mesh.devices.flat[0].platform == "cpu"
     gradient = functools.partial(
         accumulated_gradient, loss, accumulation=accumulation, unroll=slow_loops
@@ -76,7 +76,7 @@ def make_train_step(
     def mean_gradient(
         params: Any, frozen: Any, batch: Batch, keys: jax.Array
     ) -> tuple[Any, Figures]:
-        """The gradient of the mean loss over all devices, split like the weights, and figures."""
+        """Return the mean loss's gradient over all devices, sharded like the weights, and metrics."""
         split = jax.tree.map(lambda place: place.spec, split_weights(mesh, params))
 
         def of_device(*arguments: Any) -> tuple[Any, Figures]:
@@ -89,7 +89,7 @@ def make_train_step(
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec(), EXAMPLES, EXAMPLES),
             out_specs=(split, PartitionSpec()),
-            # Else the gradient of copied weights is summed where it is made, in their precision.
+            # Otherwise JAX sums the gradient of replicated weights by itself, in their precision.
             check_vma=False,
         )(params, frozen, dict(batch), keys)
 
@@ -112,7 +112,7 @@ def make_train_step(
     ) -> tuple[TrainState, StepReport]:
         (count, *_) = batches["image"].shape
         if count == 1:
-            # Not a loop: see slow_loops.
+            # Avoids a loop: see slow_loops.
             only = {name: each[0] for name, each in batches.items()}
             state, metrics = update(state, frozen, only, key)
         else:
@@ -125,7 +125,7 @@ def make_train_step(
     return jax.jit(
         many_updates,
         donate_argnums=0,
-        # The weights' shardings are those they come with.
+        # None keeps the shardings that the weights have already.
         in_shardings=(None, None, split_batch(mesh, axis=1), replicated(mesh)),
         out_shardings=(None, replicated(mesh)),
     )
@@ -134,7 +134,7 @@ def make_train_step(
 def gradient_of(
     loss: LossFunction, params: Any, frozen: Any, batch: Batch, keys: jax.Array
 ) -> tuple[Any, Figures]:
-    """The gradient of the mean loss of a batch [B, ...] with keys [B], in float32, and figures to log."""
+    """Return the float32 gradient of the mean loss of a batch [B, ...] with keys [B], and metrics."""
 
     def mean_loss(params: Any) -> tuple[jax.Array, Loss]:
         losses = loss(params, frozen, batch, keys)
@@ -155,7 +155,7 @@ def accumulated_gradient(
     accumulation: int,
     unroll: bool,
 ) -> tuple[Any, Figures]:
-    """As `gradient_of`, computed in parts one after the other, which need less memory."""
+    """Like `gradient_of`, computed in sequential parts to need less memory."""
     if accumulation == 1:
         return gradient_of(loss, params, frozen, batch, keys)
     parts = jax.tree.map(
@@ -180,14 +180,14 @@ def updated(
     finite: jax.Array,
     ema_decay: float,
 ) -> TrainState:
-    """The state after an update by this gradient; unless `finite`, after one that is left out."""
+    """Return the state after an update with this gradient, or after a skipped one if not `finite`."""
     change, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
     params, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (optax.apply_updates(state.params, change), new_optimizer),
         (state.params, state.optimizer),
     )
-    # The average warms up with the count of updates, so that short runs forget their start.
+    # The decay grows with the number of updates, so that short runs forget their initial weights.
     warm_decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
     decay = jnp.where(finite, warm_decay, 1.0)
     return TrainState(

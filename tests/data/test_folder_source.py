@@ -260,5 +260,7 @@ def test_captions_are_utf_8(colour_folder):
     (colour_folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert len(load(colour_folder).captions) == 36
     (colour_folder / "metadata.jsonl").write_bytes(text.encode() + "caf\u00e9".encode("latin-1"))
-    with pytest.raises(UserError, match=r"metadata\.jsonl can't be read as text .*: save it in UTF-8"):
+    with pytest.raises(
+        UserError, match=r"metadata\.jsonl can't be read as text .*: save it in UTF-8"
+    ):
         load(colour_folder)

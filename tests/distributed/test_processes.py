@@ -293,7 +293,7 @@ def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch, capsys, interface)
         assert cli.main(["sample", "--workdir", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"process 0 can't listen on port {port} (" in line
-    assert "choose another by JAX_COORDINATOR_ADDRESS" in line
+    assert "choose another one in JAX_COORDINATOR_ADDRESS" in line
 
 
 @pytest.mark.parametrize("seconds", ["0", "-5"])

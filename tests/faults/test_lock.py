@@ -82,8 +82,8 @@ def test_of_two_trainings_one_is_told(folder, tiny_arguments, capsys):
         assert [path.name for path in folder.iterdir()] == [LOCK]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"guided-distill: process {os.getpid()} on {HERE} is training in {folder}: wait until it ends, or "
-        f"choose another --workdir"
+        f"guided-distill: process {os.getpid()} on {HERE} is training in {folder}: wait until it ends, "
+        f"or choose another --workdir"
     )
 
 

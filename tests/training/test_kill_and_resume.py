@@ -178,7 +178,7 @@ def files_of(folder):
             ["sample", "--stage", "teacher"],
             "4 is damaged (about/metadata is not as it was written)",
         ),
-        (["train"], "teacher was finished, and no checkpoint of it is whole"),
+        (["train"], "teacher was finished, but all its checkpoints are damaged"),
     ],
     ids=lambda value: value[0],
 )
