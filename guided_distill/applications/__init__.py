@@ -1,1 +1,1 @@
-"""What distilled models are used for."""
+"""Applications of distilled models: text to image, editing, in-painting and style transfer."""

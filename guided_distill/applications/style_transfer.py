@@ -1,8 +1,8 @@
-"""Images of one domain made images of another, by way of the noise that both share.
+"""Style transfer: images of one domain become images of another, through the same noise.
 
-Dual implicit bridges (Su et al. 2022), as Meng et al. 2023 use them: the encoder student of domain A
-takes an image to noise, and the deterministic student of domain B takes this noise to an image. The two
-domains are two runs, or two classes of one.
+Dual diffusion implicit bridges (Su et al. 2022), as Meng et al. 2023 use them: the encoder student of
+domain A maps an image to noise, and the deterministic student of domain B maps this noise to an image.
+The two domains are two runs, or two classes of one run.
 """
 
 from typing import NamedTuple
@@ -24,11 +24,11 @@ from guided_distill.stages import all_stages
 from guided_distill.training.checkpoints import latest_step
 
 NEAREST_STEPS = 8
-"""Which round is taken unless one is named."""
+"""The default round is the one with N nearest to this."""
 
 
 class Models(NamedTuple):
-    """The students of a transfer from domain A to B; returner: the decoder of A."""
+    """The students for a transfer from A to B: A's encoder, A's decoder (returner) and B's decoder."""
 
     encoder: Trained
     returner: Trained
@@ -36,8 +36,8 @@ class Models(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Arrays [n, *data_shape]: images, their noise, as they come back to their own class, and carried
-    over to the other one.
+    """Arrays [n, *data_shape]: images, their noise, and the noise decoded in the images' own class
+    (returned) and in the other class (transferred).
     """
 
     image: np.ndarray
@@ -57,7 +57,7 @@ def transfer(
 ) -> Transfer:
     """Encode images [n, *data_shape] at w_encode under from_label; decode at w under both labels.
 
-    Raises UserError if a model wasn't trained for what is asked.
+    Raises UserError if a model wasn't trained for the class or w.
     """
     own, other = (of_labels([label] * len(images)) for label in (from_label, to_label))
     noise = encode(models.encoder, images, Request(condition=own, w=w_encode))
@@ -69,11 +69,11 @@ def transfer(
 def load_models(
     workdir: epath.Path, to: epath.Path, *, encoder: str | None, decoder: str | None
 ) -> Models:
-    """The encoder of the run in `workdir`, and the decoders of this run and of the one in `to`.
+    """Load the encoder of the run in `workdir`, and the decoders of that run and of the run in `to`.
 
-    encoder, decoder: folders of stages, the decoder's in both runs; None for the finished round with N
-    nearest to `NEAREST_STEPS`. Raises UserError if there is none, or if the two runs' data differ in
-    shape.
+    encoder, decoder: names of stages' folders; both runs must have the decoder. None chooses the finished
+    round with N nearest to `NEAREST_STEPS`. Raises UserError if there is none, if the decoder is
+    stochastic, if the runs are of latents, or if the two runs' data differ in shape.
     """
     models = Models(
         encoder=load_finished(workdir / (encoder or _nearest_round(workdir, ENCODE))),
@@ -82,11 +82,11 @@ def load_models(
     )
     if models.decoder.description.sampler == "stochastic":
         raise UserError(
-            f"--decoder is {decoder}, which adds noise of its own: give a ddim student, such as "
+            f"--decoder is {decoder}, a stochastic student: give a deterministic one, such as "
             f"halving_ddim_{NEAREST_STEPS}"
         )
     if models.encoder.description.latent:
-        raise UserError(f"{workdir} is of latents, and only runs of pixels can be transferred")
+        raise UserError(f"{workdir} is a run of latents: choose a run of pixels for style transfer")
     shapes = [each.description.data_shape for each in (models.encoder, models.decoder)]
     if shapes[0] != shapes[1]:
         here, there = (" x ".join(map(str, shape)) for shape in shapes)
@@ -104,14 +104,14 @@ def _nearest_round(workdir: epath.Path, sampler: str) -> str:
     ]
     if not rounds:
         raise UserError(
-            f"{workdir} has no finished round of the sampler {sampler}: train it with "
+            f"{workdir} has no finished round for the sampler {sampler}: train one with "
             f"config.halving.samplers=('ddim', '{ENCODE}')"
         )
     return min(rounds, key=lambda stage: abs((stage.num_steps or 0) - NEAREST_STEPS)).name
 
 
 def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.ndarray:
-    """Up to `count` random images of a class. Raises UserError if it has none."""
+    """Return up to `count` random images of a class. Raises UserError if it has none."""
     kinds.check("--seed", seed, kinds.Seed)
     order = np.random.default_rng(seed).permutation(source.size)
     found: list[np.ndarray] = []
@@ -121,14 +121,16 @@ def images_of_class(source: Source, label: int, *, count: int, seed: int) -> np.
             break
     if not found:
         raise UserError(
-            f"--images data: the {source.split} split of {source.name} has nothing of class "
+            f"--images data: the {source.split} split of {source.name} has no images of class "
             f"{source.class_names[label]}: choose another --from_label"
         )
     return np.stack(found[:count])
 
 
 def images_at(path: epath.Path, about: Description, *, count: int) -> np.ndarray:
-    """Up to `count` images of a file or folder. Raises UserError if there is none that can be read."""
+    """Return up to `count` images from a file or folder. Raises UserError if none can be read."""
     if not about.network().of_images:
-        raise UserError(f"--images is {path}, but this run has points, not images: give data")
+        raise UserError(
+            f"--images is {path}, but this run has points, not images: give --images data"
+        )
     return read_images(path, shape=about.data_shape, limit=count)

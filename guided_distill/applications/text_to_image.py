@@ -1,7 +1,6 @@
-"""Images of texts, from scratch, from another image, or in the holes of one.
+"""Text to image, text-guided editing, and in-painting (Meng et al. 2023).
 
-Meng et al. 2023, text to image, and their text-guided editing and in-painting: a distilled denoiser of
-latents with the companions that it was trained beside.
+They combine a distilled denoiser of latents with the autoencoder and text encoder of its run.
 """
 
 import math
@@ -27,12 +26,12 @@ from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
 
 _BATCH = 8
-"""Images at once, unless asked for otherwise: large latents take much memory."""
+"""The default batch size: large latents need much memory."""
 
 
 @dataclass(frozen=True)
 class TextToImage:
-    """A stage's denoiser, its autoencoder and its text encoder."""
+    """A stage's denoiser, with its autoencoder and text encoder."""
 
     trained: Trained
     space: LatentSpace
@@ -40,16 +39,16 @@ class TextToImage:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of its images."""
+        """Height, width and channels of the images."""
         height, width, _ = self.trained.description.data_shape
         factor = 2 ** (len(self.space.module.block_out_channels) - 1)
         return factor * height, factor * width, self.space.module.image_channels
 
 
 def load_text_to_image(directory: epath.Path) -> TextToImage:
-    """The stage in a run's folder, with the companions of the run.
+    """Load the stage in this folder, with the companions (autoencoder and text encoder) of its run.
 
-    Raises UserError if it isn't finished, isn't conditioned on texts, or lacks its companions.
+    Raises UserError if the stage isn't finished, isn't conditioned on texts, or lacks its companions.
     """
     trained = load_finished(directory)
     if "text" not in trained.description.condition_shapes:
@@ -64,7 +63,7 @@ def load_text_to_image(directory: epath.Path) -> TextToImage:
 
 
 class Edited(NamedTuple):
-    """Images [n, H, W, C] in [-1, 1], and how many of the sampler's steps made them."""
+    """Images [n, H, W, C] in [-1, 1], and how many of the sampler's steps were run."""
 
     images: np.ndarray
     steps_run: int
@@ -73,9 +72,9 @@ class Edited(NamedTuple):
 def generate(
     model: TextToImage, prompts: Sequence[str], *, w: float, seed: int = 0, **request: Any
 ) -> np.ndarray:
-    """An image for each prompt, [n, H, W, C] in [-1, 1]; image i depends on (seed, i) and its prompt.
+    """Sample images [n, H, W, C] in [-1, 1], one per prompt; image i depends on (seed, i) and its prompt.
 
-    request: num_steps, sampler, batch_size and allow_untrained, as of `sample`. Raises UserError as
+    request: num_steps, sampler, batch_size and allow_untrained, as in `sample`. Raises UserError as
     `sample` does, and for an in-painting network.
     """
     _refuse_inpainting(model)
@@ -94,17 +93,17 @@ def edit(
     seed: int = 0,
     **request: Any,
 ) -> Edited:
-    """Noise images [n, H, W, C] part of the way and sample from there (SDEdit, Meng et al. 2022).
+    """Add noise to images [n, H, W, C] up to a time t and sample from there (SDEdit, Meng et al. 2022).
 
-    strength: how far, in (0, 1]; the time is rounded down to the sampler's grid i/N, as diffusers does,
-    and i steps run. Raises UserError if no step would, and as `generate` does.
+    strength: the time in (0, 1]. It is rounded down to the sampler's grid i/N, as in diffusers, and i
+    steps run. Raises UserError if no step would run, and as `generate` does.
     """
     _refuse_inpainting(model)
     condition = {"text": model.text_encoder.encode(prompts)}
     num_steps = resolve(model, condition, w=w, **request)[0]
     first = int(num_steps * strength) if 0.0 < strength <= 1.0 else 0
     if first < 1:
-        # Rounded up, for with 0.333333 none of three steps would run.
+        # Rounded up: with 0.333333, none of three steps would run.
         least = math.ceil(1000 / num_steps) / 1000
         raise UserError(
             f"--strength is {strength}: give {least:g} to 1, so that at least one of the "
@@ -129,22 +128,22 @@ def inpaint(
     seed: int = 0,
     **request: Any,
 ) -> np.ndarray:
-    """Paint where masks [n, H, W], bool, are True; all other pixels of images [n, H, W, C] stay exactly.
+    """Paint images [n, H, W, C] where masks [n, H, W], bool, are True; other pixels stay unchanged.
 
-    An in-painting network is conditioned on the mask and on what is around it; for another one, the
-    latents without a masked pixel are put into its every prediction. Raises UserError as `generate` does.
+    An in-painting network is conditioned on the mask and the masked image. For other networks, the
+    latents without a masked pixel replace those of every prediction. Raises UserError as `generate` does.
     """
     condition: Condition = {"text": model.text_encoder.encode(prompts)}
     noise = initial_noise(model.trained.description, len(images), seed=seed)
     size = images.shape[1] // noise.shape[1]
     known = None
     if INPAINT in model.trained.description.condition_shapes:
-        # The nearest pixel of the mask, as diffusers takes it and as the network was trained.
+        # The mask is resized by the nearest pixel, as in diffusers and in the network's training.
         mask = masks[:, ::size, ::size, None]
         around = model.space.to_latents(np.where(masks[..., None], 0.0, images))
         condition = {**condition, INPAINT: np.concatenate([mask, around], axis=-1)}
     else:
-        # A latent of which any pixel is to be painted is free: it knows what was in the hole.
+        # A latent with any masked pixel is free to change, because it encodes some of the hole.
         count, height, width, _ = noise.shape
         free = masks.reshape(count, height, size, width, size).max((2, 4))[..., None]
         known = Known(model.space.to_latents(images), noise, free)
@@ -154,11 +153,11 @@ def inpaint(
 
 def _refuse_inpainting(model: TextToImage) -> None:
     if INPAINT in model.trained.description.condition_shapes:
-        raise UserError("this network in-paints: use `guided-distill inpaint`")
+        raise UserError("this is an in-painting network: use `guided-distill inpaint`")
 
 
 def resolve(model: TextToImage, condition: Condition, **request: Any) -> tuple[int, str]:
-    """The number of steps and the sampler that a request comes to. Raises UserError as `sample` does."""
+    """Return the number of steps and the sampler of a request. Raises UserError as `sample` does."""
     resolved = check_request(model.trained.description, Request(condition, **request))
     assert resolved.num_steps is not None
     assert resolved.sampler is not None
@@ -166,7 +165,7 @@ def resolve(model: TextToImage, condition: Condition, **request: Any) -> tuple[i
 
 
 def _sample(model: TextToImage, condition: Condition, **request: Any) -> np.ndarray:
-    # A network that takes w guides by itself.
+    # A network that takes w needs no null condition, because it is already guided.
     takes_w = model.trained.description.w_min is not None
     null = None if takes_w else {"text": model.text_encoder.encode([""])[0]}
     batch_size = min(len(condition["text"]), _BATCH)

@@ -1,1 +1,1 @@
-"""What training will take on machines that are not there: compiled for them, not run."""
+"""Estimates of time and memory for TPUs that aren't attached: programs are compiled, not run."""

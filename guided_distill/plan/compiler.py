@@ -1,4 +1,4 @@
-"""What the compiler for TPUs says of a program: asked in a process of its own, for it may end that."""
+"""Compile programs for TPUs in a separate process, because the compiler may crash; cache the results."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from guided_distill.plan.measured import (
     Collective,
     Measured,
     compile_and_measure,
-    memory_asked,
+    memory_required,
     with_loop,
 )
 from guided_distill.plan.programs import (
@@ -37,10 +37,10 @@ from guided_distill.training.mesh import data_mesh
 _COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
-class Question(NamedTuple):
-    """A program and how to compile it: a stage's update, or without a stage a call of the student.
+class CompileTask(NamedTuple):
+    """A program and how to compile it: a stage's update, or a call of the student if stage is None.
 
-    level: how much the compiler optimizes.
+    topology: the name of a slice, such as v5e:4x4. level: the compiler's optimization level.
     """
 
     experiment: Experiment
@@ -52,19 +52,18 @@ class Question(NamedTuple):
 
 
 class Shortage(NamedTuple):
-    """Bytes of a device's memory that a program needs, that it may have, and, of those that it needs,
-    that it holds whatever the batch.
-    """
+    """Bytes of a device's memory: needed by a program, available, and held for any batch size."""
 
     needed: int
     available: int
     held: int
 
 
-class Answer(NamedTuple):
-    """What the compiler says; or why it says nothing: the program doesn't fit, or the compiler broke.
+class CompileResult(NamedTuple):
+    """The compiler's figures, or None and the reason: the program doesn't fit, or the compiler crashed.
 
-    shortage: of a program that doesn't fit, where the compiler gives figures.
+    broke: whether the compiler crashed. shortage: of a program that doesn't fit, if the compiler gives
+    figures.
     """
 
     measured: Measured | None
@@ -73,21 +72,21 @@ class Answer(NamedTuple):
     shortage: Shortage | None = None
 
 
-def ask(question: Question, *, cache: epath.Path) -> Answer:
-    """What the compiler says, now or in an earlier call, which the folder `cache` keeps.
+def run_compiler(task: CompileTask, *, cache: epath.Path) -> CompileResult:
+    """Return the result of compiling the task, from the folder `cache` if an earlier call wrote it there.
 
-    Raises UserError if it has to keep it there, and can't.
+    Raises UserError if a new result can't be written to `cache`.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(question, cache, theirs), daemon=True)
+    process = context.Process(target=_compile_and_send, args=(task, cache, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        said: Answer | Exception = ours.recv()
+        said: CompileResult | Exception = ours.recv()
     except EOFError:
         process.join()
-        return Answer(None, _ending(process.exitcode or 0), broke=True)
+        return CompileResult(None, _exit_reason(process.exitcode or 0), broke=True)
     finally:
         process.kill()
         process.join()
@@ -96,68 +95,68 @@ def ask(question: Question, *, cache: epath.Path) -> Answer:
     return said
 
 
-def _ending(status: int) -> str:
+def _exit_reason(status: int) -> str:
     if status >= 0:
-        return f"the process that compiles ended with status {status}: see what it said above"
+        return f"the compiler's process ended with status {status}: see its messages above"
     return (
-        f"the compiler itself broke down ({signal.Signals(-status).name}), which says nothing of whether "
-        f"this fits: try another --topology, --optimization_level or batch size, or another libtpu"
+        f"the compiler itself crashed ({signal.Signals(-status).name}), so it is unknown whether this "
+        f"fits: try another --topology, --optimization_level or batch size, or another libtpu"
     )
 
 
-def _answer(question: Question, cache: epath.Path, to: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The asker ends this process.
-    jax.config.update("jax_platforms", "cpu")  # An accelerator is the asker's.
+def _compile_and_send(task: CompileTask, cache: epath.Path, to: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process ends this one.
+    jax.config.update("jax_platforms", "cpu")  # Leaves an accelerator to the parent process.
     try:
-        to.send(_kept(question, cache))
+        to.send(_cached_result(task, cache))
     except Exception as error:
         to.send(error)
 
 
-def _kept(question: Question, cache: epath.Path) -> Answer:
-    topology = find_topology(question.topology, slices=question.slices)
-    program, rest = _programs(question, topology)
+def _cached_result(task: CompileTask, cache: epath.Path) -> CompileResult:
+    topology = find_topology(task.topology, slices=task.slices)
+    program, rest = _programs(task, topology)
     key = (
         program.as_text(),
         rest and rest.as_text(),
         topology.name,
         topology.slices,
         topology.compiler,
-        question.level,
+        task.level,
         package_version(),
         *(os.environ.get(name) for name in _COMPILER_FLAGS),
     )
     path = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        try:  # Before compiling, which can take long.
+        try:  # Check this before compiling, which can take long.
             check_writable(cache)
         except OSError as error:
             raise UserError(
                 f"{cache}, in the folder of --cache, can't be written ({first_line(error)}): choose "
-                f"another folder"
+                f"another --cache"
             ) from error
-        write_text(path, json.dumps(_compiled(question, program, rest)))
+        write_text(path, json.dumps(_compile(task, program, rest)))
     measured, why = json.loads(path.read_text())
     if measured is None:
-        return Answer(None, why, shortage=_shortage(question, topology, why))
+        return CompileResult(None, why, shortage=_shortage(task, topology, why))
     collectives = {kind: Collective(*each) for kind, each in measured["collectives"].items()}
-    return Answer(Measured(**{**measured, "collectives": collectives}))
+    return CompileResult(Measured(**{**measured, "collectives": collectives}))
 
 
-def _shortage(question: Question, topology: Topology, why: str) -> Shortage | None:
-    asked = memory_asked(why)
-    if asked is None:
+def _shortage(task: CompileTask, topology: Topology, why: str) -> Shortage | None:
+    memory = memory_required(why)
+    if memory is None:
         return None
-    experiment, outline, stage = question.experiment, question.outline, question.stage
+    experiment, outline, stage = task.experiment, task.outline, task.stage
     mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
-    return Shortage(*asked, held_bytes(experiment, outline, stage, mesh))
+    return Shortage(*memory, held_bytes(experiment, outline, stage, mesh))
 
 
 def _programs(
-    question: Question, topology: Topology
+    task: CompileTask, topology: Topology
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
-    """The program; and where it loops over the parts of a batch, what is not of the loop."""
-    experiment, outline, stage = question.experiment, question.outline, question.stage
+    """Return the program and, if it loops over the parts of a batch, the program without the loop."""
+    experiment, outline, stage = task.experiment, task.outline, task.stage
     mesh = data_mesh(topology.devices, fsdp=experiment.fsdp)
     if stage is None:
         size = experiment.guidance.batch_size
@@ -169,14 +168,14 @@ def _programs(
     )
 
 
-def _compiled(
-    question: Question, program: jax.stages.Lowered, rest: jax.stages.Lowered | None
+def _compile(
+    task: CompileTask, program: jax.stages.Lowered, rest: jax.stages.Lowered | None
 ) -> tuple[dict[str, Any] | None, str]:
-    runs = question.stage.settings.accumulation if question.stage else 1
+    runs = task.stage.settings.accumulation if task.stage else 1
     try:
-        measured = compile_and_measure(program, level=question.level, loop_runs=runs)
+        measured = compile_and_measure(program, level=task.level, loop_runs=runs)
         if rest is not None:
-            unlooped = compile_and_measure(rest, level=question.level)
+            unlooped = compile_and_measure(rest, level=task.level)
             measured = with_loop(measured, unlooped, runs=runs)
     except MemoryError as error:
         return None, str(error)

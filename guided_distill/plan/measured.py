@@ -1,4 +1,4 @@
-"""What the compiler says of a program: its work, its memory, and what its devices send each other."""
+"""The compiler's figures for a program: its work, its memory, and its communication between devices."""
 
 import contextlib
 import math
@@ -10,17 +10,17 @@ import jax
 
 
 class Collective(NamedTuple):
-    """What one kind of communication moves in a program: how often, and bytes of results a device."""
+    """One kind of collective in a program: how often it runs, and the bytes of its results per device."""
 
     times: int
     bytes: int
 
 
 class Measured(NamedTuple):
-    """What the compiler says of a program, by device.
+    """The compiler's figures for a program, per device.
 
-    flops, bytes: of one run, as it counts them. seconds: its own estimate, None where it makes none.
-    arguments, temporary, peak: bytes of memory. collectives: by kind.
+    flops, bytes: operations and memory traffic of one run, as the compiler counts them. seconds: the
+    compiler's own estimate, or None. arguments, temporary, peak: bytes of memory. collectives: by kind.
     """
 
     flops: float
@@ -33,9 +33,10 @@ class Measured(NamedTuple):
 
 
 def with_loop(once: Measured, rest: Measured, *, runs: int) -> Measured:
-    """About what a program does whose loop runs so often, where the compiler counted the body once.
+    """Estimate the figures of a program whose loop runs `runs` times, if the compiler counted it once.
 
-    rest: of the program without the loop. Collectives were counted right: see `collectives_of`.
+    rest: the figures of the program without the loop. The collectives of `once` are already right: see
+    `collectives_of`.
     """
 
     def whole(once: float, rest: float) -> float:
@@ -50,14 +51,15 @@ def with_loop(once: Measured, rest: Measured, *, runs: int) -> Measured:
 
 
 def compile_and_measure(lowered: jax.stages.Lowered, *, level: str, loop_runs: int = 1) -> Measured:
-    """Compile at an optimization level, and read what the compiler says; loop_runs: of `collectives_of`.
+    """Compile a program at an optimization level and return the compiler's figures.
 
-    Raises MemoryError if the program doesn't fit into a device's memory.
+    loop_runs: as in `collectives_of`. Raises MemoryError if the program doesn't fit into a device's
+    memory.
     """
     with _optimization(level):
         try:
             compiled = lowered.compile()
-        except Exception as error:  # jaxlib's own error, known by its words alone.
+        except Exception as error:  # jaxlib's own error type, identified by its message.
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
@@ -76,16 +78,16 @@ def compile_and_measure(lowered: jax.stages.Lowered, *, level: str, loop_runs: i
     )
 
 
-_ASKED = re.compile(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM \(|of )([\d.]+)([KMGT]?)")
+_MEMORY = re.compile(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM \(|of )([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def memory_asked(why: str) -> tuple[int, int] | None:
-    """Bytes that a program needs of a device, and those that it may have, in the compiler's words.
+def memory_required(why: str) -> tuple[int, int] | None:
+    """Parse the bytes that a program needs on a device, and those available, from the compiler's message.
 
-    None where these tell no figures. Arguments are among them.
+    Both include the arguments. Returns None if the message has no figures.
     """
-    if found := _ASKED.search(why):
+    if found := _MEMORY.search(why):
         needed, unit, available, its_unit = found.groups()
         return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[its_unit])
     return None
@@ -108,10 +110,10 @@ _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([^\s,)}]+)")
 
 
 def collectives_of(program: str, *, loop_runs: int = 1) -> dict[str, Collective]:
-    """The collectives of a compiled program's text, by kind, those that occur.
+    """Return the collectives in the text of a compiled program, by kind.
 
-    A started one counts where it is done, so that its operands aren't taken for results. One in a loop
-    counts loop_runs times: the text doesn't tell.
+    An asynchronous collective is counted at its -done instruction, because the -start also lists its
+    operands. loop_runs: how often each loop runs, which the text doesn't say.
     """
     computations = _computations_of(program)
     looped = _with_what_they_call(
@@ -127,7 +129,7 @@ def collectives_of(program: str, *, loop_runs: int = 1) -> dict[str, Collective]
 
 
 def _computations_of(program: str) -> dict[str, list[str]]:
-    """The lines of each computation by its name; those before the first by ""."""
+    """Return the lines of each computation by its name; the lines before the first one under ""."""
     computations: dict[str, list[str]] = {}
     name = ""
     for line in program.splitlines():
@@ -150,7 +152,7 @@ def _with_what_they_call(names: set[str], *, computations: dict[str, list[str]])
 
 
 def _collective(line: str) -> tuple[str, int] | None:
-    """The kind and the bytes of results of a line that is a collective."""
+    """Return the kind and the bytes of results of a line, or None if it isn't a collective."""
     match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(_KINDS)})(-start|-done)?\(", line)
     if match is None or match[3] == "-start":
         return None
@@ -165,6 +167,6 @@ def _bytes_of(shapes: str) -> int:
 
 
 def _width(kind: str) -> int:
-    """Bytes of an element: f32, bf16, s8, pred ..."""
+    """Return the bytes of an element of a type such as f32, bf16, s8 or pred."""
     bits = re.search(r"\d+", kind)
     return max(1, int(bits[0]) // 8) if bits else 1

@@ -1,4 +1,4 @@
-"""A plan of a run: what its stages need of a slice of TPUs, and how long they may take."""
+"""The plan of a run: the memory that its stages need on a slice of TPUs, and the time they may take."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
 from guided_distill.models.registry import check_network
 from guided_distill.objectives.stage import Stage
-from guided_distill.plan.compiler import Question, Shortage, ask
+from guided_distill.plan.compiler import CompileTask, Shortage, run_compiler
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
 from guided_distill.plan.topologies import Chip, Topology
@@ -21,21 +21,22 @@ from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress
 
 CALL = "sampling"
-"""The plan of one step of a student's sampler, beside those of stages."""
+"""The kind of the plan for one step of a student's sampler."""
 
-# How much of its result a device sends, on a ring of many.
+# The bytes that a device sends, relative to the result, on a ring of many devices.
 _TRAFFIC = {"all-reduce": 2.0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one program: a stage's update, or a call of the student on a batch of as many examples.
+    """The plan for one program: a stage's update, or a call of the student on a batch of examples.
 
-    kind: of stage, and of its teacher where the rounds differ in that; updates: of all such stages.
-    parameters: of the network. kept: bytes of an example's activations that the backward pass needs.
-    measured: what the compiler says, by device; None if the program doesn't fit, or if the compiler
-    broke down over it (broke), and then `why`, with a shortage where the compiler gave figures.
-    calls: of the network, by the N of the students, for a sample; of the plan of sampling alone.
+    kind: the stage's kind, and its teacher's if the rounds differ in that. updates: total over all stages
+    of this kind. parameters: of the network. kept: bytes of activations per example that the backward
+    pass needs. measured: the compiler's figures, per device; None if the program doesn't fit or the
+    compiler crashed (broke). why: the reason for None; shortage: the missing memory, if the compiler gave
+    figures. calls: for the plan of sampling only, the number of network calls per sample by the student's
+    N.
     """
 
     kind: str
@@ -53,12 +54,12 @@ class Plan:
 
     @property
     def spare(self) -> float | None:
-        """The share of a device's memory that stays free."""
+        """The fraction of a device's memory that stays free."""
         return None if self.measured is None else 1 - self.measured.peak / self.chip.memory
 
     @property
     def largest_batch(self) -> int | None:
-        """About the most examples that fit, by proportion: all but the arguments grows with them."""
+        """The largest batch that fits, estimated: all memory but the arguments grows with the batch."""
         if self.measured is not None:
             needed, held = self.measured.peak, self.measured.arguments
             available = self.chip.memory
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that each of these would take at its peak, did nothing else take any."""
+        """Seconds that computation, memory and network would each take alone, at their peak rates."""
         if self.measured is None:
             return {}
         moved = sum(
@@ -85,30 +86,30 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of an update or call: the compiler's estimate, and never less than the largest bound."""
+        """Seconds of an update or call: the compiler's estimate, or the largest bound if that is more."""
         if self.measured is None:
             return None
         return max(self.measured.seconds or 0.0, *self.bounds.values())
 
     @property
     def images_per_second(self) -> float | None:
-        """Of all devices together."""
+        """Images per second on all devices together."""
         return None if self.seconds is None else self.batch_size / self.seconds
 
     @property
     def hours(self) -> float | None:
-        """Of all stages of the kind."""
+        """Hours for all stages of this kind."""
         return None if self.seconds is None else self.updates * self.seconds / 3600
 
     @property
     def sample_seconds(self) -> dict[int, float]:
-        """Of a batch of samples, by the students' N."""
+        """Seconds to sample a batch, by the student's N."""
         if self.seconds is None:
             return {}
         return {num_steps: calls * self.seconds for num_steps, calls in self.calls.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, and what follows from it."""
+        """Return all fields and properties as JSON-serializable data."""
         names = (
             "spare",
             "largest_batch",
@@ -132,7 +133,7 @@ class Plan:
 
 
 def total_hours(plans: Sequence[Plan]) -> float | None:
-    """Of all stages among the plans; None where one has no estimate, or none is there."""
+    """Return the hours of all stages in the plans; None if one has no estimate or there are none."""
     hours = [plan.hours for plan in plans if plan.kind != CALL]
     known = [each for each in hours if each is not None]
     return sum(known) if hours and len(known) == len(hours) else None
@@ -147,12 +148,12 @@ def make_plans(
     level: str,
     cache: epath.Path,
 ) -> list[Plan]:
-    """The plans of the stages of a kind, of sampling, or of "all".
+    """Return the plans for a kind of stage, for "sampling", or for "all".
 
-    All halving rounds whose teachers are alike are one plan, of the program for the first sampler: that
-    for another one differs in the times of its jumps, and is as much work. level: how much the compiler
-    optimizes. cache: a folder that keeps what it said. Raises UserError if the config has no such stage,
-    or if the devices can't share a batch.
+    Halving rounds with the same kind of teacher share one plan, made for the first sampler: other
+    samplers differ only in the times of their jumps, and need as much work. level: the compiler's
+    optimization level. cache: a folder that caches the compiler's results. Raises UserError if the config
+    has no such stage, or if the devices can't divide a batch.
     """
     groups = _alike(experiment)
     kinds = list(dict.fromkeys(each[0].kind for each in groups.values()))
@@ -161,22 +162,22 @@ def make_plans(
         wanted[CALL] = []
     if not wanted:
         raise UserError(
-            f"--stage is {stage}, which this config has not; choose one of {', '.join(kinds)}, {CALL}, "
-            f"all"
+            f"--stage is {stage}, which this config doesn't have: choose one of "
+            f"{', '.join(kinds)}, {CALL}, all"
         )
     check_network(student_of(experiment, outline))
     devices = data_mesh(topology.devices, fsdp=experiment.fsdp).size
     for kind in sorted({each[0].kind if each else "guidance" for each in wanted.values()}):
         check_batch(kind, getattr(experiment, kind), devices=devices)
     plans, student = [], student_of(experiment, outline)
-    # Students that aren't conditioned on w are guided when they are sampled: as much work as two calls.
+    # Students that aren't conditioned on w need guidance when they are sampled: two calls per step.
     calls_a_step = 2 if experiment.method == "two_student" else 1
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
         for done, (name, stages) in enumerate(wanted.items(), start=1):
             first = stages[0] if stages else None
             network = networks_of(experiment, outline, first)[0] if first else student
             settings = first.settings if first else experiment.guidance
-            question = Question(
+            task = CompileTask(
                 experiment,
                 outline,
                 first,
@@ -196,7 +197,7 @@ def make_plans(
                     calls={}
                     if first
                     else {each: each * calls_a_step for each in experiment.halving.rounds()},
-                    **ask(question, cache=cache)._asdict(),
+                    **run_compiler(task, cache=cache)._asdict(),
                 )
             )
             advance(done, name)
@@ -204,7 +205,7 @@ def make_plans(
 
 
 def _alike(experiment: Experiment) -> dict[str, list[Stage]]:
-    """Stages by kind; those of one kind apart where some of their teachers take w and others don't."""
+    """Group stages by kind, and a kind by whether the teachers take w if they differ in that."""
     groups: dict[tuple[str, bool], list[Stage]] = {}
     for each in all_stages(experiment):
         teacher = teacher_of(experiment, each)

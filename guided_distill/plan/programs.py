@@ -1,4 +1,4 @@
-"""The programs of a run, traced for a mesh whose devices need not be there."""
+"""The programs of a run, traced for a mesh whose devices needn't be attached."""
 
 import math
 from typing import Any
@@ -22,12 +22,12 @@ from guided_distill.training.step import TrainStep, make_train_step
 
 
 def student_of(experiment: Experiment, outline: Outline) -> Network:
-    """The network of stage one and of the halving rounds."""
+    """Return the network of stage one and of the halving rounds."""
     return _teacher_of(experiment, outline).conditioned_on_w(experiment.guidance.w_embedding)
 
 
 def networks_of(experiment: Experiment, outline: Outline, stage: Stage) -> tuple[Network, Network]:
-    """The network that a stage trains, and its teacher's."""
+    """Return the network that a stage trains, and its teacher's network."""
     plain, student = _teacher_of(experiment, outline), student_of(experiment, outline)
     teacher = teacher_of(experiment, stage)
     return (
@@ -41,12 +41,12 @@ def _teacher_of(experiment: Experiment, outline: Outline) -> Network:
 
 
 def parameter_count(network: Network) -> int:
-    """By shapes alone."""
+    """Return the number of weights, from shapes alone."""
     return sum(leaf.size for leaf in jax.tree.leaves(_weights_of(network)))
 
 
 def kept_bytes(network: Network) -> int:
-    """Bytes that the backward pass needs of one example, besides the weights; by shapes alone."""
+    """Return the bytes per example that the backward pass keeps besides the weights, by shapes alone."""
     weights = _weights_of(network)
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *network.data_shape), jnp.float32)
@@ -63,7 +63,7 @@ def kept_bytes(network: Network) -> int:
         return jax.vjp(output, params)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(backward, weights, z, one, condition, one))
-    # Weights are kept too, as they are or in another precision.
+    # The backward pass also keeps weights, possibly in another precision.
     of_weights = {leaf.shape for leaf in jax.tree.leaves(weights)}
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in of_weights)
 
@@ -75,7 +75,7 @@ def _weights_of(network: Network) -> Any:
 def lower_step(
     experiment: Experiment, outline: Outline, stage: Stage, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """The very step that `train` runs for a stage: one update, traced without an array."""
+    """Lower the step that `train` runs for a stage: one update, traced without arrays."""
     student, teacher = networks_of(experiment, outline, stage)
     step, optimizer = compiled_step(stage, student=student, teacher=teacher, mesh=mesh)
     held = _held(optimizer, outline, stage, student=student, teacher=teacher, mesh=mesh)
@@ -85,7 +85,7 @@ def lower_step(
 def lower_rest_of_step(
     experiment: Experiment, outline: Outline, stage: Stage, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """What an update does besides its gradient: the same step of a loss that is next to no work."""
+    """Lower an update without its gradient: the same step with a loss of almost no work."""
     student, teacher = networks_of(experiment, outline, stage)
     optimizer = make_optimizer(stage.settings, steps=stage.total_steps)
 
@@ -125,7 +125,7 @@ def _held(
     teacher: Network,
     mesh: Mesh,
 ) -> tuple[Any, Any]:
-    """A step's arguments that are there from batch to batch: the state, and what is frozen."""
+    """Return the shapes of a step's arguments that stay on the devices: the state, and frozen inputs."""
     key = jax.eval_shape(jax.random.key, 0)
     state = jax.eval_shape(
         lambda key: initial_state(student.init(key), optimizer, ema_decay=stage.settings.ema_decay),
@@ -142,7 +142,7 @@ def _held(
 
 
 def held_bytes(experiment: Experiment, outline: Outline, stage: Stage | None, mesh: Mesh) -> int:
-    """Bytes that a device holds whatever the batch, for a stage's update or, without one, a call."""
+    """Return a device's bytes for any batch size, for a stage's update, or for a call without a stage."""
     if stage is None:
         weights = _weights_of(student_of(experiment, outline))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
@@ -158,7 +158,7 @@ def held_bytes(experiment: Experiment, outline: Outline, stage: Stage | None, me
 def lower_call(
     network: Network, outline: Outline, mesh: Mesh, *, batch_size: int
 ) -> jax.stages.Lowered:
-    """One call of a student on a batch: what each of N steps of its sampler costs."""
+    """Lower one call of a student on a batch, which each of the N steps of its sampler makes."""
     examples = {
         name: jax.ShapeDtypeStruct((batch_size, *one.shape), one.dtype)
         for name, one in outline.example.items()

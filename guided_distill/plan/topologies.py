@@ -1,4 +1,4 @@
-"""Slices of TPUs by name, as the compiler knows them, with no TPU attached."""
+"""Slices of TPUs by name, for the compiler, with no TPU attached."""
 
 import importlib.metadata
 import importlib.util
@@ -16,11 +16,11 @@ from guided_distill.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """A generation, by device as JAX counts them; peak figures as Google publishes them.
+    """A TPU generation: peak figures per JAX device, as Google publishes them.
 
-    flops: of bfloat16, a second. memory: bytes. memory_bandwidth, link_bandwidth: bytes a second, to its
-    memory and to its neighbours, all links together. axes: of the grid that its slices are. options: what
-    get_topology_desc needs besides the name.
+    flops: per second, in bfloat16. memory: bytes. memory_bandwidth, link_bandwidth: bytes per second to
+    the memory and, over all links, to the neighbours. axes: the dimension of a slice's grid. options:
+    arguments of get_topology_desc besides the name.
     """
 
     platform_name: str
@@ -32,7 +32,7 @@ class Chip:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Two cores of a v4 chip are one device to JAX, those of a 7x chip are two.
+# JAX counts the two cores of a v4 chip as one device, and those of a 7x chip as two.
 _MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, 3, _MEGACORE),
@@ -42,7 +42,7 @@ CHIPS = {
     "7x": Chip("tpu7x", 2307e12 / 2, 192 * 2**30 / 2, 7380e9 / 2, 1200e9 / 2, 3),
 }
 
-# So that libtpu asks no metadata server who it is, and shares its lock with others that only compile.
+# So that libtpu queries no metadata server, and several processes can compile at the same time.
 _QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -54,7 +54,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice, or several alike, and its devices, to compile for."""
+    """A slice, or several equal ones, and its devices, to compile for."""
 
     name: str
     slices: int
@@ -63,14 +63,14 @@ class Topology:
 
     @property
     def compiler(self) -> str:
-        """The versions that a program compiled for it depends on."""
+        """The versions of the compiler, on which a compiled program depends."""
         return f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
 
 
 def find_topology(name: str, *, slices: int = 1) -> Topology:
-    """The topology of a name such as v5e:4x4 or v4:2x2x4.
+    """Return the topology with a name such as v5e:4x4 or v4:2x2x4.
 
-    Raises UserError, listing those that exist, for another one, and if the compiler isn't installed.
+    Raises UserError, listing the generations, if it doesn't exist, or if the compiler isn't installed.
     """
     generation, _, shape = name.partition(":")
     chip = CHIPS.get(generation)
@@ -91,7 +91,7 @@ def find_topology(name: str, *, slices: int = 1) -> Topology:
             **({"num_slices": slices} if slices > 1 else {}),
             **chip.options,
         )
-    except Exception as error:  # JAX raises a plain RuntimeError, and libtpu its own.
+    except Exception as error:  # JAX raises a plain RuntimeError, and libtpu its own type.
         raise UserError(f"{_what_there_is(name, slices)} ({str(error).splitlines()[0]})") from error
     return Topology(name, slices, chip, tuple(found.devices))
 
@@ -101,10 +101,10 @@ def _what_there_is(name: str, slices: int) -> str:
     solid = [key for key, chip in CHIPS.items() if chip.axes == 3]
     return (
         f"--topology {name} with --slices {slices} doesn't exist: give {' or '.join(plane)} and two "
-        f"sides, such as v5e:4x4, or {', '.join(solid)} and three, such as v4:2x2x4"
+        f"sides, such as v5e:4x4, or {', '.join(solid)} and three sides, such as v4:2x2x4"
     )
 
 
 def chips_of(topology: Topology) -> int:
-    """How many chips one pays for."""
+    """Return the total number of chips."""
     return topology.slices * math.prod(map(int, topology.name.partition(":")[2].split("x")))

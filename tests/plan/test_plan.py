@@ -25,7 +25,7 @@ from guided_distill.plan.measured import (
     Collective,
     Measured,
     collectives_of,
-    memory_asked,
+    memory_required,
     with_loop,
 )
 from guided_distill.plan.plan import CALL, Plan, make_plans
@@ -98,11 +98,11 @@ def test_a_program_that_does_not_fit_has_no_figures():
     ],
 )
 def test_the_compiler_says_how_much_too_large_a_program_is(why):
-    assert memory_asked(why) == (29.5 * 2**30, 15.75 * 2**30)
+    assert memory_required(why) == (29.5 * 2**30, 15.75 * 2**30)
 
 
 def test_words_without_figures_tell_no_memory():
-    assert memory_asked("RESOURCE_EXHAUSTED: out of 3 tries") is None
+    assert memory_required("RESOURCE_EXHAUSTED: out of 3 tries") is None
 
 
 def test_the_largest_batch_of_what_does_not_fit_is_told_by_proportion():
@@ -308,10 +308,10 @@ def test_weights_are_split_within_a_slice(name, fsdp):
 def test_a_cache_that_can_not_be_written_is_told_before_compiling(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     experiment = read("digits", "runlocal")
-    question = compiler.Question(experiment, outline_for(experiment), None, "v5e:2x2", 1, "O0")
-    monkeypatch.setattr(compiler, "_compiled", lambda *_: pytest.fail("it compiles"))
+    task = compiler.CompileTask(experiment, outline_for(experiment), None, "v5e:2x2", 1, "O0")
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("it compiles"))
     with pytest.raises(UserError, match=r"file/plans, in the folder of --cache, can't be written"):
-        compiler._kept(question, epath.Path(tmp_path / "file" / "plans"))
+        compiler._cached_result(task, epath.Path(tmp_path / "file" / "plans"))
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -357,7 +357,7 @@ def _kill_this_process(*_, **__):
 
 def test_a_compiler_that_breaks_down_takes_nothing_along(tmp_path, monkeypatch, capfd):
     # What the process of its own is to run, found by its module and name.
-    monkeypatch.setattr(compiler, "_answer", _kill_this_process)
+    monkeypatch.setattr(compiler, "_compile_and_send", _kill_this_process)
     experiment = read("digits")
     (plan,) = make_plans(
         experiment,
@@ -368,7 +368,7 @@ def test_a_compiler_that_breaks_down_takes_nothing_along(tmp_path, monkeypatch, 
         cache=epath.Path(tmp_path),
     )
     assert plan.measured is None
-    assert "the compiler itself broke down (SIGSEGV)" in plan.why
+    assert "the compiler itself crashed (SIGSEGV)" in plan.why
     assert json.loads(json.dumps(plan.to_json()))["broke"]
 
 
@@ -376,7 +376,7 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     experiment, topology = read("digits"), find_topology("v5e:2x4")
     more = {"topology": topology, "level": "O0", "cache": epath.Path(tmp_path)}
     outline = outline_for(experiment)
-    with pytest.raises(UserError, match=r"--stage is autoencoder, which this config has not"):
+    with pytest.raises(UserError, match=r"--stage is autoencoder, which this config doesn't have"):
         make_plans(experiment, outline, stage="autoencoder", **more)
     odd = replace(experiment, teacher=replace(experiment.teacher, batch_size=12))
     said = r"teacher.batch_size is 12, which 8 devices can't share: make it a multiple of 8"
@@ -403,11 +403,11 @@ def test_rounds_whose_teachers_differ_are_planned_apart(method, expected, monkey
     outline = outline_for(experiment)
     asked = []
 
-    def answer(question, cache):
-        asked.append(question.stage)
-        return compiler.Answer(None)
+    def answer(task, cache):
+        asked.append(task.stage)
+        return compiler.CompileResult(None)
 
-    monkeypatch.setattr("guided_distill.plan.plan.ask", answer)
+    monkeypatch.setattr("guided_distill.plan.plan.run_compiler", answer)
     topology = Topology("here", 1, CHIPS["v5e"], tuple(jax.devices()))
     plans = make_plans(experiment, outline, topology, stage="all", level="O0", cache=tmp_path)
     assert {plan.kind: plan.updates for plan in plans} == expected
@@ -424,12 +424,12 @@ def test_what_the_compiler_said_is_kept_for_its_flags_and_this_version(tmp_path,
     monkeypatch.setattr(compiler, "find_topology", lambda *_, **__: topology)
     monkeypatch.setattr(compiler, "_programs", lambda *_: (text, None))
     monkeypatch.setattr(
-        compiler, "_compiled", lambda *_: compiled.append(0) or (MEASURED._asdict(), "")
+        compiler, "_compile", lambda *_: compiled.append(0) or (MEASURED._asdict(), "")
     )
-    question = compiler.Question(None, None, None, "here", 1, "O0")
+    task = compiler.CompileTask(None, None, None, "here", 1, "O0")
 
     def times():
-        assert compiler._kept(question, epath.Path(tmp_path)).measured == MEASURED
+        assert compiler._cached_result(task, epath.Path(tmp_path)).measured == MEASURED
         return len(compiled)
 
     assert [times(), times()] == [1, 1]
