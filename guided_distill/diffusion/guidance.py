@@ -1,7 +1,7 @@
-"""Classifier-free guidance, the one place where it is applied and where its conventions meet.
+"""Classifier-free guidance: the only place that applies it and converts between its conventions.
 
 The paper's weight w (equation (7) of process.py): x_w = (1 + w) x(z, c) - w x(z). w = 0 is the plain
-conditional model, w = -1 the unconditional one. Imagen, Stable Diffusion and diffusers speak of
+conditional model, w = -1 the unconditional one. Imagen, Stable Diffusion and diffusers use
 guidance_scale = 1 + w.
 """
 
@@ -16,17 +16,17 @@ from guided_distill.diffusion.process import Prediction, broadcast_to_rank, clip
 from guided_distill.diffusion.schedules import Schedule
 
 Condition = Mapping[str, Any]
-"""What examples are of, arrays by name: "label" (int), or "text" (float), and others beside them."""
+"""The conditioning of examples, arrays by name: "label" (int) or "text" (float), and possibly others."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A function that predicts (x, eps) of noisy data, and what it takes.
+    """A function that predicts (x, eps) from noisy data, and how it handles guidance.
 
     predict(z [B, ...], t [B] in [0, 1], condition [B, ...] each, w [B] or None) -> Prediction.
-    guided: whether predict already answers for the guidance weight w that it is given.
-    null: the condition of one example that stands for "none"; entries that it hasn't are kept. None
-    where there is none.
+    guided: whether predict already returns guided predictions for the weight w.
+    null: the null condition of one example, for unconditional predictions; entries that it lacks keep
+    their values. None if there is no null condition.
     """
 
     predict: Callable[[jax.Array, jax.Array, Condition, jax.Array | None], Prediction]
@@ -35,23 +35,23 @@ class Denoiser:
 
 
 def guidance_scale(w: float) -> float:
-    """The scale of Stable Diffusion and diffusers for the paper's weight w."""
+    """Return the guidance_scale of Stable Diffusion and diffusers for the paper's weight w."""
     return 1.0 + w
 
 
 def weight_from_guidance_scale(scale: float) -> float:
-    """The paper's weight w for a guidance_scale of Stable Diffusion and diffusers."""
+    """Return the paper's weight w for a guidance_scale of Stable Diffusion and diffusers."""
     return scale - 1.0
 
 
 def combine(conditional: jax.Array, unconditional: jax.Array, *, w: jax.Array) -> jax.Array:
-    """Equation (7) for x, eps or v alike, [B, ...] each, with w [B]."""
+    """Equation (7), which is the same for x, eps and v: arrays [B, ...], with w [B]."""
     w = broadcast_to_rank(w, conditional)
     return (1.0 + w) * conditional - w * unconditional
 
 
 def without_condition(condition: Condition, null: Condition) -> Condition:
-    """`condition` [B, ...] with each entry that `null`, one example's, has in the place of its own."""
+    """Return `condition` [B, ...] with the entries of `null`, the null condition of one example."""
     nothing = {
         name: jnp.broadcast_to(jnp.asarray(value), jnp.shape(condition[name]))
         for name, value in null.items()
@@ -60,10 +60,10 @@ def without_condition(condition: Condition, null: Condition) -> Condition:
 
 
 def with_guidance(denoiser: Denoiser) -> Denoiser:
-    """The guided denoiser of a conditional one: both branches run as one batch of 2B.
+    """Return the guided denoiser of a conditional one, which runs both branches as one batch of 2B.
 
-    Raises ValueError if guidance is inside already (it would compound) or if the denoiser has no
-    null condition.
+    Raises ValueError if the denoiser is already guided (guidance would compound) or has no null
+    condition.
     """
     if denoiser.guided:
         raise ValueError(
@@ -93,12 +93,12 @@ def with_guidance(denoiser: Denoiser) -> Denoiser:
 
 
 def _in_turn(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Examples of two batches [B, ...] in turn, [2B, ...]: split over devices, none has to move."""
+    """Interleave two batches [B, ...] to [2B, ...], so that split examples needn't change devices."""
     return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
 
 
 def with_clipping(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
-    """The denoiser as samplers of images use it: its x held to [-1, 1]."""
+    """Return the denoiser with x clipped to [-1, 1], as samplers of images use it."""
 
     def predict(
         z: jax.Array, t: jax.Array, condition: Condition, w: jax.Array | None

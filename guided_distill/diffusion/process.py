@@ -1,4 +1,4 @@
-"""The mathematics on one page.
+"""The mathematics of the diffusion process on one page.
 
 Variance-preserving diffusion (Salimans & Ho 2022, "Progressive Distillation", PD; Ho & Salimans
 2022, "Classifier-Free Diffusion Guidance", CFG; Meng et al. 2023, "On Distillation of Guided
@@ -41,7 +41,7 @@ from guided_distill.diffusion.schedules import alpha_sigma
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of z_t: the clean x and the noise eps, [B, ...] each, joined by (1)."""
+    """A denoiser's prediction from z_t: the clean x and the noise eps, [B, ...] each, related by (1)."""
 
     x: jax.Array
     eps: jax.Array
@@ -53,7 +53,7 @@ def broadcast_to_rank(per_example: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def levels(log_snr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(alpha, sigma) at log_snr [B], shaped to multiply `like` [B, ...]."""
+    """Return (alpha, sigma) at log_snr [B], shaped to multiply `like` [B, ...]."""
     return alpha_sigma(broadcast_to_rank(log_snr, like))
 
 
@@ -70,7 +70,7 @@ def add_noise(x: jax.Array, eps: jax.Array, *, log_snr: jax.Array) -> jax.Array:
 
 Converter = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# (what is known, what is wanted) -> f(known, z, alpha, sigma), from (1) and (2).
+# (source, target) -> f(source, z, alpha, sigma), from (1) and (2).
 CONVERTERS: dict[tuple[str, str], Converter] = {
     ("x", "x"): lambda x, z, alpha, sigma: x,
     ("x", "eps"): lambda x, z, alpha, sigma: (z - alpha * x) / sigma,
@@ -89,9 +89,9 @@ PARAMETERIZATIONS = ("x", "eps", "v", "x_and_eps")
 def convert(
     value: jax.Array, *, source: str, target: str, z: jax.Array, log_snr: jax.Array
 ) -> jax.Array:
-    """Turn one of "x", "eps", "v" at z [B, ...] into another.
+    """Convert one of "x", "eps" and "v" at z [B, ...] to another.
 
-    Raises KeyError for another name.
+    Raises KeyError for other names.
     """
     return CONVERTERS[source, target](value, z, *levels(log_snr, z))
 
@@ -99,9 +99,9 @@ def convert(
 def prediction_from(
     value: jax.Array, *, source: str, z: jax.Array, log_snr: jax.Array
 ) -> Prediction:
-    """The pair (x, eps) that `value` stands for, a network's output at z of shape [B, ..., C].
+    """Return the pair (x, eps) for a network's output `value` at z [B, ..., C].
 
-    source is one of PARAMETERIZATIONS; for "x_and_eps", value is [B, ..., 2C], x' before eps'.
+    source: one of PARAMETERIZATIONS. For "x_and_eps", value is [B, ..., 2C], x' before eps'.
     """
     if source == "x_and_eps":
         value = velocity(Prediction(*jnp.split(value, 2, axis=-1)), log_snr)
@@ -120,9 +120,9 @@ def velocity(prediction: Prediction, log_snr: jax.Array) -> jax.Array:
 
 
 def clip_x(prediction: Prediction, *, z: jax.Array, log_snr: jax.Array) -> Prediction:
-    """The prediction with x held to the pixel range [-1, 1] and eps made to agree with it.
+    """Return the prediction with x clipped to the pixel range [-1, 1] and eps recomputed to match it.
 
-    What samplers of images do at every step (PD, official code).
+    Samplers of images do this at every step (PD, official code).
     """
     x = jnp.clip(prediction.x, -1.0, 1.0)
     eps = convert(x, source="x", target="eps", z=z, log_snr=log_snr)
@@ -130,13 +130,13 @@ def clip_x(prediction: Prediction, *, z: jax.Array, log_snr: jax.Array) -> Predi
 
 
 def alike_when_clipped(x: jax.Array, y: jax.Array, *, tolerance: float = 1e-3) -> jax.Array:
-    """Where x and y lie at or beyond the same end of [-1, 1], so that `clip_x` makes them one."""
+    """Where x and y lie at or beyond the same end of [-1, 1], so that `clip_x` makes them equal."""
     end = 1.0 - tolerance
     return ((x >= end) & (y >= end)) | ((x <= -end) & (y <= -end))
 
 
 def ddim_step(prediction: Prediction, log_snr_s: jax.Array) -> jax.Array:
-    """Equation (3): the deterministic move to the noise level log_snr_s, in either direction."""
+    """Equation (3): the deterministic step to the noise level log_snr_s, in either direction."""
     return add_noise(prediction.x, prediction.eps, log_snr=log_snr_s)
 
 
@@ -149,7 +149,7 @@ def posterior_step(
     log_snr_s: jax.Array,
     variance_interpolation: float = 0.0,
 ) -> jax.Array:
-    """Equation (4): a draw of z_s given z_t, with unit `noise`.
+    """Equation (4): sample z_s given z_t, with unit Gaussian `noise`.
 
     The log variance goes from that of q(z_s|z_t,x) at `variance_interpolation` 0 to that of
     q(z_t|z_s) at 1 (CFG section 2; the paper's 64x64 models use 0.3).
@@ -166,7 +166,7 @@ def posterior_step(
 def forward_hop(
     z: jax.Array, noise: jax.Array, *, log_snr_s: jax.Array, log_snr_t: jax.Array
 ) -> jax.Array:
-    """Equation (5): a draw of the noisier z_t given z_s = `z`, with unit `noise`."""
+    """Equation (5): sample the noisier z_t given z_s = `z`, with unit Gaussian `noise`."""
     alpha_s, _ = levels(log_snr_s, z)
     alpha_t, sigma_t = levels(log_snr_t, z)
     rest = -jnp.expm1(broadcast_to_rank(-rise(log_snr_t, log_snr_s), z))
@@ -183,9 +183,9 @@ def two_steps_in_one(
 ) -> Prediction:
     """Equation (6): the prediction whose one DDIM step t -> s is `first`'s t -> h and `second`'s h -> s.
 
-    Where h is s, `second` plays no part. x lies between the two, so that clipped stays clipped.
+    If h is s, `second` has no effect. x lies between the two, so clipped predictions stay clipped.
     """
-    # 1 - q_s/q_h by expm1: a difference of levels would lose the digits that they share.
+    # 1 - q_s/q_h is computed with expm1, because a difference of levels would lose precision.
     rest = jnp.expm1(-0.5 * rise(log_snr_h, log_snr_s))
     whole = jnp.expm1(-0.5 * rise(log_snr_t, log_snr_s))
     c = rest / whole
@@ -194,6 +194,6 @@ def two_steps_in_one(
 
 
 def _mean(first: jax.Array, second: jax.Array, share: jax.Array) -> jax.Array:
-    """Of [B, ...] each, `second` counting for `share` [B]; exactly one of them at a share of 0 or 1."""
+    """Return the mean of arrays [B, ...], with weight `share` [B] on `second`; exact for 0 and 1."""
     share = broadcast_to_rank(share, first)
     return (1.0 - share) * first + share * second

@@ -1,9 +1,9 @@
 """Samplers: plain functions over predict(z, t) -> Prediction, on the uniform grid t = i/N.
 
 `schedule` is log_snr(t). num_steps may be a traced integer, so one compilation serves every N.
-Samplers that draw noise take one typed key per example, of `step_keys`, so that a sample depends on
-its own seed alone. Every sampler but `encode` starts from z at t = n/N, n being `first` (N for pure
-noise), calls predict n times, and returns the last x: shapes [B, ...] throughout.
+Samplers that draw noise take one typed key per example, from `step_keys`, so that a sample depends only
+on its own seed. Every sampler but `encode` starts from z at t = n/N, where n is `first` (by default N,
+pure noise), calls predict n times, and returns the last x. All arrays are [B, ...].
 """
 
 from collections.abc import Callable
@@ -28,31 +28,31 @@ from guided_distill.diffusion.schedules import Schedule, arrival
 Predict = Callable[[jax.Array, jax.Array], Prediction]
 
 ENCODE = "encode"
-"""What takes the place of a sampler's name, in configs and checkpoints, where `encode` is meant."""
+"""The name of `encode` in configs and checkpoints, where others have a sampler's name."""
 
 
 _STEPS = 2**32 - 1
-"""The index that stands for the steps' noise where others stand for samples."""
+"""The index of the steps' noise; all other indices are those of samples."""
 
 _fold_in_each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
 def initial_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Unit noise [B, *shape] to start from, one for each global sample index [B]."""
+    """Return unit Gaussian noise [B, *shape] to start from, for global sample indices [B]."""
     return draws.normals(_fold_in_each(key, indices), shape)
 
 
 def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B] of the noise that steps draw, one for each global sample index [B].
+    """Return keys [B] for the noise of the steps, for global sample indices [B].
 
-    They come from a key that draws nothing itself: a word of a key's draws is also the key that an index
-    makes of it.
+    They are folded from a key that draws nothing itself, because a word that a key draws can equal a key
+    that is folded from it.
     """
     return _fold_in_each(jax.random.fold_in(key, _STEPS), indices)
 
 
 def _time(i: jax.Array, num_steps: jax.Array, z: jax.Array) -> jax.Array:
-    """Time i/N for each example, held at 0 from below."""
+    """Return the time i/N for each example, but at least 0."""
     return jnp.full(z.shape[:1], jnp.maximum(i, 0) / num_steps, jnp.float32)
 
 
@@ -68,7 +68,7 @@ def ddim(
     num_steps: jax.Array,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """Deterministic sampling, equation (3) each time. `keys` is not used."""
+    """Deterministic sampling (DDIM): equation (3) at every step. `keys` is not used."""
     del keys
     start = num_steps if first is None else first
 
@@ -88,7 +88,7 @@ def ancestral(
     num_steps: jax.Array,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """Ancestral (DDPM) sampling, equation (4) each time."""
+    """Ancestral sampling (DDPM): equation (4) at every step."""
     start = num_steps if first is None else first
 
     def body(n: jax.Array, z: jax.Array) -> jax.Array:
@@ -116,8 +116,8 @@ def stochastic(
 ) -> jax.Array:
     """The paper's stochastic N-step sampler (Meng et al. 2023).
 
-    From t a DDIM jump over two grid steps to t - 2/N, then noise back over one to t - 1/N; from
-    t = 1/N a plain jump to 0. It needs a student trained on these jumps.
+    Each step is a DDIM jump from t over two grid steps to t - 2/N, then noise is added to go back to
+    t - 1/N. From t = 1/N, it is a DDIM jump to 0. The student must be trained on these jumps.
     """
     start = num_steps if first is None else first
 
@@ -173,11 +173,11 @@ def dpm_solver_pp(
 
 
 def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Array) -> jax.Array:
-    """Data to noise: DDIM run forwards from t = 0, predict called at t = 0, 1/N ... (N-1)/N.
+    """Encode data to noise: DDIM run forwards from t = 0; calls predict at t = 0, 1/N ... (N-1)/N.
 
-    What is known of the noise at t = 0 is eps alone, for z is x there but for sigma_0 = 4.5e-5: predict
-    must tell eps without dividing by sigma_0, as networks of v and eps do. For the same reason there is
-    no clipping of x on the way.
+    At t = 0, z equals x up to sigma_0 = 4.5e-5, so only the predicted eps gives information about the
+    noise. predict must compute eps without a division by sigma_0, as networks that predict v or eps do.
+    For the same reason, x isn't clipped.
     """
 
     def body(i: jax.Array, z: jax.Array) -> jax.Array:
@@ -188,7 +188,7 @@ def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Ar
 
 
 class Known(NamedTuple):
-    """What in-painting keeps: the clean x [B, ...] and the noise eps that noises it, outside of `free`.
+    """The known part of an image for in-painting: clean x [B, ...] and noise eps, where not `free`.
 
     free: bool [B, ...], broadcast against x, True where the sampler paints.
     """
@@ -199,7 +199,7 @@ class Known(NamedTuple):
 
 
 def keeping(predict: Predict, known: Known) -> Predict:
-    """`predict` with what is known in the place of its own: samplers then pass through its noisings."""
+    """Return `predict` with the known x and eps in place of its own, so that samplers keep them."""
 
     def kept(z: jax.Array, t: jax.Array) -> Prediction:
         own = predict(z, t)
@@ -211,7 +211,7 @@ def keeping(predict: Predict, known: Known) -> Predict:
 
 
 def watched(predict: Predict, callback: Callable[[jax.Array, jax.Array], None]) -> Predict:
-    """`predict`, whose every call also calls back on the host with its t [B] and its x, in any order."""
+    """Return `predict`, which also calls callback(t [B], x) on the host at every call, in any order."""
 
     def watching(z: jax.Array, t: jax.Array) -> Prediction:
         prediction = predict(z, t)
@@ -222,7 +222,7 @@ def watched(predict: Predict, callback: Callable[[jax.Array, jax.Array], None]) 
 
 
 Sampler = Callable[..., jax.Array]
-"""f(predict, schedule, z, keys, num_steps, first=None), as those above."""
+"""f(predict, schedule, z, keys, num_steps, first=None), like the samplers above."""
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,

@@ -1,6 +1,6 @@
 """Noise schedules, each a function log_snr(t) that falls with t in [0, 1].
 
-A variance-preserving process is defined wholly by its log signal-to-noise ratio, lambda in the papers:
+A variance-preserving process is fully defined by its log signal-to-noise ratio, lambda in the papers:
 
     alpha_t^2 = sigmoid(log_snr(t)),    sigma_t^2 = sigmoid(-log_snr(t)),    alpha^2 + sigma^2 = 1.
 
@@ -30,11 +30,11 @@ NUM_TIMESTEPS = 1000
 
 LogSnr = Annotated[float, kinds.Range(-60, 60)]
 Beta = Annotated[float, kinds.Range(0, 1, above=True, below=True)]
-"""Options of schedules: log-SNRs at which float32 still holds alpha and sigma, and a step's variance."""
+"""Options of schedules: log-SNRs for which float32 can represent alpha and sigma; a step's variance."""
 
 
 def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Signal and noise levels (alpha, sigma), each of log_snr's shape, in [0, 1]."""
+    """Return the signal and noise levels (alpha, sigma) in [0, 1], each with log_snr's shape."""
     return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
@@ -50,7 +50,7 @@ def cosine(log_snr_min: LogSnr = -LOG_SNR_LIMIT, log_snr_max: LogSnr = LOG_SNR_L
     span = 0.5 * math.pi - angle_at_0 - complement_at_1
 
     def log_snr(t: jax.Array) -> jax.Array:
-        # cos(y) is taken as sin(pi/2 - y), so that float32 keeps its precision near t = 1.
+        # cos(y) is computed as sin(pi/2 - y), so that float32 keeps its precision near t = 1.
         signal = jnp.sin(span * (1.0 - t) + complement_at_1)
         noise = jnp.sin(span * t + angle_at_0)
         return 2.0 * (jnp.log(signal) - jnp.log(noise))
@@ -59,17 +59,17 @@ def cosine(log_snr_min: LogSnr = -LOG_SNR_LIMIT, log_snr_max: LogSnr = LOG_SNR_L
 
 
 def from_betas(betas: np.ndarray) -> Schedule:
-    """The schedule of a discrete chain with per-step noise variances `betas` [T]: a step function.
+    """Return the schedule of a discrete chain with per-step noise variances `betas` [T]: a step function.
 
-    Time t stands for index i = round(T t) - 1 of the chain, as in `timestep_index`; what rounds to
-    t = 0 is clean data, at LOG_SNR_LIMIT. The grids i/N of N = 1, 2, 4, ... nest.
+    Time t corresponds to index i = round(T t) - 1 of the chain, as in `timestep_index`; times that round
+    to t = 0 are clean data, at LOG_SNR_LIMIT. The grids i/N for N = 1, 2, 4, ... nest.
     """
     values = _chain(betas).astype(np.float32)
     return lambda t: jnp.asarray(values)[jnp.round(t * len(betas)).astype(jnp.int32)]
 
 
 def _chain(betas: np.ndarray) -> np.ndarray:
-    """[T + 1]: the log-SNR of clean data, as far as it is defined, and of every index of a chain."""
+    """Return log-SNRs [T + 1]: LOG_SNR_LIMIT for clean data, then that of every index of a chain."""
     log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
     return np.concatenate([[LOG_SNR_LIMIT], log_alpha_bar - np.log(-np.expm1(log_alpha_bar))])
 
@@ -82,7 +82,7 @@ def linear(beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
 
 @functools.cache
 def scaled_linear(beta_start: Beta = 0.00085, beta_end: Beta = 0.012) -> Schedule:
-    """Betas linear in their square root over 1000 steps: the schedule of Stable Diffusion 1 and 2."""
+    """Betas whose square roots are linear over 1000 steps: the schedule of Stable Diffusion 1 and 2."""
     return from_betas(_BETAS["scaled_linear"](beta_start, beta_end))
 
 
@@ -93,33 +93,33 @@ _BETAS: dict[str, Callable[[float, float], np.ndarray]] = {
 
 
 def shifted(schedule: Schedule, factor: float) -> Schedule:
-    """`schedule` with its signal-to-noise ratio divided by factor^2.
+    """Return `schedule` with its signal-to-noise ratio divided by factor^2.
 
-    Used at higher resolutions, where neighbouring pixels average the noise away
+    Used at higher resolutions, where averaging over neighbouring pixels removes noise
     (Hoogeboom et al. 2023, "simple diffusion", section 3).
     """
     return lambda t: schedule(t) - 2.0 * math.log(factor)
 
 
 def arrival(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """The log-SNR that a step of a sampler to time t lands on: that of the schedule, infinite at t = 0.
+    """Return the log-SNR at the end of a sampler's step to time t: the schedule's, but infinite at t = 0.
 
-    Samplers return x itself there, for alpha_0 of a truncated schedule isn't exactly 1 (Salimans & Ho
-    2022, official code).
+    At t = 0, samplers return x itself, because alpha_0 of a truncated schedule isn't exactly 1 (Salimans
+    & Ho 2022, official code).
     """
     return jnp.where(t == 0.0, jnp.inf, schedule(t))
 
 
 def timestep_index(t: jax.Array, num_timesteps: int = NUM_TIMESTEPS) -> jax.Array:
-    """Index in 0..T-1 of a discrete chain, as a float, that time t in [0, 1] stands for.
+    """Return the index in 0..T-1 of a discrete chain, as a float, for time t in [0, 1].
 
-    t = 0 lies before the chain's start and takes its first index.
+    t = 0 lies before the chain's start and gets the first index.
     """
     return jnp.maximum(jnp.round(t * num_timesteps) - 1.0, 0.0)
 
 
 CHAINS = tuple(_BETAS)
-"""The schedules of SCHEDULES that have NUM_TIMESTEPS noise levels, and no more."""
+"""The schedules in SCHEDULES that have only NUM_TIMESTEPS discrete noise levels."""
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
@@ -129,21 +129,21 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def _knots(name: str, options: Mapping[str, float]) -> np.ndarray:
-    """Log-SNRs of a schedule at rising times, the ends among them, by NumPy alone: JAX isn't started."""
+    """Return log-SNRs at rising times, including both ends. Uses NumPy only, to avoid starting JAX."""
     parameters = inspect.signature(SCHEDULES[name]).parameters
     first, second = (options.get(each.name, each.default) for each in parameters.values())
     return _chain(_BETAS[name](first, second)) if name in _BETAS else np.array([second, first])
 
 
 def last_log_snr(name: str, options: Mapping[str, float]) -> float:
-    """log_snr(1) of SCHEDULES[name](**options)."""
+    """Return log_snr(1) of SCHEDULES[name](**options)."""
     return float(_knots(name, options)[-1])
 
 
 def check_schedule(name: str, options: Mapping[str, float]) -> None:
-    """Raises UserError, naming the key, unless SCHEDULES[name](**options) is a schedule.
+    """Raise UserError, naming the key, unless SCHEDULES[name](**options) is a valid schedule.
 
-    It must fall with time, and float32 must hold its levels.
+    The log-SNR must fall with time, and float32 must be able to represent its levels.
     """
     parameters = inspect.signature(SCHEDULES[name]).parameters
     for option, value in options.items():
@@ -156,7 +156,7 @@ def check_schedule(name: str, options: Mapping[str, float]) -> None:
     if not np.all(np.diff(knots) < 0):
         raise UserError(
             f"config.model.schedule_options give {name} a log-SNR that doesn't fall at every step from "
-            f"t = 0, where it is {knots[0]:g}, to t = 1: choose values nearer to its own"
+            f"t = 0, where it is {knots[0]:g}, to t = 1: choose values nearer to the defaults"
         )
     kinds.check("the log-SNR that config.model.schedule_options end at", knots[-1], LogSnr)
 
