@@ -101,7 +101,7 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # Whatever damaged bytes raise in zipfile and NumPy.
+    except Exception as error:  # Damaged bytes can raise many errors in zipfile and NumPy.
         raise UserError(f"{path} can't be read ({first_line(error)}): remove it") from error
 
 

@@ -1,10 +1,10 @@
-"""Models of other programs, imported and exported: torch's tensors, diffusers folders, StableHLO.
+"""Import and export of other programs' model formats: torch's tensors, diffusers folders, StableHLO.
 
-Which file knows which layout:
+The files, by the layout that each handles:
 
-| layout | file | who uses it |
+| layout | file | used by |
 | --- | --- | --- |
-| .safetensors | `safetensors_file.py` | every reader of weights, our own model files too |
+| .safetensors | `safetensors_file.py` | every reader of weights, including our own model files |
 | torch.save: .pth, .pt, .bin | `torch_file.py` | feature extractors of an evaluation |
 | names and axes of torch's tensors | `torch_layout.py` | import and export |
 | config.json and other JSON | `json_files.py` | import, text encoders, tokenizers |
@@ -16,7 +16,7 @@ Which file knows which layout:
 
 `import_model.py` imports, from a diffusers folder, a single file or a hub. The exporters are
 `own_export.py` (a run or a model file of this package), `diffusers_export.py` and
-`stablehlo_export.py`; they share `exporting.py`. `companions.py` keeps what an imported latent model
-has beside its denoiser. Two files are copied into exports and import nothing of this package:
+`stablehlo_export.py`; they share `exporting.py`. `companions.py` keeps the other components of an
+imported latent model. Two files are copied into exports and import nothing from this package:
 `scheduling_guided_distill.py` and `run_stablehlo.py`.
 """

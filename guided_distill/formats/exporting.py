@@ -1,4 +1,4 @@
-"""What the exporters share: the stages to export, the new folder, its model card."""
+"""Functions that the exporters share: the stages to export, the new folder, its model card."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

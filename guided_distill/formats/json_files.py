@@ -65,7 +65,7 @@ def positive(value: Any, key: str, where: object) -> float:
 def whole_number(value: Any, key: str, where: object) -> int:
     """The value. Raises UserError unless it is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, and must be one whole number above 0")
+        raise UserError(f"{where}: {key} is {value!r}, and must be a whole number above 0")
     return value
 
 

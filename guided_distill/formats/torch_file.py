@@ -113,7 +113,7 @@ def read_state_dict(path: epath.Path) -> dict[str, np.ndarray]:
             f"{path} is not read because it holds more than tensors ({error}): give a file that holds "
             f"only weights, a state_dict"
         ) from None
-    except Exception as error:  # Whatever damaged bytes raise in a format's reader.
+    except Exception as error:  # Damaged bytes can raise any error in a format's reader.
         raise UserError(
             f"{path} can't be read as a safetensors or torch.save file "
             f"({type(error).__name__}: {str(error)[:200]}): check that the file is complete"

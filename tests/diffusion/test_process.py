@@ -1,4 +1,4 @@
-"""The process against its definition and against Gaussian data, whose denoiser is known."""
+"""The process, compared with its definition and with Gaussian data, whose exact denoiser is known."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def draw(seed, shape=(6, 3)):
 
 
 def gaussian_predict(schedule, deviation=DEVIATION):
-    """The exact denoiser of data N(0, deviation^2)."""
+    """Return the exact denoiser for data N(0, deviation^2)."""
 
     def predict(z, t):
         log_snr = schedule(t)
@@ -156,7 +156,7 @@ def final_deviation(sampler, num_steps, count=20_000):
 
 
 def exact_jump_predict(schedule, num_steps):
-    """A student of exact DDIM jumps over two grid steps (one, from t = 1/N) on Gaussian data."""
+    """Return a student that jumps exactly over two grid steps (one from t = 1/N) on Gaussian data."""
 
     def deviation_at(t):
         alpha, sigma = schedules.alpha_sigma(schedule(t))
@@ -191,7 +191,7 @@ def test_samplers_reach_the_data_distribution(sampler):
 
 
 def ode_error(sampler, num_steps):
-    """Distance from the exact flow, z -> z * (final deviation / 1), on Gaussian data."""
+    """Return the distance from the exact flow, z -> z * (final deviation / 1), on Gaussian data."""
     schedule = SCHEDULES["shifted"]
     z = jnp.ones((2, 1))
     keys = samplers.step_keys(jax.random.key(0), jnp.arange(2))
@@ -244,7 +244,7 @@ def test_a_sample_depends_on_its_own_key_alone(sampler, num_steps):
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_the_last_step_answers_the_predicted_x(sampler):
+def test_the_last_step_returns_the_predicted_x(sampler):
     schedule = SCHEDULES["cosine"]
     z = 100.0 * draw(0)
 
@@ -257,8 +257,8 @@ def test_the_last_step_answers_the_predicted_x(sampler):
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_sampling_from_half_way_is_the_rest_of_the_whole(sampler):
-    """But for noise and the solver's memory, which begin anew: so on data without spread."""
+def test_sampling_from_half_way_makes_the_remaining_steps(sampler):
+    """The data have no spread, so that fresh noise and the solver's fresh memory don't matter."""
     schedule = SCHEDULES["cosine"]
     target = draw(1)
 
@@ -280,13 +280,13 @@ def test_sampling_from_half_way_is_the_rest_of_the_whole(sampler):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "stochastic"])
-def test_what_is_known_is_kept_and_seen_as_its_own_noising(sampler):
+def test_known_values_are_kept_and_noised_for_the_network(sampler):
     schedule = SCHEDULES["cosine"]
     known, noise = draw(1), draw(2)
     free = jnp.arange(known.shape[1]) == 0
 
     def predict(z, t):
-        # What is painted copies what is seen of its neighbour.
+        # The painted value copies the noisy neighbour that predict sees.
         return process.prediction_from(jnp.roll(z, 1, axis=1), source="x", z=z, log_snr=schedule(t))
 
     keeping = samplers.keeping(predict, samplers.Known(known, noise, free[None]))

@@ -1,4 +1,4 @@
-"""Runs of the tiny config by processes that train as one, on loopback."""
+"""Runs of the tiny config with several processes that train together over loopback."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def free_port():
 
 
 class Machine:
-    """Starts processes of four devices each, that share what is compiled."""
+    """Starts processes with four devices each, which share a compilation cache."""
 
     def __init__(self, folder, arguments):
         self.train = ["train", *arguments]
@@ -33,12 +33,12 @@ class Machine:
         }
 
     def launch(self, *arguments, options=(), program=PROGRAM):
-        """Two processes by launch/multiprocess.sh."""
+        """Start two processes with launch/multiprocess.sh."""
         command = [str(LAUNCHER), "--processes", "2", "--grace", "5", *options, "--", *arguments]
         return self._popen(command, {"GUIDED_DISTILL": " ".join(program)})
 
     def process(self, index, *arguments, port, count=2):
-        """One of them, by hand."""
+        """Start one process of several, without the launcher."""
         variables = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(count),
@@ -59,28 +59,28 @@ class Machine:
         return process
 
     def close(self):
-        """End what a failed test has left."""
+        """Kill the processes that a failed test left behind."""
         for process in self._started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(found, process, seconds=120):
-    """Until found() is true. Fails if the process ends before."""
+    """Wait until found() is true. Fails if the process ends first."""
     end = time.monotonic() + seconds
     while not found():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "nothing came"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def children(process):
-    """The guided-distill processes that a launcher has started, by JAX_PROCESS_ID."""
+    """Return the guided-distill processes that a launcher has started, by JAX_PROCESS_ID."""
     found = {}
     for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         with contextlib.suppress(
             FileNotFoundError, ProcessLookupError
-        ):  # The launcher's sleep ends.
+        ):  # The launcher's `sleep` may have ended.
             command = Path(f"/proc/{each}/cmdline").read_text()
             if "guided_distill.cli" not in command:
                 continue

@@ -1,4 +1,4 @@
-"""One training: on eight simulated devices, however weights and examples are split, and in bfloat16."""
+"""Training on eight simulated devices gives the same result for every sharding, and in bfloat16."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def errors_said() -> Iterator[list[str]]:
-    """What the compiler, which knows nothing of Python's, writes to the standard error."""
+    """Yield a list, to which the block's standard error is added, including the compiler's messages."""
     said: list[str] = []
     with tempfile.TemporaryFile("w+") as file:
         before = os.dup(2)
@@ -72,7 +72,7 @@ def errors_said() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def run(mesh_of):
-    """f(devices, fsdp, ...): a halving round on so many devices."""
+    """f(devices, fsdp, ...): a halving round on this number of devices."""
 
     @functools.cache
     def run_on(devices, fsdp=1, *, accumulation=1, dtype="float32", small=False):
@@ -80,7 +80,7 @@ def run(mesh_of):
         model = Model("mlp", options=MLP) if small else replace(EXPERIMENT.model, dtype=dtype)
         network = network_of(model, Outline(SHAPE, NUM_CLASSES)).conditioned_on_w()
         rng = np.random.default_rng(0)
-        # None is zero, as fresh ones of some layers are: their gradients would be nothing but rounding.
+        # No weight is zero, as some are at initialization: their gradients would be only rounding errors.
         params, tutor = (
             jax.tree.map(
                 lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32),
@@ -120,13 +120,13 @@ def run(mesh_of):
 
 
 def difference(one, other):
-    """The distance of two trees of weights."""
+    """Return the distance between two trees of weights."""
     squares = jax.tree.map(lambda a, b: np.square(np.asarray(a) - np.asarray(b)).sum(), one, other)
     return float(np.sqrt(sum(jax.tree.leaves(squares))))
 
 
 @pytest.mark.parametrize("fsdp", [1, 8, 2])
-def test_it_is_the_training_of_one_device(run, fsdp):
+def test_training_is_the_same_as_on_one_device(run, fsdp):
     alone, together = run(1), run(8, fsdp)
     np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-5)
     moved = difference(alone.state.params, alone.start)
@@ -145,7 +145,7 @@ def test_split_weights_take_an_eighth_of_the_memory(run):
 
 
 @pytest.mark.parametrize("fsdp", [1, 8, 2])
-def test_nothing_but_weights_and_gradients_moves(run, fsdp):
+def test_only_weights_and_gradients_are_communicated(run, fsdp):
     program = run(8, fsdp).program
     assert "all-to-all" not in program
     assert "collective-permute" not in program
@@ -155,7 +155,7 @@ def test_nothing_but_weights_and_gradients_moves(run, fsdp):
 @pytest.mark.parametrize("fsdp", [8, 2])
 def test_splitting_weights_adds_no_work(run, fsdp):
     copied, split = run(8, 1), run(8, fsdp)
-    # A device updates its own part of the weights alone, which is less.
+    # It can be less, because a device updates only its own part of the weights.
     assert 0.9 * copied.flops < split.flops < 1.02 * copied.flops
     # The teacher's weights and the student's, each once.
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(split.start))
@@ -163,26 +163,26 @@ def test_splitting_weights_adds_no_work(run, fsdp):
     assert "involuntary" not in split.said.lower()
 
 
-def test_a_gradient_in_parts_is_the_mean_of_theirs(run):
+def test_an_accumulated_gradient_is_the_mean_of_its_parts(run):
     whole = run(1, small=True)
     one, eight = run(1, accumulation=2, small=True), run(8, 8, accumulation=2, small=True)
     np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
-    # An example's noise is its own, whatever part it is in.
+    # An example's noise doesn't depend on the part that it is in.
     np.testing.assert_allclose(one.losses, whole.losses, rtol=1e-5)
 
 
-def test_bfloat16_trains_as_float32_to_its_rounding(run):
-    """Eight bits of mantissa: a relative error of 0.4 % a rounding, of which a network makes many."""
+def test_bfloat16_trains_like_float32_up_to_rounding(run):
+    """With eight bits of mantissa, each of a network's many roundings has a relative error of 0.4 %."""
     exact, rough = run(1), run(1, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(rough.state.params)} == {"float32"}
     errors = abs(rough.losses / exact.losses - 1)
     assert 1e-4 < errors.max() < 0.03
     moved = difference(exact.state.params, exact.start)
-    # Adam takes steps of one size, also where a gradient is all rounding.
+    # Adam's steps have the same size even where a gradient is only rounding errors.
     assert difference(rough.state.params, exact.state.params) < 0.3 * moved
 
 
-def test_another_mesh_reads_what_one_has_saved(run, mesh_of, tmp_path):
+def test_another_mesh_restores_a_checkpoint(run, mesh_of, tmp_path):
     state = run(8, 8).state
     with StageCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(state, data_state={}, about={})
@@ -194,7 +194,7 @@ def test_another_mesh_reads_what_one_has_saved(run, mesh_of, tmp_path):
             assert [leaf.sharding for leaf in jax.tree.leaves(read)] == expected
 
 
-def test_a_number_that_does_not_divide_the_devices_is_refused(mesh_of):
+def test_fsdp_that_does_not_divide_the_devices_is_refused(mesh_of):
     with pytest.raises(UserError, match=r"config.fsdp is 3, which doesn't divide 8 devices"):
         mesh_of(8, fsdp=3)
 

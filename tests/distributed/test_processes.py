@@ -1,4 +1,4 @@
-"""Two processes on loopback train as one does, also when one is killed or both are told to end."""
+"""Two processes on loopback train like one, even if one is killed or both are terminated."""
 
 import functools
 import json
@@ -78,9 +78,9 @@ def whole(arguments, tmp_path_factory, eight_devices):
 
 @pytest.fixture(scope="module")
 def disturbed(machine, arguments, tmp_path_factory):
-    """A run by two processes, one of which is killed; by two that are preempted; by one alone.
+    """A run in three parts: two processes, one of which is killed; two that are preempted; one process.
 
-    The last has half as many devices, and splits the weights over another number of them.
+    The last part has half as many devices, and splits the weights over another number of them.
     """
     workdir = tmp_path_factory.mktemp("disturbed")
     command = [*arguments, "--workdir", str(workdir)]
@@ -90,20 +90,20 @@ def disturbed(machine, arguments, tmp_path_factory):
     wait_for(lambda: (latest_step(teacher) or 0) >= 4, killed)
     os.kill(children(killed)[1], signal.SIGKILL)
     output = killed.communicate(timeout=60)[0]
-    # The other one may be the first to end, having lost this one.
+    # The other process may end first, because it lost the killed one.
     assert killed.returncode in (128 + signal.SIGKILL, 75), output
     if killed.returncode == 75:
         assert "[0] guided-distill: process 0 lost another process" in output
     reached = latest_step(teacher)
     assert reached < STEPS
 
-    told = machine.launch(*command, "--config.fsdp=8")
-    wait_for(lambda: latest_step(teacher) > reached, told)
-    told.send_signal(signal.SIGTERM)
+    preempted = machine.launch(*command, "--config.fsdp=8")
+    wait_for(lambda: latest_step(teacher) > reached, preempted)
+    preempted.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    output = told.communicate(timeout=60)[0]
+    output = preempted.communicate(timeout=60)[0]
     seconds = time.monotonic() - began
-    assert told.returncode == 75, output
+    assert preempted.returncode == 75, output
     saved = latest_step(teacher)
     assert reached < saved < STEPS
     assert output.count(f"preempted, and saved at step {saved}") == 2
@@ -115,7 +115,7 @@ def disturbed(machine, arguments, tmp_path_factory):
     return workdir
 
 
-def test_a_killed_and_terminated_run_ends_as_one_that_was_not(whole, disturbed):
+def test_a_killed_and_terminated_run_ends_like_an_undisturbed_one(whole, disturbed):
     expected, found = (load_finished(epath.Path(each) / "teacher") for each in (whole, disturbed))
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5),
@@ -144,7 +144,7 @@ def test_two_processes_draw_the_samples_of_one(machine, whole, tmp_path):
 
 
 def test_two_processes_measure_what_one_does(machine, whole, tmp_path, monkeypatch):
-    # The measure itself needs no training here.
+    # The feature extractor needs no training here.
     quick = functools.partial(registry.train_extractor, steps=1)
     monkeypatch.setattr(registry, "train_extractor", quick)
     program = tmp_path / "quick.py"
@@ -211,7 +211,7 @@ def test_another_flag_is_refused(
         texts.append(text)
         return texts
 
-    # Two processes after each other; the first sees itself alone and ends for want of a run.
+    # Simulates two processes in turn; the first sees only itself, and ends because there is no run.
     monkeypatch.setattr(processes, "texts_of_all", of_both)
     config = [*tiny_arguments, "--config.seed=x"] if verb == "train" else []
     command = [verb, *config, "--workdir", str(tmp_path)]
@@ -242,7 +242,7 @@ def test_another_config_is_refused_by_all(machine, tmp_path, override, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_who_does_not_come_is_not_waited_for(machine, tmp_path):
+def test_the_wait_for_missing_processes_times_out(machine, tmp_path):
     ports = free_port(), free_port()
     alone = [
         machine.process(
@@ -268,7 +268,7 @@ def test_who_does_not_come_is_not_waited_for(machine, tmp_path):
     ],
     ids=str,
 )
-def test_variables_that_do_not_fit_are_named(arguments, tmp_path, monkeypatch, capsys, variables):
+def test_inconsistent_variables_are_named(arguments, tmp_path, monkeypatch, capsys, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main([*arguments, "--workdir", str(tmp_path)]) == 2
@@ -297,7 +297,7 @@ def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch, capsys, interface)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-5"])
-def test_a_wait_of_no_time_is_refused(tmp_path, capsys, seconds):
+def test_a_timeout_of_zero_is_refused(tmp_path, capsys, seconds):
     assert cli.main(["sample", "--workdir", str(tmp_path), "--start_timeout", seconds]) == 2
     assert f"--start_timeout is {seconds}; make it at least 1" in capsys.readouterr().err
 
@@ -309,7 +309,7 @@ def work_together(error):
 
 
 @pytest.mark.parametrize("kind", [UserError, Interrupted])
-def test_what_ends_one_ends_all(monkeypatch, kind):
+def test_an_error_in_one_process_is_raised_in_all(monkeypatch, kind):
     texts = []
 
     def of_both(text):
@@ -338,7 +338,7 @@ def test_a_batch_that_devices_cannot_share_is_named(arguments, tmp_path, capsys,
 def test_kills_at_random_instants_change_nothing(
     request, machine, arguments, tmp_path, assert_same_weights
 ):
-    """Of one of two processes, or of both. As many as a tenth of --kills, none by default."""
+    """Kills one of two processes, or both; a tenth of --kills times, so never by default."""
     left = request.config.getoption("--kills") // 10
     if not left:
         pytest.skip("--kills 10 kills two processes once")

@@ -14,7 +14,7 @@ def mean_of_draws(draw_a, draw_b, draws=1500):
 
 
 def test_points_by_hand():
-    # A 3-4-5 triangle: from its two corners in a to two copies of the third in b.
+    # A 3-4-5 triangle: two corners in a, two copies of the third in b.
     a = [[0.0, 0.0], [3.0, 0.0]]
     b = [[3.0, 4.0], [3.0, 4.0]]
     assert energy_distance(a, b) == pytest.approx(2 * 4.5 - 3)
@@ -24,7 +24,7 @@ def test_points_by_hand():
 def test_one_dimension_agrees_with_distribution_functions(sizes):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=sizes[0]), 2 * rng.normal(size=sizes[1]) + 1
-    # SciPy integrates the gap of the distribution functions, and counts a sample with itself.
+    # SciPy integrates the difference of the distribution functions, and also pairs a sample with itself.
     with_itself = rooted_energy_distance(a, b) ** 2
 
     def mean_gap(x):
@@ -63,7 +63,7 @@ def test_mean_over_draws_of_one_distribution_is_zero():
     assert abs(mean) < 3 * standard_error
 
 
-def test_laws_of_shift_scale_rotation_and_order():
+def test_behaviour_under_shift_scale_rotation_and_order():
     rng = np.random.default_rng(4)
     a, b = rng.normal(size=(600, 2)), rng.normal(size=(90, 2)) + 1
     rotation = np.linalg.qr(rng.normal(size=(2, 2)))[0]

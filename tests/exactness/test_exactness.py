@@ -1,4 +1,4 @@
-"""Stages one and two against a teacher that is known exactly: the closed form of the 2-D mixture."""
+"""Stages one and two, compared with an exact teacher: the closed form of the 2-D mixture."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ DISPATCH = 100
 
 
 class ExactNetwork(Network):
-    """A network whose unguided form is the closed form itself, whatever its weights."""
+    """A network that, without w, returns the closed form for any weights."""
 
     def denoiser(self, params, **settings):
         if self.w_conditioned:
@@ -69,7 +69,7 @@ def train(stage, *, start, frozen, network, mesh):
     )
     state, key = initial_state(start, optimizer, ema_decay=0.0), jax.random.key(1)
     first = draw(jax.random.key(0), DISPATCH, settings.batch_size)
-    # Few programs, which run for long: here it pays to optimize them.
+    # Here a few programs run for long, so optimizing them pays.
     program = step.lower(state, frozen, first, key).compile({"xla_backend_optimization_level": 2})
     for index in range(settings.steps // DISPATCH):
         batches = draw(jax.random.key(index), DISPATCH, settings.batch_size)
@@ -156,7 +156,7 @@ def test_four_steps_are_as_good_as_1024_of_the_exact_teacher(teacher, four_step_
     weights = np.asarray(WEIGHTS, np.float32)
 
     def distances(network, params, num_steps):
-        """At each weight, the mean over classes; all from the same noise and the same data."""
+        """Return the mean over classes for each w, all with the same noise and data."""
         noise = compiled_noise((2,), mesh_of(1))(
             jax.random.key(4), np.tile(np.arange(count), len(weights))
         )
@@ -181,5 +181,5 @@ def test_four_steps_are_as_good_as_1024_of_the_exact_teacher(teacher, four_step_
     found = distances(teacher.conditioned_on_w(), four_step_student, 4)
     np.testing.assert_allclose(found[1:], exact[1:], rtol=0.1)
     assert np.mean(found) < 1.1 * np.mean(exact)
-    # Unguided, the teacher draws from the data: its distance is noise around zero.
+    # Without guidance, the teacher samples the data's distribution: its distance is noise around zero.
     assert found[0] < 0.05 * exact[1]

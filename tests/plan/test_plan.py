@@ -1,4 +1,4 @@
-"""What a plan says, held against closed forms, and its compiler, which needs no TPU."""
+"""Plans, compared with closed forms, and the compiler, which needs no TPU."""
 
 import importlib.util
 import json
@@ -70,13 +70,13 @@ def read(name, variant=""):
 
 
 def test_a_plan_follows_from_what_was_measured():
-    # A second of compute, half a second of memory; all-reduce sends its result twice.
+    # A second of computation, half a second of memory; all-reduce sends its result twice.
     assert PLAN.bounds == pytest.approx({"compute": 1.0, "memory": 0.5, "network": 2.5})
     assert PLAN.seconds == pytest.approx(2.5)
     assert PLAN.images_per_second == pytest.approx(64 / 2.5)
     assert PLAN.hours == pytest.approx(2.5)
     assert PLAN.spare == pytest.approx(0.5)
-    # 4 GiB for 4 examples a device, and 12 GiB are free for them.
+    # Four examples per device take 4 GiB, and 12 GiB are available.
     assert PLAN.largest_batch == 12 * 16
     slow = replace(PLAN, measured=MEASURED._replace(seconds=7.0))
     assert slow.seconds == 7.0
@@ -84,9 +84,9 @@ def test_a_plan_follows_from_what_was_measured():
 
 def test_a_program_that_does_not_fit_has_no_figures():
     plan = replace(PLAN, measured=None, why="too large")
-    told = json.loads(json.dumps(plan.to_json()))
-    assert told["why"] == "too large"
-    assert told["hours"] is told["seconds"] is told["largest_batch"] is None
+    written = json.loads(json.dumps(plan.to_json()))
+    assert written["why"] == "too large"
+    assert written["hours"] is written["seconds"] is written["largest_batch"] is None
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_a_program_that_does_not_fit_has_no_figures():
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm.",
     ],
 )
-def test_the_compiler_says_how_much_too_large_a_program_is(why):
+def test_the_required_memory_is_read_from_the_compilers_message(why):
     assert memory_required(why) == (29.5 * 2**30, 15.75 * 2**30)
 
 
-def test_words_without_figures_tell_no_memory():
+def test_a_message_without_figures_gives_no_memory():
     assert memory_required("RESOURCE_EXHAUSTED: out of 3 tries") is None
 
 
-def test_the_largest_batch_of_what_does_not_fit_is_told_by_proportion():
-    # 6 GiB for 4 examples a device, and 3 GiB are free for them.
+def test_the_largest_batch_is_estimated_if_a_program_does_not_fit():
+    # Four examples per device take 6 GiB, and 3 GiB are available.
     shortage = compiler.Shortage(needed=8 * 2**30, available=5 * 2**30, held=2 * 2**30)
     plan = replace(PLAN, measured=None, why="too large", shortage=shortage)
     assert plan.largest_batch == 2 * 16
@@ -115,7 +115,7 @@ def test_the_largest_batch_of_what_does_not_fit_is_told_by_proportion():
     assert replace(plan, shortage=full).largest_batch == 0
 
 
-def test_the_schedule_is_of_stages_and_samples_take_the_calls_of_their_steps():
+def test_lines_report_the_hours_of_stages_and_the_seconds_of_samples():
     call = replace(PLAN, kind=CALL, updates=0, calls={4: 4, 1: 1})
     sampled = "64 samples take 10 s in 4 steps, 2.5 s in 1 step."
     assert lines_under([call]) == [sampled]
@@ -140,12 +140,12 @@ def test_collectives_are_found_in_a_real_program(mesh_of):
     )
     found = collectives_of(lowered.compile().as_text())
     assert set(found) == {"all-reduce", "all-gather"}
-    # The gathered array, and at least the row that is summed.
+    # The gathered array and the summed row, possibly in float32.
     assert found["all-gather"].bytes in (8 * 128 * 2, 8 * 128 * 4)
     assert found["all-reduce"].bytes in (128 * 2, 128 * 4)
 
 
-def test_a_tuple_counts_whole_and_a_started_one_once():
+def test_a_tuple_counts_all_its_arrays_and_an_asynchronous_collective_counts_once():
     text = """
       %a = (f32[2,3]{1,0}, /*index=1*/pred[5]{0}) all-reduce(%x, %y), replica_groups={}
       ROOT %b = bf16[7]{0:T(8)} all-gather-done(%s)
@@ -158,8 +158,8 @@ def test_a_tuple_counts_whole_and_a_started_one_once():
     }
 
 
-def test_what_a_loop_sends_counts_as_often_as_it_runs():
-    """Also in what its body calls: so a reduce-scatter is written for TPUs."""
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    """Those in functions that its body calls count too, which is how TPUs write a reduce-scatter."""
     text = """
 %all-reduce-scatter (p: f32[7]) -> f32[7] {
   %r = f32[7]{0} all-reduce(%p)
@@ -179,19 +179,19 @@ ENTRY %main (p: f32[3]) -> f32[3] {
 
 
 @pytest.mark.parametrize("name", ["imagenet64", "sd15_laion512", "dit_imagenet256"])
-def test_activations_of_an_example_are_told_by_shapes_alone(name):
+def test_activations_of_an_example_are_computed_from_shapes(name):
     experiment = read(name, "runlocal")
     outline = outline_for(experiment)
     height, width, channels = outline.shape
     larger = replace(outline, shape=(2 * height, 2 * width, channels))
     one, four = (kept_bytes(student_of(experiment, each)) for each in (outline, larger))
     assert one > 4 * math.prod(outline.shape)
-    # Weights are not among them, embeddings are; and attention's grow with the square.
+    # They exclude weights and include embeddings; those of attention grow with the square.
     assert 3.3 < four / one < 16
 
 
-def test_stage_two_wastes_nothing(mesh_of):
-    """Two calls of the teacher, and the student forward and backward, which is twice as much."""
+def test_stage_two_does_no_extra_work(mesh_of):
+    """Two calls of the teacher, one of the student, and its backward pass, which costs two calls."""
     experiment = read("cifar10")
     outline, mesh = expected_outline(experiment.data), mesh_of(1)
     experiment = replace(experiment, halving=replace(experiment.halving, batch_size=8))
@@ -201,7 +201,7 @@ def test_stage_two_wastes_nothing(mesh_of):
     assert 4.9 < step / call.cost_analysis()["flops"] < 1.15 * 5
 
 
-def test_a_network_of_points_keeps_what_its_layers_take():
+def test_activations_of_a_network_of_points_grow_with_its_width():
     experiment = config.parse(
         {"model": {"name": "mlp", "options": {"width": 16, "depth": 1, "embedding_width": 8}}}
     )
@@ -209,11 +209,11 @@ def test_a_network_of_points_keeps_what_its_layers_take():
     one = kept_bytes(student_of(experiment, outline))
     wide = replace(experiment.model, options={"width": 32, "depth": 1, "embedding_width": 8})
     other = kept_bytes(student_of(replace(experiment, model=wide), outline))
-    # Besides a part that doesn't change, it grows with the width.
+    # A part of them doesn't depend on the width.
     assert 0 < one < other < 2 * one
 
 
-def test_data_are_what_their_config_says():
+def test_the_data_must_have_the_shapes_in_the_config():
     experiment = read("digits")
     assert outline_for(experiment).shape == (8, 8, 1)
     right = replace(experiment.data, shape=(8, 8, 1), condition={"label": 10})
@@ -235,13 +235,13 @@ def test_topologies_that_do_not_exist_are_refused(name, slices):
         find_topology(name, slices=slices)
 
 
-def test_a_compiler_that_is_not_installed_is_told_by_looking(monkeypatch):
+def test_a_compiler_that_is_not_installed_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu, which isn't installed: .* \(the extra `tpu`\)"):
         find_topology("v5e:2x2")
 
 
-def test_an_error_that_names_libtpu_is_not_taken_for_its_absence(monkeypatch):
+def test_an_error_that_names_libtpu_does_not_mean_that_it_is_missing(monkeypatch):
     def fail(**_):
         raise RuntimeError("ABORTED: libtpu is in use")
 
@@ -259,14 +259,18 @@ def test_topologies_have_the_devices_that_jax_will_see(name, slices, devices, ch
     assert (len(topology.devices), chips_of(topology)) == (devices, chips)
 
 
-def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tmp_path, capsys):
-    asked = ["plan", *tiny_arguments, "--topology", "v5e:2x2", "--cache", str(tmp_path)]
-    assert cli.main([*asked, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["topology"], told["slices"], told["optimization_level"]) == ("v5e:2x2", 1, "O0")
-    assert "libtpu" in told["compiler"]
-    assert told["hours"] == pytest.approx(sum(each["hours"] for each in told["plans"]))
-    plans = {each["kind"]: each for each in told["plans"]}
+def test_the_step_of_a_stage_compiles_for_a_slice_and_is_cached(tiny_arguments, tmp_path, capsys):
+    command = ["plan", *tiny_arguments, "--topology", "v5e:2x2", "--cache", str(tmp_path)]
+    assert cli.main([*command, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (written["topology"], written["slices"], written["optimization_level"]) == (
+        "v5e:2x2",
+        1,
+        "O0",
+    )
+    assert "libtpu" in written["compiler"]
+    assert written["hours"] == pytest.approx(sum(each["hours"] for each in written["plans"]))
+    plans = {each["kind"]: each for each in written["plans"]}
     assert list(plans) == ["teacher", "guidance", "halving", "sampling"]
     for plan in plans.values():
         assert plan["devices"] == 4
@@ -281,19 +285,19 @@ def test_the_step_of_a_stage_compiles_for_a_slice_and_is_kept(tiny_arguments, tm
     assert plans["sampling"]["sample_seconds"] == of_samples
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")}
     assert len(kept) == 4
-    assert cli.main([*asked, "--stage", "halving"]) == 0
+    assert cli.main([*command, "--stage", "halving"]) == 0
     assert "All of halving: " in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("plans/*.json")} == kept
 
 
 def test_slices_share_a_batch_and_split_weights_within(tiny_arguments, tmp_path, capsys):
-    asked = ["plan", *tiny_arguments, "--topology", "v4:2x2x1", "--slices", "2", "--config.fsdp=0"]
-    assert cli.main([*asked, "--stage", "teacher", "--json", "--cache", str(tmp_path)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    (plan,) = told["plans"]
+    command = ["plan", *tiny_arguments, "--topology", "v4:2x2x1", "--slices=2", "--config.fsdp=0"]
+    assert cli.main([*command, "--stage", "teacher", "--json", "--cache", str(tmp_path)]) == 0
+    written = json.loads(capsys.readouterr().out)
+    (plan,) = written["plans"]
     assert plan["devices"] == 8
     assert plan["measured"]["flops"] > 0
-    assert any("Traffic between slices" in note for note in told["notes"])
+    assert any("Traffic between slices" in note for note in written["notes"])
 
 
 @pytest.mark.parametrize(("name", "fsdp"), [("v5e:2x2", 2), ("v4:2x2x1", 0), ("v6e:4x4", 8)])
@@ -305,7 +309,7 @@ def test_weights_are_split_within_a_slice(name, fsdp):
         assert set.union(*rows) == set(range(count))
 
 
-def test_a_cache_that_can_not_be_written_is_told_before_compiling(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_before_compiling(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     experiment = read("digits", "runlocal")
     task = compiler.CompileTask(experiment, outline_for(experiment), None, "v5e:2x2", 1, "O0")
@@ -321,7 +325,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert with_loop(rest, rest._replace(seconds=None), runs=4).seconds is None
 
 
-def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
+def test_accumulation_does_not_change_the_work(tmp_path):
     experiment, topology = replace(read("digits"), fsdp=0), find_topology("v5e:2x2")
     outline = outline_for(experiment)
 
@@ -340,10 +344,10 @@ def test_parts_of_a_batch_are_as_much_work_as_the_batch(tmp_path):
     whole, parts = measured(1), measured(4)
     stage = next(each for each in all_stages(experiment) if each.kind == "guidance")
     held = held_bytes(experiment, outline, stage, data_mesh(topology.devices, fsdp=0))
-    # The compiler counts a batch too, and pads arrays.
+    # The compiler's figure includes a batch, and padding of arrays.
     assert 0.9 * whole.arguments < held < whole.arguments
     assert parts.flops == pytest.approx(whole.flops, rel=0.05)
-    # Weights are gathered once, and read once a part; gradients are summed over the devices once.
+    # Weights are gathered once and read once per part; gradients are summed over the devices once.
     assert whole.bytes < parts.bytes < 4 * whole.bytes
     assert parts.collectives.keys() == whole.collectives.keys()
     for kind, sent in whole.collectives.items():
@@ -355,8 +359,8 @@ def _kill_this_process(*_, **__):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def test_a_compiler_that_breaks_down_takes_nothing_along(tmp_path, monkeypatch, capfd):
-    # What the process of its own is to run, found by its module and name.
+def test_a_crash_of_the_compiler_is_reported(tmp_path, monkeypatch, capfd):
+    # The separate process runs this function, which it imports by module and name.
     monkeypatch.setattr(compiler, "_compile_and_send", _kill_this_process)
     experiment = read("digits")
     (plan,) = make_plans(
@@ -372,7 +376,7 @@ def test_a_compiler_that_breaks_down_takes_nothing_along(tmp_path, monkeypatch, 
     assert json.loads(json.dumps(plan.to_json()))["broke"]
 
 
-def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
+def test_missing_stages_and_bad_batch_sizes_are_refused(tmp_path):
     experiment, topology = read("digits"), find_topology("v5e:2x4")
     more = {"topology": topology, "level": "O0", "cache": epath.Path(tmp_path)}
     outline = outline_for(experiment)
@@ -382,7 +386,7 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
     said = r"teacher.batch_size is 12, which 8 devices can't share: make it a multiple of 8"
     with pytest.raises(UserError, match=said):
         make_plans(odd, outline, stage="teacher", **more)
-    # Before anything is compiled, also where another stage comes first.
+    # This comes before compiling anything, even if the bad stage isn't the first.
     halving = replace(experiment.halving, batch_size=24, accumulation=2)
     with pytest.raises(UserError, match=r"in 2 parts \(config.halving.accumulation\): .* of 16"):
         make_plans(replace(experiment, halving=halving), outline, stage="all", **more)
@@ -397,27 +401,29 @@ def test_stages_and_batches_that_are_not_there_are_refused(tmp_path):
         ("two_student", {"teacher": 4, "halving": 16, CALL: 0}),
     ],
 )
-def test_rounds_whose_teachers_differ_are_planned_apart(method, expected, monkeypatch, tmp_path):
-    """The naive way's first round guides its teacher, which costs two calls where later ones take one."""
+def test_rounds_with_different_teachers_have_separate_plans(
+    method, expected, monkeypatch, tmp_path
+):
+    """The first naive round applies guidance to its teacher, with two calls; later rounds need one."""
     experiment = replace(read("digits", "runlocal"), method=method)
     outline = outline_for(experiment)
-    asked = []
+    command = []
 
     def answer(task, cache):
-        asked.append(task.stage)
+        command.append(task.stage)
         return compiler.CompileResult(None)
 
     monkeypatch.setattr("guided_distill.plan.plan.run_compiler", answer)
     topology = Topology("here", 1, CHIPS["v5e"], tuple(jax.devices()))
     plans = make_plans(experiment, outline, topology, stage="all", level="O0", cache=tmp_path)
     assert {plan.kind: plan.updates for plan in plans} == expected
-    for stage in asked[:-1]:
+    for stage in command[:-1]:
         teacher = networks_of(experiment, outline, stage)[1]
         from_student = {"guided": stage.kind == "halving", "naive": stage.num_steps == 1}
         assert teacher.w_conditioned == from_student.get(method, False)
 
 
-def test_what_the_compiler_said_is_kept_for_its_flags_and_this_version(tmp_path, monkeypatch):
+def test_results_are_cached_by_compiler_flags_and_package_version(tmp_path, monkeypatch):
     text = SimpleNamespace(as_text=lambda: "the same program")
     topology = SimpleNamespace(name="here", slices=1, compiler="libtpu 1")
     compiled = []

@@ -1,4 +1,4 @@
-"""Whole runs in processes of their own, for tests that kill them or fill their disk."""
+"""Complete runs in separate processes, for tests that kill them or fill their disk."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from etils import epath
 
 from guided_distill.runs.trained import load_finished
 
-# Forking after the imports but before JAX has a backend: a run then starts at once.
+# Forks after the imports but before JAX has a backend, so that a run starts at once.
 FORK_RUNS = """
 import functools, json, os, sys
 import sklearn.datasets
@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 class Runs:
-    """Starts guided-distill of one config, one process at a time."""
+    """Starts guided-distill with one config, one process at a time."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self.cache = folder / "compiled"
@@ -63,14 +63,14 @@ class Runs:
         )
 
     def start(self, workdir: Path, verb: str = "train") -> int:
-        """The number of the new process."""
+        """Start a process and return its id."""
         command = [verb, *self._arguments[verb], "--workdir", str(workdir)]
         line = json.dumps([command, str(self._log)])
         print(line, file=self._forks.stdin, flush=True)
         return int(self._forks.stdout.readline())
 
     def end(self) -> tuple[int, str]:
-        """Exit status and stderr of the process that was started last, when it has ended."""
+        """Wait for the last started process, and return its exit status and stderr."""
         return int(self._forks.stdout.readline()), self._log.read_text()
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ def runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
 
 @pytest.fixture(scope="session")
 def short_runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
-    """Of one stage alone, with six saves."""
+    """Runs of a single stage, with six saves."""
     often = ["--config.stage=teacher", "--config.teacher.steps=12", "--config.checkpoint_every=2"]
     runs = Runs([*tiny_arguments, *often], tmp_path_factory.mktemp("short_runs"))
     yield runs
@@ -96,7 +96,7 @@ def short_runs(tiny_arguments, tmp_path_factory) -> Iterator[Runs]:
 
 @pytest.fixture(scope="session")
 def undisturbed(runs, tmp_path_factory) -> Path:
-    """The workdir of a run that nothing happened to."""
+    """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     runs.start(workdir)
     status, said = runs.end()
@@ -106,7 +106,7 @@ def undisturbed(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def assert_same_runs(assert_same_weights) -> Callable[[Path, Path], None]:
-    """Fails unless every stage of two runs ended with the same bits and the same log."""
+    """f(one, other): fails unless all stages of two runs have the same final weights and logs."""
 
     def check(one: Path, other: Path) -> None:
         stages = [path.parent.name for path in other.glob("*/metrics.jsonl")]

@@ -1,4 +1,4 @@
-"""TensorBoard's files, read without TensorBoard."""
+"""Read TensorBoard's event files without TensorBoard."""
 
 import struct
 
@@ -6,7 +6,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def read_events(path):
-    """The events of a file, from records [length, 4 bytes, event, 4 bytes]."""
+    """Return the events of a file, which is a series of records [length, 4 bytes, event, 4 bytes]."""
     data, found = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("Q", data[:8])

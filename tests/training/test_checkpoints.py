@@ -1,4 +1,4 @@
-"""Checkpoints that survive what happens to them."""
+"""Checkpoints: resuming, damage, failing storage, digests."""
 
 import errno
 import hashlib
@@ -48,7 +48,7 @@ def restore(directory):
 
 
 class Interrupted:
-    """The batches of an iterator, until so many were taken."""
+    """The first `count` batches of an iterator, then KeyboardInterrupt."""
 
     def __init__(self, iterator, count):
         self._iterator, self._left = iterator, count
@@ -73,13 +73,13 @@ def interrupt(directory, count):
 
 @pytest.fixture
 def two_saves(directory):
-    """A stage that was cut after the saves at 4 and 8."""
+    """A stage that was interrupted after the saves at 4 and 8."""
     interrupt(directory, 11)
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["4", "8"]
     return directory
 
 
-def test_a_stage_cut_anywhere_goes_on_bit_for_bit(directory, whole, assert_same_weights):
+def test_a_stage_interrupted_anywhere_resumes_bit_for_bit(directory, whole, assert_same_weights):
     state, place, log = whole
     for count in (1, 5, 7, 1):
         interrupt(directory, count)
@@ -107,7 +107,7 @@ def remove_weights(folder):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, remove_weights])
-def test_a_damaged_checkpoint_falls_back_loudly(
+def test_a_damaged_checkpoint_falls_back_with_a_warning(
     two_saves, whole, caplog, damage, assert_same_weights
 ):
     damage(two_saves / "checkpoints" / "8")
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_falls_back_loudly(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_where_all_are_damaged_the_stage_starts_again(
+def test_if_all_checkpoints_are_damaged_the_stage_starts_again(
     two_saves, whole, caplog, assert_same_weights
 ):
     truncate(two_saves / "checkpoints")
@@ -145,7 +145,7 @@ def test_another_network_is_refused_and_left_alone(two_saves):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_the_average_is_handed_on_where_there_is_one(directory, averaged, assert_same_weights):
+def test_the_result_is_the_average_if_there_is_one(directory, averaged, assert_same_weights):
     state = fresh_state(data_mesh())
     state = state.replace(ema={"a": state.params["a"] + 1.0} if averaged else {})
     with StageCheckpoints(directory) as checkpoints:
@@ -164,7 +164,7 @@ def test_a_folder_without_checkpoints_has_nothing_to_restore(directory):
         assert checkpoints.restore_result(template().params) is None
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     for action in (StageCheckpoints, lambda path: write_text(path / "text", "")):
         with pytest.raises(UserError, match="make room or choose another place"):
@@ -179,7 +179,7 @@ def left_alone(directory, steps=("4", "8")):
 
 
 def raising(monkeypatch, errors):
-    """Let reads of checkpoints fail, one by each error."""
+    """Make reads of checkpoints raise these errors, one per read."""
     read = ocp.CheckpointManager.restore
 
     def restore(self, *arguments, **options):
@@ -200,7 +200,7 @@ def raising(monkeypatch, errors):
     ],
     ids=repr,
 )
-def test_what_is_no_damage_is_raised_as_it_is(two_saves, monkeypatch, error):
+def test_errors_other_than_damage_are_raised_unchanged(two_saves, monkeypatch, error):
     raising(monkeypatch, [error])
     with pytest.raises(type(error)) as raised:
         restore(two_saves)
@@ -208,7 +208,7 @@ def test_what_is_no_damage_is_raised_as_it_is(two_saves, monkeypatch, error):
     assert left_alone(two_saves)
 
 
-def test_a_disk_that_is_away_is_waited_for(two_saves, monkeypatch):
+def test_reads_from_an_unavailable_disk_are_retried(two_saves, monkeypatch):
     waited = []
     monkeypatch.setattr(storage, "time", types.SimpleNamespace(sleep=waited.append))
     stale = OSError(errno.ESTALE, "Stale file handle")
@@ -231,7 +231,7 @@ def shorten(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_damage_to_any_file_is_noticed_or_changes_nothing(two_saves, assert_same_weights):
+def test_damage_to_any_file_is_detected_or_has_no_effect(two_saves, assert_same_weights):
     whole, folder = restore(two_saves), Path(two_saves, "checkpoints", "8")
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} >= {
@@ -252,7 +252,7 @@ def test_damage_to_any_file_is_noticed_or_changes_nothing(two_saves, assert_same
                 found = restore(two_saves)
                 assert_same_weights(found, whole)
             path.write_bytes(data)
-    # Orbax's own notes, which it writes when the digests are written.
+    # Orbax's own metadata, which it writes after the digests.
     assert unnoticed == {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
@@ -264,7 +264,7 @@ def test_digests_are_those_of_sha256sum(two_saves):
 
 
 def test_digests_are_committed_with_their_checkpoint(directory, monkeypatch):
-    """A kill at any instant leaves both or none."""
+    """A kill at any instant leaves both or neither."""
     written, seen = digests.write_digests, []
 
     def write(folder):
@@ -285,7 +285,7 @@ def test_a_finished_stage_never_starts_again_by_itself(directory):
     assert left_alone(directory, ("12", "8"))
 
 
-def test_whoever_does_not_train_moves_nothing(two_saves):
+def test_readers_that_do_not_train_move_nothing(two_saves):
     flip(Path(two_saves, "checkpoints", "8", "about", "metadata"))
     flip(Path(two_saves, "checkpoints", "8", "ema", "_METADATA"))
     with StageCheckpoints(two_saves) as checkpoints:
@@ -296,7 +296,7 @@ def test_whoever_does_not_train_moves_nothing(two_saves):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_checkpoint_of_before_digests_is_read(two_saves):
+def test_a_checkpoint_without_digests_is_read(two_saves):
     Path(two_saves, "checkpoints", "8", digests.FILE).unlink()
     assert int(restore(two_saves).state.step) == 8
     truncate(two_saves / "checkpoints" / "8" / "rest")
@@ -305,7 +305,7 @@ def test_a_checkpoint_of_before_digests_is_read(two_saves):
     assert left_alone(two_saves)
 
 
-def test_of_many_processes_the_first_looks_and_all_follow(two_saves, monkeypatch):
+def test_process_0_chooses_the_checkpoint_for_all(two_saves, monkeypatch):
     monkeypatch.setattr(checkpoints_module, "is_first", lambda: False)
     monkeypatch.setattr(checkpoints_module, "texts_of_all", lambda text: ["4", text])
     monkeypatch.setattr(digests, "find_damage", lambda *_: pytest.fail("looked itself"))

@@ -1,4 +1,4 @@
-"""A disk that fills up again and again: told in one sentence, and nothing is lost."""
+"""A disk that fills up again and again: the error is one sentence, and nothing is lost."""
 
 import shutil
 import subprocess
@@ -8,7 +8,8 @@ from etils import epath
 
 from guided_distill.training.checkpoints import latest_step
 
-# What meets it: parameters.txt, the first save, a later save, the last stage's.
+# At these sizes, the disk fills up at parameters.txt, the first save, a later save, the last stage's
+# save.
 SIZES = ["4k", "16k", "24k", "100k", "600k", "2200k"]
 
 
@@ -35,7 +36,7 @@ def steps(workdir):
     return [latest_step(epath.Path(workdir) / stage) or 0 for stage in stages]
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(disk, runs, undisturbed, assert_same_runs):
+def test_a_full_disk_is_reported_and_loses_nothing(disk, runs, undisturbed, assert_same_runs):
     workdir = disk / "run"
     reached = steps(workdir)
     for size in SIZES:

@@ -1,4 +1,4 @@
-"""A run that is killed ten times, in saves and between them, ends as one that never was."""
+"""A run that is killed ten times, during and between saves, ends like an undisturbed run."""
 
 import contextlib
 import csv
@@ -17,7 +17,8 @@ from guided_distill.training.checkpoints import latest_step
 
 SAVING = "*/checkpoints/*-tmp"
 
-# What must be new on disk before each kill; it then comes within this share of a whole run's time.
+# For each kill, the new files to wait for, and the longest delay after that, as a fraction of a run's
+# time.
 MOMENTS = [
     ("config.json", 0.08),
     *[("*/", 0.06), (SAVING, 0.002), ("*/checkpoints/?", 0.02)] * 2,
@@ -26,7 +27,7 @@ MOMENTS = [
 
 
 def seen(workdir, pattern):
-    """What is there; a folder that an earlier save left is new when it is written to again."""
+    """Return the existing paths; a folder left by an earlier save is new if it is written again."""
     found = set()
     for path in workdir.glob(pattern):
         with contextlib.suppress(FileNotFoundError):
@@ -35,7 +36,7 @@ def seen(workdir, pattern):
 
 
 def start_and_kill(runs, workdir, pattern, wait):
-    """Whether the kill fell into a save."""
+    """Start a run, kill it, and return whether that happened during a save."""
     before, saves_before = seen(workdir, pattern), seen(workdir, SAVING)
     process = runs.start(workdir)
     while os.path.exists(f"/proc/{process}") and seen(workdir, pattern) <= before:
@@ -47,11 +48,11 @@ def start_and_kill(runs, workdir, pattern, wait):
 
 
 def compiled_steps(runs):
-    """Kept programs of train steps; smaller ones are kept only if compiling happened to take long."""
+    """Return the cached train steps; smaller programs are cached only if their compilation was slow."""
     return {file.name for file in runs.cache.glob("jit_many_updates*")}
 
 
-def test_a_run_killed_ten_times_ends_as_one_that_was_not(
+def test_a_run_killed_ten_times_ends_like_an_undisturbed_one(
     tmp_path, runs, undisturbed, assert_same_runs
 ):
     assert len(MOMENTS) == 10
@@ -79,7 +80,7 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(
     assert compiled_steps(runs) == compiled
 
 
-def test_a_terminated_run_saves_says_so_and_goes_on(tmp_path, runs, undisturbed, assert_same_runs):
+def test_a_terminated_run_saves_and_resumes(tmp_path, runs, undisturbed, assert_same_runs):
     for pattern in ("config.json", "guidance/checkpoints/2", "halving_ddim_2/checkpoints/2"):
         process = runs.start(tmp_path)
         while not list(tmp_path.glob(pattern)):
@@ -100,7 +101,7 @@ KILLS_OF_A_RUN = 12
 
 
 def measured(workdir):
-    """The rows of results.csv, but for how long things took and when the checkpoint was saved."""
+    """Return the rows of results.csv without durations and the checkpoint's time."""
     with (workdir / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [
@@ -109,7 +110,7 @@ def measured(workdir):
 
 
 def live_through(runs, workdir, verb, kills, seconds, generator):
-    """Run to the end by as many kills, or fewer if it ends before; returns how many there were."""
+    """Run to the end with up to this many kills; return how many there were."""
     for count in range(kills):
         process = runs.start(workdir, verb)
         end = time.monotonic() + generator.uniform(0, seconds)
@@ -139,7 +140,7 @@ def time_of(runs, workdir, verb):
 def test_kills_at_random_instants_change_nothing(
     request, tmp_path, short_runs, assert_same_weights
 ):
-    """Of trainings and evaluations, and so of restores; see --kills."""
+    """Kills training and evaluation, and therefore also restores; see --kills."""
     whole = tmp_path / "whole"
     for verb in ("train", "evaluate"):
         time_of(short_runs, whole, verb)  # Compiles.
@@ -199,7 +200,7 @@ def test_a_finished_stage_that_is_damaged_is_left_to_the_user(
     assert files_of(workdir / "teacher") == before
 
 
-def test_training_goes_on_from_the_checkpoint_before(runs, undisturbed, tmp_path, assert_same_runs):
+def test_training_resumes_from_the_checkpoint_before(runs, undisturbed, tmp_path, assert_same_runs):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     stage = workdir / "halving_ddim_2"

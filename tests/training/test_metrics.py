@@ -1,4 +1,4 @@
-"""The log of a stage, as JSON lines and as TensorBoard reads it."""
+"""The log of a stage, as JSON lines and as TensorBoard events."""
 
 import json
 import math
@@ -20,13 +20,13 @@ def directory(tmp_path):
 
 
 def events(directory):
-    """The events of the newest file."""
+    """Return the events of the newest file."""
     return read_events(
         max((directory / "tensorboard").iterdir(), key=lambda path: path.stat().mtime)
     )
 
 
-def test_rows_beyond_the_restored_step_are_forgotten(directory):
+def test_rows_after_the_restored_step_are_dropped(directory):
     log = MetricsLog(directory, step=0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step})
@@ -66,7 +66,7 @@ def test_events_are_on_disk_as_soon_as_they_are_written(directory):
     log.close()
 
 
-def test_a_disk_that_fills_up_is_told(directory, monkeypatch):
+def test_a_full_disk_is_reported(directory, monkeypatch):
     monkeypatch.setattr(
         "guided_distill.training.metrics.RecordWriter", lambda _: RecordWriter("/dev/full")
     )
@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up_is_told(directory, monkeypatch):
         MetricsLog(directory, step=0)
 
 
-def test_a_folder_that_cannot_be_made_is_told(directory):
+def test_a_folder_that_cannot_be_created_is_reported(directory):
     (directory / "tensorboard").write_text("")
     with pytest.raises(UserError, match="tensorboard can't be written"):
         MetricsLog(directory, step=0)
@@ -90,7 +90,7 @@ def test_the_table_of_parameters_counts_them():
 WHOLE = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
 
 
-def test_a_log_that_was_cut_goes_on_from_its_last_whole_line(directory):
+def test_a_truncated_log_is_read_up_to_its_last_whole_line(directory):
     directory.mkdir(parents=True, exist_ok=True)
     first = WHOLE.index(b"\n")
     for length in range(len(WHOLE) + 1):

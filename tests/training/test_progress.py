@@ -1,4 +1,4 @@
-"""What long work shows: lines for a log file, a bar for a terminal."""
+"""Progress of long tasks: lines in a log file, a bar in a terminal."""
 
 import io
 

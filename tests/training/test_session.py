@@ -1,4 +1,4 @@
-"""What a stage's training holds in memory, and what it never begins or keeps."""
+"""A training job: its memory when it resumes, and results that it must not save."""
 
 import dataclasses
 import gc
@@ -31,7 +31,7 @@ def initial():
 
 
 def never():
-    pytest.fail("a resumed stage asked for fresh weights")
+    pytest.fail("a resumed stage created new weights")
 
 
 def regression(params, frozen, batch, key):
@@ -96,7 +96,7 @@ def test_a_resume_holds_one_state_and_little_more(tmp_path):
 
     def begun():
         most.append(live_bytes() - before)
-        # From here on there are the copies that a save makes, which live on the host.
+        # After this, a save makes copies, which are on the host.
         over.set()
 
     thread = threading.Thread(target=watch)
@@ -107,7 +107,7 @@ def test_a_resume_holds_one_state_and_little_more(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": np.inf}, {"weight_decay": np.nan}], ids=str)
-def test_weights_that_are_not_finite_are_no_result(tmp_path, options):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, options):
     with pytest.raises(UserError, match=r"not finite at step 1.*lower learning_rate"):
         train_large(
             epath.Path(tmp_path), steps=2, settings=dataclasses.replace(SETTINGS, **options)
@@ -115,7 +115,7 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path, options):
     assert latest_step(epath.Path(tmp_path)) is None
 
 
-def test_a_stage_that_skips_all_its_updates_is_not_done(tmp_path):
+def test_a_stage_that_skips_all_its_updates_is_not_finished(tmp_path):
     with pytest.raises(UserError, match="not finite for 2 updates in a row before step 2"):
         train_large(epath.Path(tmp_path), steps=2, value=np.nan)
     assert latest_step(epath.Path(tmp_path)) != 2

@@ -43,7 +43,7 @@ def assert_close(one, other, rtol):
 
 
 def test_one_call_makes_the_updates_of_plain_optax(mesh_of):
-    """Example b of update n draws from split(fold_in(key, n))[b].
+    """Example b of update n uses key split(fold_in(key, n))[b].
 
     The average follows avg <- d avg + (1 - d) new.
     """
@@ -61,7 +61,7 @@ def test_one_call_makes_the_updates_of_plain_optax(mesh_of):
     for splits in ([6], [2, 2, 2], [1] * 6):
         state, report = run(mesh_of(1), batches, splits)
         assert int(state.step) == 6
-        # Programs that are compiled apart round apart, by an ulp or two an update.
+        # Separately compiled programs round differently, by an ulp or two per update.
         assert_close((state.params, state.ema), (params, average), rtol=2e-6)
     assert state.result is state.ema
     assert int(report.skipped) == 0
@@ -71,7 +71,7 @@ def test_four_devices_make_the_update_of_one(mesh_of):
     batches = random_batches(4)
     one, reported = run(mesh_of(1), batches, [4])
     four, reported_by_four = run(mesh_of(4), batches, [4])
-    # The mean over the batch is summed in another order: a few ulp of 1.2e-7 for each update.
+    # The mean over the batch is summed in another order: a few ulp of 1.2e-7 per update.
     assert_close(one, four, rtol=4e-6)
     assert_close(reported.metrics.compute(), reported_by_four.metrics.compute(), rtol=4e-6)
 
@@ -92,13 +92,13 @@ def test_gradients_of_rounded_weights_are_averaged_in_float32(mesh_of, fsdp):
         program.as_text(),
         re.DOTALL,
     )
-    # Of the gradient [2], in whole or in parts, and of the loss.
+    # The sums of the gradient [2], whole or in parts, and of the loss.
     assert any("tensor<2xf32>" in each for each in sums)
     assert "bf16" in program.as_text()
     assert not [each for each in sums if "bf16" in each]
 
 
-def test_batches_are_split_and_weights_are_copied(mesh_of):
+def test_batches_are_split_and_weights_are_replicated(mesh_of):
     mesh = mesh_of(4)
     images = jax.device_put(random_batches(2)["image"], split_batch(mesh, axis=1))
     assert {shard.data.shape for shard in images.addressable_shards} == {(2, 2, 2)}
@@ -107,12 +107,12 @@ def test_batches_are_split_and_weights_are_copied(mesh_of):
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_is_left_out_and_counted(mesh_of, assert_same_weights, bad):
+def test_an_update_that_is_not_finite_is_skipped_and_counted(mesh_of, assert_same_weights, bad):
     mesh, batches = mesh_of(1), random_batches(3)
     before, _ = run(mesh, batches, [1])
     if bad == "loss":
         batches["image"][1] = np.nan
-    else:  # Of no effect on the loss, but the square of its gradient overflows.
+    else:  # The loss stays finite, but the square of its gradient overflows.
         weights = np.asarray(before.params["a"])
         batches["image"][1] = 3e19 * weights[::-1] * [1, -1]
     after, report = run(mesh, batches, [1, 1])
@@ -144,7 +144,7 @@ def test_a_state_shares_no_memory_and_may_be_donated(mesh_of):
 
 
 class BadBatches:
-    """Batches that are not finite at these updates."""
+    """Batches that aren't finite at the updates in `bad`."""
 
     def __init__(self, bad):
         self.bad, self.place = bad, 0

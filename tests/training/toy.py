@@ -1,4 +1,4 @@
-"""A regression with two weights: all that training does, and nothing to wait for."""
+"""A regression with two weights: the whole training code, in no time."""
 
 import contextlib
 import functools
@@ -43,13 +43,13 @@ def fresh_state(mesh):
 
 
 def random_batches(count):
-    """`count` batches of eight, stacked."""
+    """Return `count` stacked batches of eight examples."""
     images = np.random.default_rng(0).normal(size=(count, 8, 2)).astype(np.float32)
     return {"image": images, "label": np.zeros((count, 8), np.int32)}
 
 
 def source(*, with_nan):
-    """Three batches an epoch; with_nan: one of them isn't finite."""
+    """Return a source with three batches per epoch; with_nan: one of them isn't finite."""
     images = np.random.default_rng(1).normal(size=(24, 2)).astype(np.float32)
     if with_nan:
         images[5] = np.nan
@@ -59,7 +59,7 @@ def source(*, with_nan):
 
 
 def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3):
-    """Train, resuming what is there; answers the state and the input pipeline's."""
+    """Train, resuming from a checkpoint if there is one; return the state and the input pipeline's."""
     mesh = data_mesh()
     state = fresh_state(mesh)
     frozen = jax.device_put(FROZEN, replicated(mesh))
@@ -96,7 +96,7 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             directory, step=int(state.step), unlogged=restored.unlogged if restored else ()
         )
         stack.enter_context(contextlib.closing(log))
-        # The loop moves nothing between host and device but what it says it does.
+        # The loop makes no implicit transfers between host and device.
         stack.enter_context(jax.transfer_guard("disallow"))
         state = train(
             job,
