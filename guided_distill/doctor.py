@@ -105,10 +105,10 @@ def _multiply() -> None:
             raise ValueError(f"{device} returns a wrong product")
 
 
-def _check(words: str, work: Callable[[], Any]) -> None:
+def _check(title: str, work: Callable[[], Any]) -> None:
     start = time.perf_counter()
     try:
         work()
     except Exception as error:  # Any problem of the machine or its packages.
-        raise UserError(f"{words} fails: {type(error).__name__}: {error}") from error
-    console.print(f"{words}: {time.perf_counter() - start:.1f} s", highlight=False)
+        raise UserError(f"{title} fails: {type(error).__name__}: {error}") from error
+    console.print(f"{title}: {time.perf_counter() - start:.1f} s", highlight=False)

@@ -69,30 +69,30 @@ _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True
 
 
 def without_none(kind: Any) -> Any:
-    """The kind without its None: X for X | None."""
+    """Return the kind without None: X for X | None."""
     options = [each for each in typing.get_args(kind) if each is not type(None)]
     return options[0] if type(None) in typing.get_args(kind) else kind
 
 
 def type_of(kind: Any) -> Any:
-    """The bare type of a kind that isn't a tuple."""
+    """Return the bare type of a kind that isn't a tuple."""
     kind = without_none(kind)
     return kind.__origin__ if typing.get_origin(kind) is Annotated else kind
 
 
 def parse_value(where: str, value: Any, kind: Any) -> Any:
-    """The value converted to its kind: an int to float where the kind is float, a list to a tuple.
+    """Return the value converted to its kind: an int to float if the kind is float, a list to a tuple.
 
-    kind: a type, annotated or not, a tuple of one, or dict; any of them may also allow None. Raises
-    UserError, naming the key `where`, for a value of another type or a name that the kind doesn't allow.
-    Values of other types than numbers, strings and bools are returned unchecked.
+    kind: a type, annotated or not, a tuple of one, or dict; each can also allow None. Raises UserError,
+    naming the key `where`, if the value has another type or is a name that the kind doesn't allow. Kinds
+    other than numbers, strings and bools aren't checked.
     """
     if value is None and without_none(kind) is not kind:
         return None
     kind = without_none(kind)
     if typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a section with keys of its own, not {value!r}")
+            raise UserError(f"{where} must be a section with its own keys, not {value!r}")
         return {
             name: tuple(each) if isinstance(each, list | tuple) else each
             for name, each in value.items()
@@ -116,9 +116,9 @@ def parse_value(where: str, value: Any, kind: Any) -> Any:
 
 
 def parse_section(where: str, values: Mapping[str, Any], section: Any) -> Any:
-    """The dataclass `section` filled with `values`; its fields are kinds or dataclasses themselves.
+    """Return the dataclass `section` filled with `values`; its fields are kinds or dataclasses.
 
-    Raises UserError, naming the key under `where`, for a key that isn't a field, and as `parse_value`.
+    Raises UserError, naming the key under `where`, if a key isn't a field, and as `parse_value` does.
     """
     fields = {field.name: field.type for field in dataclasses.fields(section)}
     parsed = {}
@@ -135,7 +135,7 @@ def parse_section(where: str, values: Mapping[str, Any], section: Any) -> Any:
 
 
 def kind_at(key: str, section: Any) -> Any:
-    """The kind of a dotted key in a dataclass; None if it has no such key."""
+    """Return the kind of a dotted key in a dataclass; None if it has no such key."""
     for name in key.split("."):
         fields = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
         section = {field.name: field.type for field in fields}.get(name)
@@ -153,13 +153,13 @@ def check_section(where: str, section: Any) -> None:
 
 
 def range_of(kind: Any) -> Range | None:
-    """The range of a number, or of the numbers in a tuple; None if the kind has no range."""
+    """Return the range of a number, or of the numbers in a tuple; None if the kind has no range."""
     own = [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Range)]
     return next((each for each in (*own, *map(range_of, typing.get_args(kind))) if each), None)
 
 
 def check(where: str, value: Any, kind: Any) -> None:
-    """Raises UserError, naming the key or flag `where`, for a number outside the range of its kind.
+    """Raise UserError, naming the key or flag `where`, if a number is outside the range of its kind.
 
     value: a number, a tuple of them, or None.
     """
@@ -171,7 +171,7 @@ def check(where: str, value: Any, kind: Any) -> None:
 
 
 def read_number(text: str, kind: Any) -> Any:
-    """Reads a number of this kind. Raises ValueError with a message to put after the flag's name."""
+    """Parse a number of this kind. Raises ValueError with a message to put after the flag's name."""
     form, allowed = type_of(kind), range_of(kind)
     try:
         value = form(text)

@@ -29,9 +29,9 @@ def path_named(name: str) -> epath.Path:
         raise UserError(f"{name} is in an unknown kind of bucket: give gs:// or s3://, or a folder")
     if not any(map(find_spec, CLIENTS[kind])):
         client, *_ = CLIENTS[kind]
-        todo = "install the package's extra `tpu`" if kind == "gs" else "install it"
+        remedy = "install the package's extra `tpu`" if kind == "gs" else "install it"
         raise UserError(
-            f"{name} is in a bucket, but {client}, which reads buckets, isn't installed: {todo}"
+            f"{name} is in a bucket, but {client}, which reads buckets, isn't installed: {remedy}"
         )
     return epath.Path(name)
 

@@ -50,20 +50,20 @@ def finish(status: int) -> None:
             signal.signal(number, lambda *_: os._exit(status))
 
 
-def say(words: str) -> None:
+def say(message: str) -> None:
     """Print a message in a signal handler or a thread, where print isn't safe."""
-    os.write(2, f"guided-distill: {words}\n".encode())
+    os.write(2, f"guided-distill: {message}\n".encode())
 
 
 def _stop(number: int, _: FrameType | None) -> None:
     _exit(STATUSES[signal.Signals(number)], STOPPED)
 
 
-def _exit(status: int, words: str) -> NoReturn:
+def _exit(status: int, message: str) -> NoReturn:
     if not _finished.is_set():
         if os.isatty(2):
             os.write(2, b"\x1b[?25h\n")  # A progress bar hides the cursor.
-        say(words)
+        say(message)
     os._exit(status)
 
 

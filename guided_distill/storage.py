@@ -188,14 +188,14 @@ def _runs(process: int) -> bool:
 
 
 def _held_by(folder: epath.Path, owner: _Owner | None, *, foreign: bool) -> UserError:
-    who = f"process {owner.process} on {owner.host}" if owner else "another process"
-    todo = (
+    process = f"process {owner.process} on {owner.host}" if owner else "another process"
+    remedy = (
         f"; if it no longer runs there, remove {folder / LOCK}, or start again in "
         f"{LOST_AFTER / 60:.0f} minutes"
     )
     return UserError(
-        f"{who} is training in {folder}: wait until it ends, or choose another --workdir"
-        f"{todo if foreign else ''}"
+        f"{process} is training in {folder}: wait until it ends, or choose another --workdir"
+        f"{remedy if foreign else ''}"
     )
 
 
@@ -240,8 +240,8 @@ def persistently(
             except Exception as error:
                 if not is_transient(error, path):
                     raise
-                words = first_line(error)
-                log.warning("%s can't be %s (%s): retrying in %g s", path, verb, words, wait)
+                reason = first_line(error)
+                log.warning("%s can't be %s (%s): retrying in %g s", path, verb, reason, wait)
                 time.sleep(wait)
         return work()
 
@@ -315,10 +315,10 @@ def storage_error(path: epath.Path, error: Exception, *, verb: str = "written") 
 
 def _unreachable(path: epath.Path, error: Exception) -> UserError:
     if isinstance(error, ImportError):
-        todo = "install the package's extra `tpu`, which gs:// needs"
+        remedy = "install the package's extra `tpu`, which gs:// needs"
     else:
-        todo = "check its name, the network and your access to it"
-    return UserError(f"{path} can't be reached ({first_line(error)}): {todo}")
+        remedy = "check its name, the network and your access to it"
+    return UserError(f"{path} can't be reached ({first_line(error)}): {remedy}")
 
 
 def is_there(path: epath.Path) -> bool:

@@ -164,7 +164,7 @@ def _write_stochastic_scheduler(about: Description, out: epath.Path, index: dict
 
 
 def _load_in_float32(text_encoder: epath.Path) -> None:
-    """Set the encoder's dtype to float32, the denoiser's; transformers takes that of the files."""
+    """Set the text encoder's dtype to float32, like the denoiser's; transformers uses the files' one."""
     files = [each for name, each in weights_files(text_encoder).items() if name.endswith("tensors")]
     dtypes = {dtype for path in files for dtype in read_dtypes(path)}
     if any(is_floating(dtype) and dtype.itemsize < 4 for dtype in dtypes):

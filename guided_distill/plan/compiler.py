@@ -83,16 +83,16 @@ def run_compiler(task: CompileTask, *, cache: epath.Path) -> CompileResult:
     process.start()
     theirs.close()
     try:
-        said: CompileResult | Exception = ours.recv()
+        received: CompileResult | Exception = ours.recv()
     except EOFError:
         process.join()
         return CompileResult(None, _exit_reason(process.exitcode or 0), broke=True)
     finally:
         process.kill()
         process.join()
-    if isinstance(said, Exception):
-        raise said
-    return said
+    if isinstance(received, Exception):
+        raise received
+    return received
 
 
 def _exit_reason(status: int) -> str:

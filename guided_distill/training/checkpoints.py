@@ -274,8 +274,8 @@ class StageCheckpoints:
         with together():
             if is_first():
                 chosen = self._find_whole(items)
-        (said, *_) = texts_of_all("" if chosen is None else str(chosen))
-        chosen = int(said) if said else None
+        (text, *_) = texts_of_all("" if chosen is None else str(chosen))
+        chosen = int(text) if text else None
         if self._manager.latest_step() != chosen:
             self._manager.reload()
         return chosen
@@ -286,30 +286,30 @@ class StageCheckpoints:
         whole = None
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
-            words = persistently(
+            damage = persistently(
                 functools.partial(digests.find_damage, folder, items), folder, verb="read"
             )
-            if not words:
+            if not damage:
                 whole = step
                 break
             if self._total_steps is None:
                 raise UserError(
-                    f"{folder} is damaged ({words}): restore it from a copy, or resume from the "
+                    f"{folder} is damaged ({damage}): restore it from a copy, or resume from the "
                     f"checkpoint before it with `guided-distill train`"
                 )
-            damaged[step] = words
+            damaged[step] = damage
         if whole is None and self._total_steps in damaged:
             raise UserError(
                 f"{self.directory} was finished, but all its checkpoints are damaged "
                 f"({self._total_steps}: {damaged[self._total_steps]}): restore one from a copy, or "
                 f"remove the folder to train the stage again from the start"
             )
-        for step, words in damaged.items():
-            self._set_aside(step, words, instead=whole)
+        for step, damage in damaged.items():
+            self._set_aside(step, damage, instead=whole)
         return whole
 
     def _check_layout(self, step: int, params: Any) -> None:
-        """Raise UserError if the checkpoint holds another network, which the user must resolve."""
+        """Raise UserError if the checkpoint holds another network; it is undamaged and stays in place."""
         item = ocp.args.Composite(layout=ocp.args.JsonRestore())
         if self._manager.restore(step, args=item).layout != _layout(params):
             raise UserError(
@@ -341,7 +341,7 @@ class StageCheckpoints:
         )
         return read[name]
 
-    def _set_aside(self, step: int, words: str, *, instead: int | None) -> None:
+    def _set_aside(self, step: int, damage: str, *, instead: int | None) -> None:
         damaged = self.directory / "damaged"
 
         def move() -> None:
@@ -354,7 +354,7 @@ class StageCheckpoints:
             "The checkpoint of step %d in %s is damaged (%s); it was moved to %s, and %s.",
             step,
             self.directory,
-            words,
+            damage,
             damaged,
             "no older one is left: the stage starts again"
             if instead is None

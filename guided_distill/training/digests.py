@@ -38,8 +38,8 @@ def find_damage(folder: epath.Path, items: Iterable[Iterable[str]]) -> str:
     except FileNotFoundError:
         return ""
     try:
-        said = json.loads(text)
-        expected, total = said["files"], said["all"]
+        written = json.loads(text)
+        expected, total = written["files"], written["all"]
         is_whole = total == _digest_of_all(expected)
     except (ValueError, TypeError, KeyError, AttributeError):
         is_whole = False

@@ -98,9 +98,9 @@ def notices() -> Iterator[Callable[[], bool]]:
             raise stop_error(stopping.STOPPED)
 
 
-def stop_error(words: str) -> BaseException:
+def stop_error(message: str) -> BaseException:
     """Return the exception to raise after a save: KeyboardInterrupt after Ctrl-C, else Interrupted."""
-    return KeyboardInterrupt(words) if _ctrl_c.is_set() else Interrupted(words)
+    return KeyboardInterrupt(message) if _ctrl_c.is_set() else Interrupted(message)
 
 
 @functools.cache

@@ -57,9 +57,9 @@ def connected(*, timeout: int) -> Iterator[None]:
         raise
     except Exception as error:
         if jax.process_count() > 1 and any(sign in str(error) for sign in _LOST_PROCESS):
-            said = str(error).splitlines()[0][:200]
+            reason = str(error).splitlines()[0][:200]
             _exit(
-                f"process {jax.process_index()} lost another process ({said}): start all of them again "
+                f"process {jax.process_index()} lost another process ({reason}): start all of them again "
                 f"with the same command",
                 Interrupted.STATUS,
             )
@@ -200,15 +200,15 @@ def together() -> Iterator[None]:
 
     Otherwise the other processes would wait forever for the one that left. All leave the block together.
     """
-    said = ""
+    message = ""
     try:
         yield
     except (UserError, Interrupted) as error:
-        said = f"{type(error).__name__} {error}"
-    for each in texts_of_all(said):
-        kind, _, words = each.partition(" ")
+        message = f"{type(error).__name__} {error}"
+    for each in texts_of_all(message):
+        kind, _, text = each.partition(" ")
         if kind:
-            raise Interrupted(words) if kind == Interrupted.__name__ else UserError(words)
+            raise Interrupted(text) if kind == Interrupted.__name__ else UserError(text)
 
 
 def first_alone(work: Callable[[], None]) -> None:
