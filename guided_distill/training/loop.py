@@ -68,8 +68,8 @@ def train(
             if in_a_row >= min(cadence.max_nonfinite_steps, total_steps):
                 raise UserError(
                     f"{title}: the loss was not finite for {in_a_row} updates in a row before step "
-                    f"{done}: start again in another --workdir, with a lower learning_rate for this "
-                    f"stage and with --config.start_from=WORKDIR/STAGE if an earlier stage is finished"
+                    f"{done}: start again in another --workdir with a lower learning_rate for this "
+                    f"stage and, if an earlier stage is finished, --config.start_from=WORKDIR/STAGE"
                 )
             sums = report.metrics if sums is None else sums.merge(report.metrics)
             if done % cadence.log_every == 0 or done == total_steps:
