@@ -225,7 +225,7 @@ def no_work(monkeypatch):
     """Replace everything that compiles, trains, downloads or waits for a browser; keep all checks."""
     for owner, name in (
         *((pipeline.Pipeline, "train"), (pipeline, "latents_of"), (study.pipeline, "run")),
-        *((evaluate, "load_extractor"), (encode, "write_encoding"), (doctor, "check_yourself")),
+        *((evaluate, "load_extractor"), (encode, "write_encoding"), (doctor, "self_test")),
         *(
             (packages, "_download"),
             (minilm, "_download"),

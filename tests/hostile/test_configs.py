@@ -1,4 +1,4 @@
-"""Configs: overrides of the command line, and config files, which are programs of the user's."""
+"""Configs: overrides on the command line, and config files, which are the user's programs."""
 
 import json
 import math
@@ -85,7 +85,7 @@ TEXTS = (
 
 
 def value(rng, like=None):
-    """Any value: a number, a text, a sequence of them, or nothing; mostly one of the kind of `like`."""
+    """Return any value, such as a number, a text or a tuple; mostly one with the type of `like`."""
     draw = rng.random()
     if like is not None and draw < 0.6:
         if isinstance(like, tuple):
@@ -102,7 +102,7 @@ def value(rng, like=None):
 
 
 def written(given):
-    """A value as source text, for a config file and for the command line."""
+    """Return a value as source text, for a config file or the command line."""
     if isinstance(given, float) and not math.isfinite(given):
         return f"float('{given}')"
     if isinstance(given, tuple):
@@ -116,7 +116,7 @@ def draw_values(rng, keys):
 
 
 def overrides(case):
-    """Values of keys on the command line."""
+    """Overrides of some keys on the command line."""
     values = draw_values(case.rng, KEYS)
     texts = {
         key: each if isinstance(each, str) else written(each).removeprefix("float('").rstrip("')")
@@ -126,7 +126,7 @@ def overrides(case):
 
 
 def odd_overrides(case):
-    """What is hardly an override."""
+    """Malformed overrides on the command line."""
     odd = (
         "",
         "=",
@@ -144,7 +144,7 @@ def odd_overrides(case):
 
 
 def good(case):
-    """Values that must be taken, each way."""
+    """Valid values, which must be accepted on the command line and in a config file."""
     keys = case.rng.sample(sorted(GOOD), case.rng.randrange(1, 6))
     values = {key: GOOD[key] for key in keys}
     if case.rng.random() < 0.5:
@@ -167,12 +167,12 @@ def get_config(variant=""):
 
 
 def file_of_values(case):
-    """A config file that sets keys to anything."""
+    """A config file that sets keys to arbitrary values."""
     return config_file(case, draw_values(case.rng, KEYS)), [], {}
 
 
 def file_of_mapping(case):
-    """A config file whose values no ConfigDict has checked."""
+    """A config file whose values haven't been checked by a ConfigDict."""
     lines = "".join(
         f"    section, name = tree, {key!r}\n"
         f"    for part in name.split('.')[:-1]: section = section[part]\n"
@@ -187,7 +187,7 @@ def file_of_mapping(case):
 
 
 def broken_file(case):
-    """A config file that is no program, or one that does something else."""
+    """A config file that isn't a valid program, or that doesn't return a config."""
     body = case.rng.choice(
         (
             *(
@@ -232,7 +232,7 @@ def broken_file(case):
 
 
 def odd_path(case):
-    """--config itself."""
+    """Odd paths for --config."""
     (case.folder / "folder.py").mkdir()
     (case.folder / "bytes.py").write_bytes(b"\xff\xfe\x00")
     odd = (
@@ -275,7 +275,7 @@ KINDS = {
 
 @pytest.fixture
 def up_to_training(monkeypatch):
-    """What follows on the checks of a config is a look at the network's shapes."""
+    """Instead of training, only computes the network's shapes after the checks of a config."""
 
     def shapes(self):
         network = network_of(self._experiment.model, outline_of(self._source))
@@ -290,8 +290,8 @@ def test_configs(case: Case, up_to_training) -> None:
     workdir = case.folder / "run"
     found = command(["train", "--config", config, "--workdir", str(workdir), *more])
     if isinstance(found, Refusal):
-        assert not wanted, "refused, though nothing is wrong with it"
-        assert not workdir.exists(), "refused, but the workdir is taken"
+        assert not wanted, "refused, although it is valid"
+        assert not workdir.exists(), "refused, but the workdir was created"
         return
     values = flat(json.loads((workdir / "config.json").read_text()))
     for key, each in (wanted | read_again(more)).items():
@@ -304,7 +304,7 @@ def test_configs(case: Case, up_to_training) -> None:
 
 
 def read_again(overrides):
-    """Overrides as Python reads them; a key's last one counts."""
+    """Parse overrides with Python's own types; the last one of a key counts."""
     values = {}
     for override in overrides:
         key, _, text = override.removeprefix("--config.").partition("=")

@@ -1,4 +1,4 @@
-"""Weights files made to harm their reader: each is refused in a sentence, in little memory and time."""
+"""Malicious weights files: each is refused in one sentence, with little memory and time."""
 
 import bz2
 import io
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits itself b
 NUMBERS = struct.pack("<4f", 0, 1, 2, 3)
 
 
-# Pickles, by instruction: what `op` writes leaves one value on the stack.
+# Parts of pickles: the instructions that `op` returns push one value on the stack.
 
 
 def op(value):
@@ -42,7 +42,7 @@ ORDERED = name("collections", "OrderedDict") + b")R"
 
 
 def state(*values):
-    """A dictionary of a, b, ..."""
+    """Return a dictionary with the keys a, b, ..."""
     items = (op(chr(ord("a") + index)) + value for index, value in enumerate(values))
     return b"}(" + b"".join(items) + b"u"
 
@@ -65,7 +65,7 @@ def streamed(content, *, keys=None, count=4, little=True):
 
 
 def both(label, content):
-    """The same pickle in both formats."""
+    """Return the same pickle in both formats."""
     return {f"{label}.zip.pth": zipped(content), f"{label}.old.pth": streamed(content)}
 
 
@@ -79,12 +79,12 @@ def entry(start=0, end=16, shape=(4,), dtype="F32"):
 
 
 def renamed_twice():
-    """Two members of one name: zipfile only warns where it writes them."""
+    """Return a file with two members of the same name, which zipfile only warns about when it writes."""
     return zipped(state(tensor()), more=[("x/data/9", bytes(16))]).replace(b"data/9", b"data/0")
 
 
 def lying(field, value):
-    """A member whose central directory gives another size of it."""
+    """Return a file whose central directory has a wrong size for a member."""
     data = bytearray(zipped(state(tensor())))
     at = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
     for offset in field:
@@ -93,7 +93,7 @@ def lying(field, value):
 
 
 def overlapping():
-    """A thousand members that are one, in the central directory."""
+    """Return a file whose central directory lists the same member a thousand times."""
     many = [tensor(source=storage(str(index).encode(), count=op(250_000))) for index in range(1000)]
     items = b"".join(op(f"t{index}") + value for index, value in enumerate(many))
     data = zipped(b"}(" + items + b"u", bytes(1_000_000))
@@ -110,7 +110,7 @@ def overlapping():
 
 
 def doubled(times):
-    """A tuple of 2**times numbers, each half the same object."""
+    """Return a nested tuple of 2**times numbers; both halves of each level are the same object."""
     return b"K\x01\x85" + b"".join(b"q%c2\x86" % index for index in range(times))
 
 

@@ -1,4 +1,4 @@
-"""Files of JSON, of JSON lines and of comma-separated values, as runs, models and data have them."""
+"""JSON, JSON lines and CSV files in runs, models and data."""
 
 import csv
 import io
@@ -124,7 +124,7 @@ WHOLE = (
 
 
 def mutate(rng, path):
-    """Change a file somewhere: a value of its tree, a few of its bytes, or all of it."""
+    """Change a file: one value, a few bytes, or its whole content."""
     text = path.read_bytes()
     draw = rng.random()
     if draw < 0.6:
@@ -143,7 +143,7 @@ def mutate(rng, path):
 
 
 def with_other_value(rng, text):
-    """A JSON file, or a line of one of JSON lines, or a cell of a table, with one value changed."""
+    """Change one value of a JSON file, of a line of a JSON lines file, or a cell of a table."""
     lines = text.split(b"\n")
     try:
         return dumped(changed_tree(rng, json.loads(text)))
@@ -163,7 +163,7 @@ def dumped(tree):
 
 
 def changed_tree(rng, tree):
-    """The tree with one node replaced, left out, doubled or added to."""
+    """Return the tree with one node replaced, removed, duplicated or renamed."""
     if isinstance(tree, dict) and tree and rng.random() < 0.95:
         key = rng.choice(sorted(tree))
         if rng.random() < 0.6:
@@ -180,7 +180,7 @@ def changed_tree(rng, tree):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Folders that are as they should be."""
+    """Valid folders."""
     folder = epath.Path(tmp_path_factory.mktemp("whole"))
     write_run(folder / "run")
     tiny.write_pipeline(folder / "texts")
@@ -200,7 +200,7 @@ def write_images(folder):
 
 
 def write_encoded(folder):
-    """Encoded digits, whose latents are zero."""
+    """Write encoded digits, whose latents are zero."""
     splits = {split: sources.load_source("digits", split=split) for split in sources.SPLITS}
     for split, source in splits.items():
         captions = np.array([f"a {index % 3}" for index in range(9)])
@@ -228,7 +228,7 @@ def write_encoded(folder):
 
 
 def config_of_run(case, whole):
-    """config.json, through the verbs that read it."""
+    """config.json, and a verb that reads it."""
     run = copied(case, whole / "run")
     mutate(case.rng, run / "config.json")
     found = attempt(lambda: runs.read_config(run))
@@ -238,19 +238,19 @@ def config_of_run(case, whole):
 
 
 def agree(values, found):
-    """Every value of a JSON object is the field of that name."""
+    """Assert that every value of a JSON object equals the field of that name."""
     for key, each in values.items():
         field = found[key] if isinstance(found, dict) else getattr(found, key)
         if isinstance(each, dict):
             agree(each, field)
         else:
             same = (list(field) if isinstance(field, tuple) else field) == each
-            # NaN is no number, not even itself.
+            # NaN doesn't equal itself.
             assert same or (each != each and field != field), key
 
 
 def table_of_run(case, whole):
-    """results.csv, beside an independent reading of it."""
+    """results.csv, compared with independently parsed rows."""
     run = copied(case, whole / "run")
     path = run / "results.csv"
     mutate(case.rng, path)
@@ -264,12 +264,12 @@ def table_of_run(case, whole):
         for name in row.keys() & COLUMNS:
             each, cell = getattr(result, name), row[name]
             written = type(each)(cell) if cell else None
-            # NaN is no number, not even itself.
+            # NaN doesn't equal itself.
             assert each == written or (each != each and written != written), name
 
 
 def log_of_stage(case, whole):
-    """metrics.jsonl, beside an independent reading of its whole lines."""
+    """metrics.jsonl, compared with its independently parsed lines."""
     run = copied(case, whole / "run")
     path = run / "teacher" / "metrics.jsonl"
     mutate(case.rng, path)
@@ -281,7 +281,7 @@ def log_of_stage(case, whole):
 
 
 def checkpoint(case, whole):
-    """A file of a checkpoint: its weights are read as they were saved, or not at all."""
+    """A file of a checkpoint: the weights are restored as they were saved, or not at all."""
     run = copied(case, whole / "run")
     stage = run / case.rng.choice(("teacher", "halving_ddim_4"))
     files = [path for path in Path(stage).rglob("*") if path.is_file()]
@@ -293,7 +293,7 @@ def checkpoint(case, whole):
 
 
 def description(case, whole):
-    """What a model's file says of itself, under its digest: the model is what it says, or refused."""
+    """A model file's self-description, with a matching digest: it is read as it is, or refused."""
     trained, path = load_finished(whole / "run" / "halving_ddim_4"), case.folder / "x.safetensors"
     about = changed_tree(case.rng, json.loads(json.dumps(trained.description.to_json())))
     print(f"about: {about}"[:4000])
@@ -305,7 +305,7 @@ def description(case, whole):
 
 
 def model(case, whole):
-    """A config.json, model_index.json or scheduler's of a model, by itself or in an import."""
+    """A config.json, model_index.json or scheduler config of a model, read alone or in an import."""
     source = copied(case, whole / case.rng.choice(("texts", "classes")))
     path = case.rng.choice([each for each in json_files(source) if each.parent.name != "tokenizer"])
     mutate(case.rng, path)
@@ -323,7 +323,7 @@ def model(case, whole):
 
 
 def tokenizer(case, whole):
-    """A tokenizer's files: prompts come to numbers of its vocabulary."""
+    """A tokenizer's files: prompts are converted to token ids."""
     folder = copied(case, whole / "texts" / "tokenizer")
     mutate(case.rng, case.rng.choice(sorted(folder.iterdir())))
     prompts = ["a b", "", "é 😀", "<|endoftext|>"]
@@ -336,7 +336,7 @@ def tokenizer(case, whole):
 
 
 def captions(case, whole):
-    """metadata.jsonl, beside an independent reading of it."""
+    """metadata.jsonl, compared with independently parsed rows."""
     folder = copied(case, whole / "images")
     path = folder / "metadata.jsonl"
     mutate(case.rng, path)
@@ -348,7 +348,7 @@ def captions(case, whole):
 
 
 def encoding(case, whole):
-    """The files of encoded data: examples are those that were encoded."""
+    """The JSON files of encoded data: the examples are those that were encoded."""
     folder = copied(case, whole / "encoded")
     mutate(case.rng, case.rng.choice(json_files(folder)))
     found = attempt(lambda: sources.load_source(f"encoded:{folder}").read(np.arange(9)))
@@ -359,7 +359,7 @@ def encoding(case, whole):
 
 
 def index(case, whole):
-    """The index of weights in two files: all tensors are read, or none."""
+    """The index of weights in two files: tensors have their values, or the index is refused."""
     tensors = {name: np.full(3, place, np.float32) for place, name in enumerate("abcd")}
     weight_map = {}
     for file, names in {"1.safetensors": "ab", "2.safetensors": "cd"}.items():
@@ -385,7 +385,7 @@ def json_files(folder):
 
 
 def use(case, run):
-    """A verb that reads a run's folder."""
+    """Run a verb that reads a run's folder."""
     verbs = {
         "report": ["report", "--workdir", str(run)],
         "compare": ["compare", str(run)],

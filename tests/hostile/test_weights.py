@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, whose header anybody can write, and both of torch.save's formats."""
+"""Weights files: safetensors, whose header anyone can write, and both formats of torch.save."""
 
 import json
 import pickletools
@@ -35,14 +35,14 @@ DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "C64": np.dtype("<c8"),
 }
-"""Of the format's description: https://huggingface.co/docs/safetensors."""
+"""From the format's description: https://huggingface.co/docs/safetensors."""
 
 TREE = {"conv": {"kernel": np.arange(24, dtype=np.float32).reshape(1, 1, 4, 6), "bias": np.ones(6)}}
 TENSORS = {name: np.float32(each) for name, each in to_tensors(TREE).items()}
 
 
 def safetensors_of(tensors, dtype="F32"):
-    """A file's header as an object, and its bytes."""
+    """Return a file's header as an object, and its data."""
     header, data = {}, b""
     for name, each in tensors.items():
         body = each.astype(DTYPES[dtype]).tobytes()
@@ -58,7 +58,7 @@ def joined(header, data, length=None):
 
 
 def read_again(content):
-    """The tensors of a safetensors file by its description alone."""
+    """Return the tensors of a safetensors file, parsed after the format's description."""
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     return {
@@ -86,7 +86,7 @@ def header_value(case):
 
 
 def header_length(case):
-    """A header that says it is longer or shorter, or isn't one."""
+    """A header with a wrong length, or something that isn't a header."""
     header, data = safetensors_of(TENSORS)
     length = case.rng.choice((0, 1, -1, 7, 2**31, 2**40, 2**63, 10**8 + 1, None))
     text = case.rng.choice(
@@ -96,7 +96,7 @@ def header_length(case):
 
 
 def other_precision(case):
-    """Whole files of every dtype that the format has."""
+    """Valid files with every dtype of the format."""
     return joined(*safetensors_of(TENSORS, case.rng.choice(sorted(DTYPES))))
 
 
@@ -110,7 +110,7 @@ def flipped(case):
 
 
 def flip(case, content, count=3):
-    """The content with up to `count` bytes changed."""
+    """Return the content with up to `count` bytes changed."""
     changed = bytearray(content)
     for _ in range(case.rng.randrange(1, count + 1)):
         changed[case.rng.randrange(len(changed))] = case.rng.randrange(256)
@@ -126,7 +126,7 @@ def torch_legacy(case):
 
 
 def torch_file(case, content):
-    """A file of torch.save, flipped, cut, or with its pickle's operations exchanged."""
+    """Return a file of torch.save with bytes flipped, truncated, or with changed pickle instructions."""
     draw = case.rng.random()
     if draw < 0.3:
         return flip(case, content)
@@ -160,7 +160,7 @@ def test_weights(case: Case) -> None:
 
 
 def check(read, path, content):
-    """What is read is arrays of numbers, no more than the file has; of safetensors, the right ones."""
+    """Assert that only numeric arrays no larger than the file are read, and correctly if safetensors."""
     found = attempt(lambda: read(path))
     if isinstance(found, Refusal):
         return

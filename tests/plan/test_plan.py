@@ -220,7 +220,9 @@ def test_the_data_must_have_the_shapes_in_the_config():
     open_data(replace(experiment, data=right))
     for key, value in (("shape", (8, 8, 3)), ("condition", {"label": 9})):
         wrong = replace(right, **{key: value})
-        with pytest.raises(UserError, match=rf"config.data.{key} is .*, but the {key} of digits is"):
+        with pytest.raises(
+            UserError, match=rf"config.data.{key} is .*, but the {key} of digits is"
+        ):
             open_data(replace(experiment, data=wrong))
 
 
