@@ -1,17 +1,17 @@
-"""Samplers: plain functions over predict(z, t) -> Prediction, on the uniform grid t = i/N.
+"""Samplers: the step of each, which calls predict(z, t) -> Prediction on the uniform grid t = i/N.
 
 `schedule` is log_snr(t). num_steps may be a traced integer, so one compilation serves every N.
 Samplers that draw noise take one typed key per example, from `step_keys`, so that a sample depends only
-on its own seed. Every sampler but `encode` starts from z at t = n/N, where n is `first` (by default N,
-pure noise), calls predict n times, and returns the last x. All arrays are [B, ...].
+on its own seed. All arrays are [B, ...].
 """
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import io_callback
 from jax.typing import ArrayLike
 
 from guided_distill import draws
@@ -60,116 +60,154 @@ def _step_noise(keys: jax.Array, i: jax.Array, z: jax.Array) -> jax.Array:
     return draws.normals(draws.fold_in(keys, i), z.shape[1:])
 
 
-def ddim(
-    predict: Predict,
-    schedule: Schedule,
-    z: jax.Array,
-    keys: jax.Array,
-    num_steps: jax.Array,
-    first: jax.Array | None = None,
-) -> jax.Array:
-    """Deterministic sampling (DDIM): equation (3) at every step. `keys` is not used."""
+State = tuple[jax.Array, ...]
+"""The arrays that a sampler passes from step to step; the first is z."""
+
+Step = Callable[[jax.Array, State], tuple[State, jax.Array]]
+"""f(i, the state at t = i/N) -> (the state at t = (i - 1)/N, the x predicted at t = i/N)."""
+
+
+def _z_alone(z: jax.Array) -> State:
+    return (z,)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A function from z at t = first/N to data at t = 0, which repeats a step.
+
+    step: f(predict, schedule, keys, num_steps) -> Step. begin: f(z) -> the state of the first step.
+    """
+
+    step: Callable[..., Step]
+    begin: Callable[[jax.Array], State] = _z_alone
+
+    def __call__(
+        self,
+        predict: Predict,
+        schedule: Schedule,
+        z: jax.Array,
+        keys: jax.Array,
+        num_steps: jax.Array,
+        first: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the sample after `first` steps from z; by default N steps, from pure noise."""
+        start = num_steps if first is None else first
+        step = self.step(predict, schedule, keys, num_steps)
+        return jax.lax.fori_loop(
+            0, start, lambda n, state: step(start - n, state)[0], self.begin(z)
+        )[0]
+
+    def predictions(
+        self,
+        predict: Predict,
+        schedule: Schedule,
+        z: jax.Array,
+        keys: jax.Array,
+        num_steps: jax.Array,
+        *,
+        room: int,
+    ) -> jax.Array:
+        """Return the x [room, B, ...] that each step from pure noise predicts; zeros after the N-th.
+
+        room: static and at least N, so that one compilation serves every N up to it.
+        """
+        step = self.step(predict, schedule, keys, num_steps)
+
+        def body(n: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            state, x = step(num_steps - n, carry[0])
+            return state, carry[1].at[n].set(x)
+
+        found = jnp.zeros((room, *z.shape), z.dtype)
+        return jax.lax.fori_loop(0, num_steps, body, (self.begin(z), found))[1]
+
+
+@Sampler
+def ddim(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array) -> Step:
+    """Deterministic sampling, equation (3) in each step. `keys` is not used."""
     del keys
-    start = num_steps if first is None else first
 
-    def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = start - n
+    def step(i: jax.Array, state: State) -> tuple[State, jax.Array]:
+        (z,) = state
         prediction = predict(z, _time(i, num_steps, z))
-        return ddim_step(prediction, arrival(schedule, _time(i - 1, num_steps, z)))
+        log_snr_s = arrival(schedule, _time(i - 1, num_steps, z))
+        return (ddim_step(prediction, log_snr_s),), prediction.x
 
-    return jax.lax.fori_loop(0, start, body, z)
+    return step
 
 
-def ancestral(
-    predict: Predict,
-    schedule: Schedule,
-    z: jax.Array,
-    keys: jax.Array,
-    num_steps: jax.Array,
-    first: jax.Array | None = None,
-) -> jax.Array:
-    """Ancestral sampling (DDPM): equation (4) at every step."""
-    start = num_steps if first is None else first
+@Sampler
+def ancestral(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array) -> Step:
+    """Ancestral (DDPM) sampling, equation (4) in each step."""
 
-    def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = start - n
+    def step(i: jax.Array, state: State) -> tuple[State, jax.Array]:
+        (z,) = state
         t = _time(i, num_steps, z)
         prediction = predict(z, t)
-        return posterior_step(
+        z = posterior_step(
             prediction,
             _step_noise(keys, i, z),
             z=z,
             log_snr_t=schedule(t),
             log_snr_s=arrival(schedule, _time(i - 1, num_steps, z)),
         )
+        return (z,), prediction.x
 
-    return jax.lax.fori_loop(0, start, body, z)
+    return step
 
 
-def stochastic(
-    predict: Predict,
-    schedule: Schedule,
-    z: jax.Array,
-    keys: jax.Array,
-    num_steps: jax.Array,
-    first: jax.Array | None = None,
-) -> jax.Array:
+@Sampler
+def stochastic(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array) -> Step:
     """The paper's stochastic N-step sampler (Meng et al. 2023).
 
     Each step is a DDIM jump from t over two grid steps to t - 2/N, then noise is added to go back to
     t - 1/N. From t = 1/N, it is a DDIM jump to 0. The student must be trained on these jumps.
     """
-    start = num_steps if first is None else first
 
-    def body(n: jax.Array, z: jax.Array) -> jax.Array:
-        i = start - n
+    def step(i: jax.Array, state: State) -> tuple[State, jax.Array]:
+        (z,) = state
         prediction = predict(z, _time(i, num_steps, z))
         log_snr_k = arrival(schedule, _time(i - 2, num_steps, z))
-        return forward_hop(
+        z = forward_hop(
             ddim_step(prediction, log_snr_k),
             _step_noise(keys, i, z),
             log_snr_s=log_snr_k,
             log_snr_t=arrival(schedule, _time(i - 1, num_steps, z)),
         )
+        return (z,), prediction.x
 
-    return jax.lax.fori_loop(0, start, body, z)
+    return step
 
 
+def _without_a_previous_step(z: jax.Array) -> State:
+    """With an infinite previous h, the first step is of first order."""
+    return z, jnp.zeros_like(z), jnp.full(z.shape[:1], jnp.inf, z.dtype)
+
+
+@functools.partial(Sampler, begin=_without_a_previous_step)
 def dpm_solver_pp(
-    predict: Predict,
-    schedule: Schedule,
-    z: jax.Array,
-    keys: jax.Array,
-    num_steps: jax.Array,
-    first: jax.Array | None = None,
-) -> jax.Array:
+    predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array
+) -> Step:
     """DPM-Solver++(2M), first order at both ends (Lu et al. 2022, algorithm 2). `keys` is not used.
 
     With h half the rise of the log-SNR over a step and r = h_previous / h:
     z_s = (sigma_s/sigma_t) z - alpha_s (exp(-h) - 1) (x + (x - x_previous) / (2 r)).
     """
     del keys
-    start = num_steps if first is None else first
 
-    def body(
-        n: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        z, previous_x, previous_h = carry
-        i = start - n
+    def step(i: jax.Array, state: State) -> tuple[State, jax.Array]:
+        z, previous_x, previous_h = state
         t, s = _time(i, num_steps, z), _time(i - 1, num_steps, z)
         x = predict(z, t).x
         log_snr_t, log_snr_s = schedule(t), arrival(schedule, s)
         h = 0.5 * (log_snr_s - log_snr_t)
-        second_order = (n > 0) & (i > 1)
-        slope = jnp.where(second_order, h / (2.0 * previous_h), 0.0)
+        slope = jnp.where(i > 1, h / (2.0 * previous_h), 0.0)
         data = x + broadcast_to_rank(slope, z) * (x - previous_x)
         _, sigma_t = levels(log_snr_t, z)
         alpha_s, sigma_s = levels(log_snr_s, z)
-        z_s = (sigma_s / sigma_t) * z - alpha_s * broadcast_to_rank(jnp.expm1(-h), z) * data
-        return z_s, x, h
+        z = (sigma_s / sigma_t) * z - alpha_s * broadcast_to_rank(jnp.expm1(-h), z) * data
+        return (z, x, h), x
 
-    carry = (z, jnp.zeros_like(z), jnp.ones(z.shape[:1], z.dtype))
-    return jax.lax.fori_loop(0, start, body, carry)[0]
+    return step
 
 
 def encode(predict: Predict, schedule: Schedule, x: jax.Array, num_steps: jax.Array) -> jax.Array:
@@ -209,20 +247,6 @@ def keeping(predict: Predict, known: Known) -> Predict:
 
     return kept
 
-
-def watched(predict: Predict, callback: Callable[[jax.Array, jax.Array], None]) -> Predict:
-    """Return `predict`, which also calls callback(t [B], x) on the host at every call, in any order."""
-
-    def watching(z: jax.Array, t: jax.Array) -> Prediction:
-        prediction = predict(z, t)
-        io_callback(callback, None, t, prediction.x)
-        return prediction
-
-    return watching
-
-
-Sampler = Callable[..., jax.Array]
-"""f(predict, schedule, z, keys, num_steps, first=None), like the samplers above."""
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,

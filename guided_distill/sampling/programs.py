@@ -14,15 +14,12 @@ from guided_distill.diffusion.samplers import Known
 from guided_distill.models.registry import Network, Params
 from guided_distill.training.mesh import replicated, split_batch
 
-Record = Callable[[jax.Array, jax.Array], None]
-"""A callback that gets t [B] and the predicted x [B, ...] of every step."""
-
 
 class Inputs(NamedTuple):
     """A batch for a sampler: z [B, ...] at t = first/num_steps, keys [B], and conditions.
 
-    null: the condition that stands for none, one example's; None where the network knows it, or needs
-    none. known: what to keep. w: [B]. num_steps, first: numbers, traced or not.
+    null: the null condition, one example's; None where the network knows it, or needs none. known: what
+    in-painting keeps. w: [B]. num_steps, first: numbers, traced or not.
     """
 
     z: jax.Array
@@ -36,51 +33,70 @@ class Inputs(NamedTuple):
 
 
 def run_sampler(
-    network: Network,
-    sampler: str,
-    params: Params,
-    inputs: Inputs,
-    *,
-    clipped: bool,
-    record: Record | None = None,
+    network: Network, sampler: str, params: Params, inputs: Inputs, *, clipped: bool
 ) -> jax.Array:
     """From z to x, keeping what is known; with samplers.ENCODE, from x to z.
 
-    A network that doesn't take w is guided by two calls in one batch. clipped: hold x to [-1, 1] at
-    every step. record: called back from the device; see `samplers.watched`.
+    clipped: hold x to [-1, 1] at every step.
     """
-    z, keys, condition, null, known, w, num_steps, first = inputs
-    denoiser = network.denoiser(params, null=null)
+    predict = _predict(network, params, inputs, clipped=clipped)
+    z, num_steps = inputs.z, inputs.num_steps
+    if sampler == samplers.ENCODE:
+        return samplers.encode(predict, network.schedule, z, num_steps)
+    return samplers.SAMPLERS[sampler](
+        predict, network.schedule, z, inputs.keys, num_steps, inputs.first
+    )
+
+
+def _predict(
+    network: Network, params: Params, inputs: Inputs, *, clipped: bool
+) -> samplers.Predict:
+    """The guided network: one that doesn't take w is called twice, in one batch."""
+    denoiser = network.denoiser(params, null=inputs.null)
     if not denoiser.guided:
         denoiser = with_guidance(denoiser)
     if clipped:
         denoiser = with_clipping(denoiser, network.schedule)
 
     def predict(z: jax.Array, t: jax.Array) -> Prediction:
-        return denoiser.predict(z, t, condition, w)
+        return denoiser.predict(z, t, inputs.condition, inputs.w)
 
-    if sampler == samplers.ENCODE:
-        return samplers.encode(predict, network.schedule, z, num_steps)
-    kept = samplers.keeping(predict, known) if known else predict
-    watched = samplers.watched(kept, record) if record else kept
-    return samplers.SAMPLERS[sampler](watched, network.schedule, z, keys, num_steps, first)
+    return samplers.keeping(predict, inputs.known) if inputs.known else predict
 
 
 @functools.cache
 def compiled_sampler(
-    network: Network, sampler: str, mesh: Mesh, *, clipped: bool, record: Record | None = None
+    network: Network, sampler: str, mesh: Mesh, *, clipped: bool
 ) -> Callable[[Params, Inputs], jax.Array]:
     """`run_sampler` for a network on a mesh.
 
-    One compilation serves every num_steps, and all students of one network.
+    One compilation serves every num_steps, and all students with the same network.
     """
 
     def run(params: Params, inputs: Inputs) -> jax.Array:
-        return run_sampler(network, sampler, params, inputs, clipped=clipped, record=record)
+        return run_sampler(network, sampler, params, inputs, clipped=clipped)
 
     whole, split = replicated(mesh), split_batch(mesh)
     places = Inputs._make([split, split, split, whole, split, split, whole, whole])
     return jax.jit(run, in_shardings=(whole, places), out_shardings=split)
+
+
+@functools.cache
+def compiled_predictions(
+    network: Network, sampler: str, *, clipped: bool, room: int
+) -> Callable[[Params, Inputs], jax.Array]:
+    """f(params, inputs) -> the x [room, B, ...] that each step predicts; see `Sampler.predictions`.
+
+    One compilation serves every num_steps up to `room`.
+    """
+
+    def run(params: Params, inputs: Inputs) -> jax.Array:
+        predict = _predict(network, params, inputs, clipped=clipped)
+        return samplers.SAMPLERS[sampler].predictions(
+            predict, network.schedule, inputs.z, inputs.keys, inputs.num_steps, room=room
+        )
+
+    return jax.jit(run)
 
 
 @functools.cache

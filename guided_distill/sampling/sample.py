@@ -1,7 +1,6 @@
 """Samples from a trained stage, by what its checkpoint says of itself; and images back to noise."""
 
 import dataclasses
-import threading
 from collections.abc import Iterator
 
 import jax
@@ -10,18 +9,20 @@ from jax.sharding import Mesh
 
 from guided_distill import draws, kinds
 from guided_distill.diffusion.samplers import Known
+from guided_distill.models.registry import Network
 from guided_distill.runs.trained import Description, Trained
-from guided_distill.sampling.programs import Inputs, Record, compiled_noise, compiled_sampler
+from guided_distill.sampling.programs import (
+    Inputs,
+    compiled_noise,
+    compiled_predictions,
+    compiled_sampler,
+)
 from guided_distill.sampling.request import Request, check_encoding, check_request
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.processes import on_all_processes, to_host
 
-_recorded: list[tuple[np.ndarray, np.ndarray]] = []
-"""(t [B], x [B, ...]) of each step of the call of `predictions` that holds the lock `_recording`.
-
-Not a list of each call's own: the compiled program, which all calls share, has its address.
-"""
-_recording = threading.Lock()
+FEWEST_PREDICTIONS = 8
+"""Room for the predictions of few-step students, so that one compilation serves all of them."""
 
 
 def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
@@ -50,31 +51,22 @@ def sample_batches(trained: Trained, request: Request) -> Iterator[np.ndarray]:
 
 
 def predictions(trained: Trained, request: Request) -> np.ndarray:
-    """The x that every step predicts on the way of `sample`, [num_steps, n, *data_shape].
+    """The x that each step of `sample` predicts, [num_steps, n, *data_shape].
 
-    The first is predicted at t = 1, and the last is the sample. For a few examples: they are one batch,
-    on one device. The program is another than that of `sample`, which has no callback. Raises UserError
-    as `check_request`.
+    The first is predicted at t = 1, and the last is the sample. It is meant for a few examples: they are
+    one batch on one device, in a program apart from that of `sample`. Raises UserError as
+    `check_request`.
     """
     request = check_request(trained.description, request)
+    assert request.sampler is not None
+    assert request.num_steps is not None
+    network = trained.description.network()
     mesh = data_mesh(jax.local_devices()[:1])
-    here = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
-    with _recording:
-        _recorded.clear()
-        for _ in _run(
-            dataclasses.replace(trained, params=here),
-            dataclasses.replace(request, batch_size=request.count),
-            clipped=trained.description.network().of_images,
-            mesh=mesh,
-            record=_record,
-        ):
-            jax.effects_barrier()
-        steps = sorted(_recorded, key=lambda step: -step[0][0])
-    return np.stack([x for _, x in steps])
-
-
-def _record(t: jax.Array, x: jax.Array) -> None:
-    _recorded.append((np.asarray(t), np.asarray(x)))
+    room = max(FEWEST_PREDICTIONS, 1 << (request.num_steps - 1).bit_length())
+    run = compiled_predictions(network, request.sampler, clipped=network.of_images, room=room)
+    params = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
+    inputs = _inputs(network, request, np.arange(request.count), mesh)
+    return np.asarray(run(params, inputs))[: request.num_steps]
 
 
 def encode(trained: Trained, images: np.ndarray, request: Request) -> np.ndarray:
@@ -92,45 +84,43 @@ def encode(trained: Trained, images: np.ndarray, request: Request) -> np.ndarray
     return np.concatenate(list(_run(trained, request, clipped=False)))
 
 
-def _run(
-    trained: Trained,
-    request: Request,
-    *,
-    clipped: bool,
-    mesh: Mesh | None = None,
-    record: Record | None = None,
-) -> Iterator[np.ndarray]:
+def _run(trained: Trained, request: Request, *, clipped: bool) -> Iterator[np.ndarray]:
     """The compiled sampler from request.noise [n, ...], or from drawn noise, in batches of one size."""
-    kinds.check("--seed", request.seed, kinds.Seed)
     assert request.sampler is not None
-    assert request.num_steps is not None
-    network, mesh = trained.description.network(), mesh or data_mesh()
-    count, given, known = request.count, request.noise, request.known
+    network, mesh, count = trained.description.network(), data_mesh(), request.count
     batch_size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
-    run = compiled_sampler(network, request.sampler, mesh, clipped=clipped, record=record)
-    draw, split = compiled_noise(network.data_shape, mesh), split_batch(mesh)
-    weights = np.broadcast_to(np.asarray(request.w, np.float32), (count,))
+    run = compiled_sampler(network, request.sampler, mesh, clipped=clipped)
     for begin in range(request.start, count, batch_size):
-        indices = np.arange(begin, begin + batch_size)
-        rows = indices % count
-        noise, keys = draw(draws.key_of(request.seed), on_all_processes(indices, split))
-        z, condition, kept, w = on_all_processes(
-            (
-                None if given is None else np.asarray(given[rows], np.float32),
-                {name: np.asarray(each)[rows] for name, each in request.condition.items()},
-                None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
-                weights[rows],
-            ),
-            split,
-        )
-        inputs = Inputs(
-            noise if given is None else z,
-            keys,
-            condition,
-            network.null if request.null is None else request.null,
-            kept,
-            w,
-            np.int32(request.num_steps),
-            np.int32(request.num_steps if request.first is None else request.first),
-        )
+        inputs = _inputs(network, request, np.arange(begin, begin + batch_size), mesh)
         yield to_host(run(trained.params, inputs))[: count - begin]
+
+
+def _inputs(network: Network, request: Request, indices: np.ndarray, mesh: Mesh) -> Inputs:
+    """The sampler's inputs for the samples at `indices` [B]; those from n on begin again at 0."""
+    kinds.check("--seed", request.seed, kinds.Seed)
+    assert request.num_steps is not None
+    given, known, count = request.noise, request.known, request.count
+    rows, split = indices % count, split_batch(mesh)
+    draw = compiled_noise(network.data_shape, mesh)
+    noise, keys = draw(draws.key_of(request.seed), on_all_processes(indices, split))
+    weights = np.broadcast_to(np.asarray(request.w, np.float32), (count,))
+    z, condition, kept, w = on_all_processes(
+        (
+            None if given is None else np.asarray(given[rows], np.float32),
+            {name: np.asarray(each)[rows] for name, each in request.condition.items()},
+            None if known is None else Known(*(np.asarray(each)[rows] for each in known)),
+            weights[rows],
+        ),
+        split,
+    )
+    num_steps = np.int32(request.num_steps)
+    return Inputs(
+        z=noise if given is None else z,
+        keys=keys,
+        condition=condition,
+        null=network.null if request.null is None else request.null,
+        known=kept,
+        w=w,
+        num_steps=num_steps,
+        first=num_steps if request.first is None else np.int32(request.first),
+    )
