@@ -13,8 +13,8 @@ CLIENTS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 def path_named(name: str) -> epath.Path:
     """Return the path of a name; a ~ at its start is the home folder.
 
-    Raises UserError if the name isn't UTF-8, or is in a bucket of an unknown kind or without an installed
-    client.
+    Raises UserError if the name isn't UTF-8 or contains NUL, or is in a bucket of an unknown kind or
+    without an installed client.
     """
     try:
         name.encode()
@@ -22,6 +22,8 @@ def path_named(name: str) -> epath.Path:
         raise UserError(
             f"{name!r} is not a name in UTF-8: rename it or give another name"
         ) from None
+    if "\0" in name:
+        raise UserError(f"{name!r} contains a NUL character: give another name")
     kind, separator, _ = name.partition("://")
     if not separator:
         return epath.Path(name).expanduser()

@@ -47,6 +47,13 @@ def test_configs_and_data_know_the_home_folder(home):
     assert path_named("~/run/teacher") == epath.Path(home / "run" / "teacher")
 
 
+def test_a_name_with_nul_is_refused(home):
+    with pytest.raises(UserError, match=r"'a\\x00b' contains a NUL character: give another name"):
+        path_named("a\0b")
+    with pytest.raises(UserError, match="NUL"):
+        sources.load_source("folder:a\0b")
+
+
 @pytest.mark.parametrize(
     ("read", "said"),
     [
