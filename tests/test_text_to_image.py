@@ -369,7 +369,7 @@ def test_its_page_samples_edits_and_inpaints(workdir, served, tmp_path, monkeypa
             "has no white pixel",
         ),
         ("inpaint", ["--prompt", "a", "--image", "{image}", "--mask", "none"], "no image at none"),
-        ("generate", ["--prompt", "caf\udce9"], "can't be read as text"),
+        ("generate", ["--prompt", "caf\udce9"], "can't be encoded in UTF-8"),
         ("generate", ["--prompts", "{text}"], ": save it in UTF-8"),
     ],
 )
