@@ -1,4 +1,4 @@
-"""Names of files and folders: the home folder's ~, and buckets."""
+"""Names of files and folders: ~ for the home folder, and buckets."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from guided_distill.verbs.runs import find_config
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home folder, with another as the current one."""
+    """The home folder, while another folder is the current one."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -99,7 +99,7 @@ def test_a_bucket_without_its_client_is_one_sentence(without_clients, read):
         ["evaluate", "--workdir=run", "--reference=gs://bucket/a.npz"],
     ],
 )
-def test_flags_say_so_too(without_clients, home, capsys, arguments):
+def test_flags_report_a_missing_client(without_clients, home, capsys, arguments):
     assert cli.main([each.format(home=home) for each in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "in a bucket, but gcsfs, which reads buckets, isn't installed" in line
@@ -115,7 +115,7 @@ BUCKET = epath.Path("gs://bucket/x")
         lambda: export_diffusers(epath.Path("run"), BUCKET),
     ],
 )
-def test_what_libraries_keep_on_disks_alone_is_refused_first(work):
+def test_a_bucket_is_refused_for_data_that_must_be_on_a_disk(work):
     with pytest.raises(UserError, match=r"^gs://bucket/x is in a bucket, and .* must be on a disk"):
         work()
 
@@ -137,9 +137,7 @@ def test_an_encoding_is_not_written_to_a_bucket(monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("flag", ["--workdir", "--out"])
-def test_names_of_nothing_that_can_be_read_are_refused(
-    without_clients, tmp_path, capsys, flag, name, said
-):
+def test_names_that_cannot_be_read_are_refused(without_clients, tmp_path, capsys, flag, name, said):
     places_named = {"--workdir": str(tmp_path), "--out": str(tmp_path / "out")} | {flag: name}
     assert cli.main(["export", *(word for pair in places_named.items() for word in pair)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

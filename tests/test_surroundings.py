@@ -1,4 +1,4 @@
-"""What the program does about variables, devices and output streams that it finds."""
+"""The preparation of the process: variables, accelerators and output streams."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from guided_distill import cli, surroundings
 from guided_distill.surroundings import lacks_tpu
 
-# Vendor and class of Google's devices, as lspci tells them of machines of its cloud.
+# Vendor and class of Google's devices, as lspci shows them on machines of its cloud.
 NETWORK, DISK = ("0x1ae0", "0x020000"), ("0x1ae0", "0x010802")
 OLD_TPU, NEW_TPU = ("0x1ae0", "0x088000"), ("0x1ae0", "0xff0000")
 OTHER = ("0x8086", "0xff0000")
@@ -18,7 +18,7 @@ OTHER = ("0x8086", "0xff0000")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """f(device files, devices on the bus): the root of a machine that has libtpu and these."""
+    """f(device files, devices on the bus): the root folder of a machine with these and libtpu."""
     monkeypatch.setattr(surroundings, "_installed", lambda module: module == "libtpu")
 
     def make(files=(), bus=()):
@@ -42,7 +42,7 @@ def machine(tmp_path, monkeypatch):
         ({"TPU_SKIP_MDS_QUERY": "1", "HOME": "/"}, [], [NETWORK, DISK, OTHER]),
     ],
 )
-def test_no_tpu_is_asked_for_where_there_is_no_sign_of_one(machine, environ, files, bus):
+def test_without_a_sign_of_a_tpu_none_is_searched(machine, environ, files, bus):
     assert lacks_tpu(environ, machine(files, bus))
 
 
@@ -56,26 +56,28 @@ def test_no_tpu_is_asked_for_where_there_is_no_sign_of_one(machine, environ, fil
         ({"TPU_WORKER_ID": "0"}, [], []),
         ({"TPU_NAME": "local"}, [], []),
         ({"JAX_FORCE_TPU_INIT": "1"}, [], []),
-        # Another accelerator, which "cpu" would leave out.
+        # Another accelerator, which "cpu" would exclude.
         ({}, ["nvidia0"], []),
         ({}, ["kfd"], []),
-        # The user's choice, that of JAX's own rules among them.
+        # The user's choice, which can also be JAX's own rules.
         ({"JAX_PLATFORMS": ""}, [], []),
         ({"JAX_PLATFORMS": "tpu"}, [], []),
     ],
 )
-def test_jax_is_left_alone_where_there_may_be_a_device(machine, environ, files, bus):
+def test_jax_chooses_its_platform_if_there_may_be_a_device(machine, environ, files, bus):
     assert not lacks_tpu(environ, machine(files, bus))
 
 
 @pytest.mark.parametrize("installed", [[], ["libtpu", "jax_plugins"]])
-def test_jax_is_left_alone_without_libtpu_or_with_other_plugins(machine, monkeypatch, installed):
+def test_jax_chooses_its_platform_without_libtpu_or_with_other_plugins(
+    machine, monkeypatch, installed
+):
     monkeypatch.setattr(surroundings, "_installed", installed.__contains__)
     assert not lacks_tpu({}, machine())
 
 
 def program(text, **environ):
-    # As from a shell: without what conftest.py sets, and what planning for a TPU leaves in this process.
+    # As from a shell: without the variables that conftest.py and planning for a TPU set in this process.
     variables = {
         name: value
         for name, value in os.environ.items()

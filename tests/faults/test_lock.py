@@ -1,4 +1,4 @@
-"""A workdir is one training's at a time, and of none that has died."""
+"""Only one process trains in a workdir at a time, and a dead process doesn't keep its lock."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def dead():
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -69,14 +69,14 @@ def test_the_lock_dies_with_its_process(folder):
     assert hold(folder) == OURS
 
 
-def test_it_ends_with_the_block(folder):
+def test_the_lock_ends_with_the_block(folder):
     with pytest.raises(KeyboardInterrupt), held(folder):
         raise KeyboardInterrupt
     assert (folder / LOCK).read_text() == ""
     assert hold(folder) == hold(folder) == OURS
 
 
-def test_of_two_trainings_one_is_told(folder, tiny_arguments, capsys):
+def test_a_second_process_is_refused(folder, tiny_arguments, capsys):
     with held(folder):
         assert cli.main(["train", *tiny_arguments, "--workdir", str(folder)]) == 2
         assert [path.name for path in folder.iterdir()] == [LOCK]
@@ -87,7 +87,7 @@ def test_of_two_trainings_one_is_told(folder, tiny_arguments, capsys):
     )
 
 
-def test_of_another_machine_the_age_of_its_last_sign_decides(folder):
+def test_the_lock_of_another_machine_expires(folder):
     owned(folder, "elsewhere", 17, age=LOST_AFTER - 60)
     with pytest.raises(
         UserError, match=rf"^process 17 on elsewhere .*remove {folder}/\.lock, or .*10 m"
@@ -98,13 +98,13 @@ def test_of_another_machine_the_age_of_its_last_sign_decides(folder):
 
 
 @pytest.mark.parametrize("text", [b"", b"elsewhere", b"elsewhere x\n", b"\xff\xfe 7\n7"])
-def test_a_file_that_names_nobody_holds_nothing(folder, text):
+def test_a_lock_file_that_names_no_process_locks_nothing(folder, text):
     folder.mkdir()
     (folder / LOCK).write_bytes(text)
     assert hold(folder) == OURS
 
 
-def test_its_owner_gives_signs_of_life(folder, monkeypatch):
+def test_the_owner_touches_the_lock_file(folder, monkeypatch):
     monkeypatch.setattr(storage, "_BEAT", 0.01)
     with held(folder):
         os.utime(folder / LOCK, (0, 0))
@@ -115,7 +115,7 @@ def test_its_owner_gives_signs_of_life(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_without_locks_of_the_storage_the_process_is_looked_for(folder, monkeypatch, dead, alive):
+def test_without_kernel_locks_the_process_is_looked_up(folder, monkeypatch, dead, alive):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

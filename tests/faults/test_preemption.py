@@ -1,4 +1,4 @@
-"""SIGTERM at any moment of a training: saved, told, and the same in the end."""
+"""SIGTERM at any moment of training: the state is saved, this is reported, and the result is the same."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ LOG_EVERY = 4
 
 
 class Terminated:
-    """The batches of an iterator; the signal comes while the number `at` is read."""
+    """The batches of an iterator; the signal arrives while batch number `at` is read."""
 
     def __init__(self, iterator, at, number=signal.SIGTERM):
         self._iterator, self._left, self._number = iterator, at, number
@@ -47,13 +47,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("at", [1, 4, 7, 10, 12])
-def test_a_terminated_run_ends_as_one_that_was_not(tmp_path, whole, assert_same_weights, at):
+def test_a_terminated_run_ends_like_an_undisturbed_one(tmp_path, whole, assert_same_weights, at):
     directory, data = epath.Path(tmp_path), source(with_nan=True)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="the same command resumes"):
         train(directory, Terminated(batches(data, batch_size=8, seed=3), at))
     assert signal.getsignal(signal.SIGTERM) == before
-    # Dispatches of two updates: the save comes with the end of the one that the signal fell into.
+    # Dispatches make two updates: the save comes at the end of the one in which the signal arrived.
     assert latest_step(directory) == at + at % 2
     state, place = train(directory, data)
     assert_same_weights(state, whole[0])
@@ -75,7 +75,7 @@ def test_an_interrupted_run_saves_as_well(tmp_path, whole, assert_same_weights):
     assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
 
 
-def test_twice_between_two_lines_of_the_log(tmp_path, whole):
+def test_two_preemptions_between_two_lines_of_the_log(tmp_path, whole):
     directory, data = epath.Path(tmp_path), source(with_nan=True)
     for _ in range(5):
         with pytest.raises(Interrupted):
@@ -87,17 +87,17 @@ def test_twice_between_two_lines_of_the_log(tmp_path, whole):
 def test_a_signal_in_the_last_save_ends_the_run_after_it(tmp_path, monkeypatch):
     wait = StageCheckpoints.wait
 
-    def told(self):
+    def preempted(self):
         os.kill(os.getpid(), signal.SIGTERM)
         wait(self)
 
-    monkeypatch.setattr(StageCheckpoints, "wait", told)
+    monkeypatch.setattr(StageCheckpoints, "wait", preempted)
     with pytest.raises(Interrupted, match="stopped"):
         train(epath.Path(tmp_path), source(with_nan=False))
     assert latest_step(epath.Path(tmp_path)) == 12
 
 
-def test_outside_a_training_it_stops_at_once():
+def test_outside_training_a_signal_stops_at_once():
     with pytest.raises(Interrupted, match="stopped"):
         end_oneself()
 
@@ -109,7 +109,7 @@ def end_oneself():
 
 
 class Dying:
-    """Its end is one of the interpreter's callbacks, which nothing raised in can leave."""
+    """An object whose __del__ is a callback of the interpreter, from which no exception propagates."""
 
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -136,14 +136,14 @@ def test_a_signal_in_a_callback_is_neither_lost_nor_reported(capfd):
         (["generate", "--prompt", "a"], "report.prompted.generate_to_files"),
     ],
 )
-def test_every_long_command_ends_with_the_status_for_again(
+def test_every_long_command_ends_with_the_status_for_a_restart(
     monkeypatch, capsys, tmp_path, arguments, work
 ):
-    def told(*arguments, **options):
+    def preempted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(f"guided_distill.{work}", told)
+    monkeypatch.setattr(f"guided_distill.{work}", preempted)
     cache = ["--cache", str(tmp_path)] if arguments == ["evaluate"] else []
     assert cli.main([*arguments, "--workdir", str(tmp_path), *cache]) == 75
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C at a program that is busy: with its imports, in C++, or with a save."""
+"""SIGTERM and Ctrl-C while the program is busy: in its imports, in C++, or in a save."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from guided_distill import cli, stopping
 
-# A hash of a few minutes stands for a compile: nothing of Python's runs until it is done.
+# A hash of a few minutes stands for a compilation: Python runs no other code until it is done.
 BUSY = """
 import hashlib, signal, sys, threading
 from guided_distill import stopping
@@ -18,7 +18,7 @@ from guided_distill import stopping
 stopping.PATIENCE = 0.3
 stopping.watch()
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: None)  # As while nothing of Python's runs.
+    signal.signal(number, lambda *_: None)  # As while Python runs no code.
 if "unsaved" in sys.argv:
     stopping.unsaved.set()
     threading.Timer(3, stopping.unsaved.clear).start()
@@ -60,7 +60,7 @@ def busy(*arguments):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_compile_does_not_put_off_the_end(number, status):
+def test_a_compilation_does_not_delay_the_end(number, status):
     process = busy()
     began = time.monotonic()
     process.send_signal(number)
@@ -70,7 +70,7 @@ def test_a_compile_does_not_put_off_the_end(number, status):
     assert time.monotonic() - began < 10
 
 
-def test_what_is_unsaved_is_waited_for_and_that_is_said():
+def test_unsaved_updates_are_waited_for_and_this_is_reported():
     process = busy("unsaved")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=10)
@@ -95,7 +95,7 @@ def test_a_second_interrupt_stops_at_once():
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
-def test_a_signal_among_the_imports_is_noted(tmp_path, number, status):
+def test_a_signal_during_the_imports_ends_the_program(tmp_path, number, status):
     (tmp_path / "ml_collections.py").write_text(
         f"import os, signal\nos.kill(os.getpid(), signal.{number})\nraise SystemExit('went on')"
     )
@@ -106,7 +106,7 @@ def test_a_signal_among_the_imports_is_noted(tmp_path, number, status):
 
 
 @pytest.mark.parametrize("words", ["saved at step 7", ""])
-def test_the_command_line_says_what_an_interrupt_left(monkeypatch, capsys, words):
+def test_the_command_line_reports_what_was_saved(monkeypatch, capsys, words):
     def interrupted(*_):
         raise KeyboardInterrupt(*[words] * bool(words))
 

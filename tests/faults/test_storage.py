@@ -1,4 +1,4 @@
-"""Storage that fails: tried again where that can help, and then told in one sentence."""
+"""Storage that fails: temporary errors are retried, and errors are reported in one sentence."""
 
 import errno
 import re
@@ -20,7 +20,7 @@ from guided_distill.training.checkpoints import latest_step
 
 @pytest.fixture
 def waited(monkeypatch):
-    """The seconds that were waited, but for a tenth of a second each."""
+    """The seconds that the code waited; each wait takes only a tenth of a second."""
     seconds = []
 
     def sleep(length):
@@ -32,7 +32,7 @@ def waited(monkeypatch):
 
 
 def failing(error, times):
-    """Something to do that fails so many times."""
+    """Return a function that raises the error for the first `times` calls."""
     left = [error] * times
 
     def write():
@@ -52,7 +52,7 @@ AWAY = (
 
 
 @pytest.mark.parametrize("error", AWAY, ids=str)
-def test_what_can_pass_is_tried_again_with_a_bound(waited, caplog, error):
+def test_a_temporary_error_is_retried_a_limited_number_of_times(waited, caplog, error):
     path = epath.Path("here")
     persistently(failing(error, 3), path)
     assert waited == [1, 4, 15]
@@ -63,13 +63,13 @@ def test_what_can_pass_is_tried_again_with_a_bound(waited, caplog, error):
 
 
 class HttpError(Exception):
-    """As clients of buckets raise them: neither an OSError nor a ValueError."""
+    """An error like those of buckets' clients: neither an OSError nor a ValueError."""
 
 
 BUCKET = epath.Path("gs://bucket/run")
 
 
-def test_of_a_bucket_any_error_of_its_client_is_tried_again(waited):
+def test_any_error_of_a_buckets_client_is_retried(waited):
     persistently(failing(HttpError("502"), 3), BUCKET)
     assert waited == [1, 4, 15]
     with pytest.raises(UserError, match=r"gs://bucket/run can't be written \(502\)"):
@@ -81,7 +81,7 @@ def test_of_a_bucket_any_error_of_its_client_is_tried_again(waited):
 
 @pytest.mark.parametrize("waits", [(), (1,)])
 @pytest.mark.parametrize("error", [*AWAY, HttpError("502")], ids=str)
-def test_of_many_processes_what_can_pass_is_left_to_a_restart(waited, monkeypatch, error, waits):
+def test_several_processes_leave_a_temporary_error_to_a_restart(waited, monkeypatch, error, waits):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(Interrupted, match=r"gs://bucket/run .*; the same command resumes"):
         persistently(failing(error, 2), BUCKET, waits=waits)
@@ -101,18 +101,18 @@ def test_of_many_processes_what_can_pass_is_left_to_a_restart(waited, monkeypatc
     ids=str,
 )
 @pytest.mark.parametrize("verb", ["train", "sample"])
-def test_a_bucket_out_of_reach_is_told_in_one_sentence(
+def test_an_unreachable_bucket_is_reported_in_one_sentence(
     monkeypatch, capsys, tiny_arguments, verb, error, said
 ):
     kind = type(BUCKET)
     exists = kind.exists
 
-    def asked(path):
+    def exists_or_fails(path):
         if str(path).startswith("gs://"):
             raise error
         return exists(path)
 
-    monkeypatch.setattr(kind, "exists", asked)
+    monkeypatch.setattr(kind, "exists", exists_or_fails)
     monkeypatch.setattr(places, "find_spec", lambda name: name)
     config = tiny_arguments if verb == "train" else []
     assert cli.main([verb, *config, "--workdir", str(BUCKET)]) == 2
@@ -147,7 +147,7 @@ CANNOT_PASS = (
 @pytest.mark.parametrize("path", [epath.Path("here"), BUCKET], ids=str)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("error", CANNOT_PASS, ids=str)
-def test_what_cannot_pass_is_told_at_once(waited, monkeypatch, error, processes, path):
+def test_a_permanent_error_is_reported_at_once(waited, monkeypatch, error, processes, path):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with pytest.raises(UserError, match="make room or choose another place"):
         persistently(failing(error, 1), path)
@@ -213,14 +213,14 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
 
 
 class Away:
-    """A write in the background that fails."""
+    """A background write that fails."""
 
     def result(self, timeout=None):
         raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize("failed_save", [1, 2, 3])
-def test_a_save_that_fails_in_the_background_is_made_again(
+def test_a_save_that_fails_in_the_background_is_repeated(
     waited, monkeypatch, tmp_path, assert_same_weights, failed_save
 ):
     save, count = ocp.JsonCheckpointHandler.async_save, []
@@ -242,7 +242,7 @@ def test_a_save_that_fails_in_the_background_is_made_again(
     assert_same_weights(resumed, expected)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
+def test_a_folder_that_cannot_be_written_is_reported_before_the_first_step(
     tmp_path, tiny_arguments, capsys
 ):
     (tmp_path / "file").write_text("")
