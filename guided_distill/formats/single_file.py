@@ -49,7 +49,7 @@ _LEFT_OUT = re.compile(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What all published models of a kind share and no file states.
+    """The properties that all published models of a kind share, but that no file states.
 
     betas: the first and the last. text_layers: the number of the text encoder's blocks that are used.
     """
@@ -61,7 +61,7 @@ class _Kind:
 
 
 _STABLE_1 = _Kind("Stable Diffusion 1", (0.00085, 0.012), 12, "quick_gelu")
-# It uses the first 23 of OpenCLIP's 24 blocks.
+# Stable Diffusion 2 uses the first 23 of OpenCLIP's 24 blocks.
 _STABLE_2 = _Kind("Stable Diffusion 2", (0.00085, 0.012), 23, "gelu")
 _OF_CLASSES = _Kind("a class-conditional latent diffusion model", (0.0015, 0.0195))
 
@@ -178,7 +178,7 @@ def _averaged(unet: Tensors, averages: Tensors, path: epath.Path) -> dict[str, n
 
 
 def _kind(conditioner: str, unet: Tensors, path: epath.Path) -> _Kind:
-    """The kind of model: Stable Diffusion 2 projects by matrices, version 1 by convolutions."""
+    """Return the kind of model: Stable Diffusion 2 projects with matrices, 1 with convolutions."""
     if conditioner == _CLASSES:
         return _OF_CLASSES
     projections = [
@@ -208,7 +208,7 @@ def write_folder(checkpoint: Checkpoint, folder: epath.Path, tokenizer: epath.Pa
     """Write a checkpoint as a diffusers folder.
 
     tokenizer: a folder to copy; None for a class-conditional model, whose class embedder, unknown to
-    diffusers' pipelines, gets a folder of its own.
+    diffusers' pipelines, gets its own folder.
     """
     write_component(folder / "unet", checkpoint.unet.config, checkpoint.unet.tensors, WEIGHTS)
     write_component(folder / "vae", checkpoint.vae.config, checkpoint.vae.tensors, WEIGHTS)

@@ -33,7 +33,7 @@ BUFFERS = frozenset(
         "sqrt_recipm1_alphas_cumprod",
     }
 )
-"""What CompVis' diffusion models store beside their networks; all of it follows from the betas."""
+"""Tensors that CompVis' models store beside their networks; all of them follow from the betas."""
 
 _TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 """Prediction types by their names in a file's metadata, as diffusers names them."""
