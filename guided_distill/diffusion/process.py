@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 
 def broadcast_to_rank(per_example: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, ..., 1] with the rank of `like`."""
+    """Reshape [B] to [B, 1, ..., 1], with the rank of `like`."""
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - per_example.ndim))
 
 
@@ -58,7 +58,7 @@ def levels(log_snr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rise(log_snr_t: jax.Array, log_snr_s: jax.Array) -> jax.Array:
-    """log_snr_s - log_snr_t, which is 0 also where both are infinite, as they are for clean data."""
+    """Return log_snr_s - log_snr_t, or 0 where both are infinite, as they are for clean data."""
     return jnp.where(log_snr_s == log_snr_t, 0.0, log_snr_s - log_snr_t)
 
 

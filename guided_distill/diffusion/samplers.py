@@ -179,7 +179,7 @@ def stochastic(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps:
 
 
 def _without_a_previous_step(z: jax.Array) -> State:
-    """With an infinite previous h, the first step is of first order."""
+    """Return the first state; its infinite previous h makes the first step first-order."""
     return z, jnp.zeros_like(z), jnp.full(z.shape[:1], jnp.inf, z.dtype)
 
 
