@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import contextlib
 import functools
+import gc
 import socket
 import subprocess
 import sys
@@ -91,6 +92,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if mark := FOLDERS.get(item.path.parent.name):
             item.add_marker(mark)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage less often: imports stay, and tracing allocates many short-lived objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.mesh import data_mesh, split_weights
 from guided_distill.training.state import initial_state
 
-UPDATES, BATCH = 20, 16
+UPDATES, BATCH = 10, 16
 SHAPE, NUM_CLASSES = (8, 8, 3), 10
 MLP = {"width": 32, "depth": 1, "embedding_width": 16}
 EXPERIMENT = parse(
@@ -33,9 +33,9 @@ EXPERIMENT = parse(
             "name": "unet",
             "options": {
                 "width": 16,
-                "channel_multipliers": (1, 2),
+                "channel_multipliers": (1,),
                 "blocks_per_level": 1,
-                "attention_resolutions": (4,),
+                "attention_resolutions": (8,),
                 "head_width": 16,
                 "embedding_width": 32,
             },

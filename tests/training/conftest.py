@@ -14,7 +14,7 @@ from guided_distill.runs.trained import load_finished
 
 # Forks after the imports but before JAX has a backend, so that a run starts at once.
 FORK_RUNS = """
-import functools, json, os, sys
+import functools, gc, json, os, sys
 import sklearn.datasets
 from guided_distill import cli, pipeline
 from guided_distill.evaluation import evaluate
@@ -22,6 +22,7 @@ from guided_distill.evaluation.extractors import registry
 from guided_distill.verbs import data, images, machine, models, pages, runs, studies
 
 registry.train_extractor = functools.partial(registry.train_extractor, steps=20)
+gc.disable()  # These runs are short.
 
 for line in sys.stdin:
     arguments, log = json.loads(line)
