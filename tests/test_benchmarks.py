@@ -108,3 +108,19 @@ def test_rounding(benchmark):
     }
     lines = benchmark("rounding", "1", OPTIONS=tiny)
     assert [line.split()[1] for line in lines] == ["512", "256", "64", "8"]
+
+
+def test_reading(benchmark):
+    points = f"{ROOT / 'configs' / 'mixture2d.py'}:runlocal"
+    short = ["--config.halving.samplers=('ddim',)", "--config.halving.first_num_steps=1"]
+    lines = benchmark("reading", points, *short)
+    counts = {}
+    for task, line in re.findall(
+        r"^(a halving update|a sample|an evaluation): (.*)$", "\n".join(lines), re.M
+    ):
+        counts[task] = [int(number) for number in re.findall(r"\d+", line)]
+    assert list(counts) == ["a halving update", "a sample", "an evaluation"]
+    (update, _), (_, _), (evaluation, _) = counts.values()
+    assert 5 < update < evaluation
+    # The functions of the halving loss are among those counted.
+    assert re.search(r"objectives: [3-9] files", "\n".join(lines))
