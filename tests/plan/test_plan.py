@@ -194,7 +194,13 @@ def test_stage_two_does_no_extra_work(mesh_of):
     """Two calls of the teacher, one of the student, and its backward pass, which costs two calls."""
     experiment = read("cifar10")
     outline, mesh = expected_outline(experiment.data), mesh_of(1)
-    experiment = replace(experiment, halving=replace(experiment.halving, batch_size=8))
+    # Wide but shallow: it is lowered sooner, and what isn't a network's call remains small.
+    options = experiment.model.options | {"blocks_per_level": 1, "channel_multipliers": (1, 1)}
+    experiment = replace(
+        experiment,
+        model=replace(experiment.model, options=options),
+        halving=replace(experiment.halving, batch_size=8),
+    )
     stage = next(each for each in all_stages(experiment) if each.kind == "halving")
     step = lower_step(experiment, outline, stage, mesh).cost_analysis()["flops"]
     call = lower_call(student_of(experiment, outline), outline, mesh, batch_size=8)
