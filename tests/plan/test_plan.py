@@ -335,6 +335,8 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 def test_accumulation_does_not_change_the_work(tmp_path):
     experiment, topology = replace(read("digits"), fsdp=0), find_topology("v5e:2x2")
+    shallow = replace(experiment.model, options=experiment.model.options | {"depth": 2})
+    experiment = replace(experiment, model=shallow)
     outline = outline_for(experiment)
 
     def measured(accumulation):
