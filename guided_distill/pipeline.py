@@ -1,4 +1,4 @@
-"""Which stages a run trains, in which order, from which checkpoint."""
+"""Train the stages of a run in order, each from its teacher's checkpoint."""
 
 import contextlib
 import json
@@ -40,10 +40,10 @@ from guided_distill.training.session import save_result, train_in
 
 
 def run(experiment: Experiment, workdir: epath.Path) -> None:
-    """Train what `experiment.stage` asks for, skipping what is done and resuming what was cut.
+    """Train the stages that `experiment.stage` selects; skip finished ones and resume an interrupted one.
 
-    Raises UserError if the workdir belongs to another config, if a stage lacks its teacher, if the disk
-    is full or not to be written, or if the processes that train together differ in their configs.
+    Raises UserError if the workdir belongs to another config, a stage lacks its teacher, the disk is full
+    or read-only, or the processes of the run have different configs.
     """
     check_same_config(experiment)
     check_batches(experiment)
@@ -65,7 +65,7 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
 
 
 def check_same_config(experiment: Experiment) -> None:
-    """Raises UserError, in every process, unless all that train together have the same config."""
+    """Raises UserError in every process unless all processes have the same config."""
     first, *others = texts_of_all(json.dumps(asdict(experiment)))
     for index, other in enumerate(others, start=1):
         for key, (theirs, ours) in differences(json.loads(other), json.loads(first)).items():
@@ -76,7 +76,7 @@ def check_same_config(experiment: Experiment) -> None:
 
 
 def check_batches(experiment: Experiment) -> None:
-    """Raises UserError, naming the key, for a batch that the devices of all processes can't share."""
+    """Raises UserError, naming the key, if the devices of all processes can't share a batch."""
     kinds = {stage.kind for stage in all_stages(experiment)}
     if experiment.autoencoder.steps:
         kinds.add(AUTOENCODER)
@@ -86,7 +86,7 @@ def check_batches(experiment: Experiment) -> None:
 
 
 def check_trainable(experiment: Experiment, workdir: epath.Path, source: Source) -> None:
-    """Raises UserError for a network that can't be made, or a start that doesn't fit."""
+    """Raises UserError if the network can't be built, or the run can't start from the given model."""
     network = network_of(experiment.model, outline_of(source))
     check_network(network)
     for kind in STAGES:
@@ -121,7 +121,7 @@ class Pipeline:
                     self._latest = self._result(chain[: index + 1], start)
 
     def _chains(self) -> Iterator[tuple[list[Stage], Trained | None]]:
-        """What is this run's own of each chain, and the result of another run's that it starts from."""
+        """The part of each chain that this run trains, and another run's model that it starts from."""
         path = self._experiment.start_from
         without_result = unbegun(self._workdir, self._experiment)
         for chain in chains(self._experiment):
@@ -131,7 +131,7 @@ class Pipeline:
                 start = load_finished(path_named(path), self._mesh)
                 yield left_after(start.description.stage, chain), start
             else:
-                # What comes before the first result of its own was another run's.
+                # The stages before the first finished one belong to another run.
                 finished = [is_finished(self._workdir, stage) for stage in chain]
                 yield chain[finished.index(True) :], None
 
@@ -139,7 +139,7 @@ class Pipeline:
         return self._experiment.stage in ("all", stage.kind)
 
     def _result(self, chain: list[Stage], start: Trained | None) -> Trained | None:
-        """What the last stage hands on, trained with those before it that aren't finished."""
+        """Train the last stage, and those before it that aren't finished; return the result."""
         result, left = start, chain
         for place in reversed(range(len(chain))):
             if finished := self._finished(chain[place]):
@@ -156,7 +156,7 @@ class Pipeline:
         return result
 
     def _finished(self, stage: Stage) -> Trained | None:
-        """The result of a stage; None unless its last checkpoint is there and whole."""
+        """The result of a stage; None unless its last checkpoint exists and is intact."""
         directory = self._workdir / stage.name
         if self._latest is not None and self._latest.path == str(directory):
             return self._latest
@@ -205,21 +205,21 @@ class Pipeline:
             shapes=shapes,
             initial=initial,
             frozen={
-                # Not in a program, which would copy what is in that precision already.
+                # Outside of a program, which would copy weights that already have this precision.
                 "params": tutor.rounded(teacher.params) if teacher else {},
-                # On the devices already, or they would be sent there at every step.
+                # Put on the devices once, so that no step transfers them.
                 **jax.device_put(
                     {"num_steps": np.int32(stage.num_steps or 0), "null": self._source.null},
                     replicated(self._mesh),
                 ),
             },
-            # Latents are encoded in both orientations.
+            # Latents were encoded in both orientations.
             flip=self._experiment.data.flip and not self._source.latent,
         )
         return Trained(str(job.directory), stage.total_steps, state.result, about)
 
     def _given_weights(self, teacher: Trained | None) -> Params:
-        """What a stage starts from: its teacher's weights, those of config.teacher.initial, or none."""
+        """The initial weights: the teacher's, those of config.teacher.initial, or none."""
         path = self._experiment.teacher.initial
         if teacher is not None:
             return teacher.params

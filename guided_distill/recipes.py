@@ -1,4 +1,4 @@
-"""What config files share: the paper's training in pixel space, its baselines, a run made small."""
+"""Settings that config files share: the paper's training, its baselines, and tiny versions of runs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from guided_distill.errors import UserError
 
 BASELINES = ("single_w", *(method for method in METHODS if method != "guided"))
 
-# Of networks whose defaults are those of published models.
+# For networks whose default options are those of published models.
 _TINY_NETWORKS: dict[str, dict[str, Any]] = {
     "sd_unet": {
         "block_out_channels": (16,),
@@ -33,12 +33,12 @@ _TINY_OPTIONS = {
 
 
 def paper_config() -> ml_collections.ConfigDict:
-    """The training of Meng et al. 2023 in pixel space, as far as it is the same for all data sets.
+    """The settings of Meng et al. 2023 in pixel space that all data sets share.
 
-    What the paper leaves to its parents is theirs: Salimans & Ho 2022, Ho & Salimans 2022. Of the
-    paper's own, w in [0, 4] and 1024 steps at the start are known from reviews of it. Not confirmed by a
-    source we could read: that it predicts v, stage one's weighting, and that it keeps stage one's average
-    and trains the rounds N = 2 and N = 1 twice as long. The updates of stage one are our choice.
+    Settings that the paper leaves open follow Salimans & Ho 2022 and Ho & Salimans 2022. w in [0, 4] and
+    1024 initial steps are known from reviews of the paper. Not confirmed by a source that we could read:
+    the prediction of v, stage one's weighting, the average of stage one's weights, and the doubled
+    training of the rounds N = 2 and N = 1. The updates of stage one are our choice.
     """
     config = default_config()
     config.data.channels = 3
@@ -54,7 +54,7 @@ def paper_config() -> ml_collections.ConfigDict:
     config.guidance.ema_decay = 0.9999
     config.guidance.weighting = "snr"
     config.guidance.w_min, config.guidance.w_max = 0.0, 4.0
-    config.halving.first_num_steps = 512  # The guidance stage's model is sampled with 1024.
+    config.halving.first_num_steps = 512  # The first teacher takes 1024.
     config.halving.steps = 50_000
     config.halving.few_step_factor = 2
     config.halving.learning_rate_schedule = "linear"
@@ -68,12 +68,13 @@ def paper_config() -> ml_collections.ConfigDict:
 
 
 def latent_paper_config() -> ml_collections.ConfigDict:
-    """The training of Meng et al. 2023 in latent space, as far as it is the same for all models.
+    """The settings of Meng et al. 2023 in latent space that all models share.
 
-    Known from reviews of the paper: w in [2, 14] for Stable Diffusion. Not confirmed by a source we could
-    read: 512 steps at the start, 3000 updates of stage one, the updates of the rounds (their sum, 85,000,
-    is what InstaFlow's price of it comes to), the learning rates' linear fall, and that the teacher first
-    learns to predict v. How long it learns that, and the learning rates, are our choice.
+    w in [2, 14] for Stable Diffusion is known from reviews of the paper. Not confirmed by a source that
+    we could read: 512 initial steps, 3000 updates of stage one, the updates of the rounds (their sum,
+    85,000, matches the cost that InstaFlow reports), the linear decay of the learning rates, and the
+    fine-tuning of the teacher to predict v. The updates of the fine-tuning and the learning rates are our
+    choice.
     """
     config = default_config()
     config.model.parameterization = "v"
@@ -106,7 +107,7 @@ def latent_paper_config() -> ml_collections.ConfigDict:
 
 
 def chosen(variant: str, *known: str) -> tuple[str, ...]:
-    """The names in a config's variant, separated by commas. Raises UserError for one that isn't known."""
+    """The comma-separated names of a config's variant. Raises UserError if one is unknown."""
     names = tuple(name.strip() for name in variant.split(",") if name)
     for name in names:
         if name not in known:
@@ -119,13 +120,11 @@ def chosen(variant: str, *known: str) -> tuple[str, ...]:
 def as_variant(
     config: ml_collections.ConfigDict, variant: str, *, single_w: float
 ) -> ml_collections.ConfigDict:
-    """The config changed as `variant` says: a name of BASELINES, "runlocal" (see `shrink`), or both.
+    """The config of a variant: a name of BASELINES, "runlocal" (see `shrink`), or both, with a comma.
 
-    Both are joined by a comma. "single_w" distills at w = single_w alone; "naive", at that w too, and
-    "two_student" are methods of guided_distill.config.Experiment. A baseline has no student but the
-    deterministic one, and leaves the measures of the teacher to the main run.
-
-    Raises UserError for another name.
+    "single_w" and "naive" distill at w = single_w only; "naive" and "two_student" are methods of
+    guided_distill.config.Experiment. A baseline has deterministic students only, and doesn't measure the
+    teacher, which the main run does. Raises UserError for another name.
     """
     names = chosen(variant, *BASELINES, "runlocal")
     if "runlocal" in names:
@@ -143,10 +142,10 @@ def as_variant(
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same experiment in seconds on a laptop: every stage, the last two rounds, a tiny network.
+    """Shrink an experiment to seconds on a laptop: every stage, the last two rounds, a tiny network.
 
-    Data that have to be fetched or encoded first are replaced by the pixels of the built-in photo10, and
-    a published teacher by one that is trained.
+    The built-in photo10 replaces data that have to be downloaded or encoded first, and a teacher trained
+    from scratch replaces a published one.
     """
     if ":" in config.data.name:
         config.data.update({"name": "photo10", "image_size": None, "shape": ()})

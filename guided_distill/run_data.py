@@ -1,4 +1,4 @@
-"""What a run is trained on: the data that its config names, or their latents by its own autoencoder."""
+"""The data that a run trains on: those of its config, or their latents from its own autoencoder."""
 
 import zlib
 from dataclasses import replace
@@ -45,25 +45,25 @@ from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import make_train_step
 
 SCALE_EXAMPLES = 4096
-"""Images whose latents' deviation sets the scaling factor."""
+"""Number of images whose latents determine the scaling factor."""
 
 _SHARD = 4096
 
 
 def open_data(experiment: Experiment) -> Source:
-    """The data that the config names. Raises UserError if they aren't what it says."""
+    """Open the config's data. Raises UserError if they don't match the config."""
     data = experiment.data
     source = sources.load_source(data.name, image_size=data.image_size, seed=experiment.seed)
     if data.channels not in (None, source.shape[-1]):
         raise UserError(
             f"config.data.channels is {data.channels}, but {data.name} has {source.shape[-1]}: "
-            f"give it images of that kind, or set config.data.channels to what it has"
+            f"use images with that number of channels, or change config.data.channels"
         )
     check_expected(data, source)
     if source.latent and data.flip:
         raise UserError(
-            "config.data.flip would mirror latents, which are no latents of mirrored images: set it to "
-            "False, and let `guided-distill encode --flip` encode both"
+            "config.data.flip would mirror latents, but these aren't the latents of mirrored images: set "
+            "it to False, and let `guided-distill encode --flip` encode both"
         )
     if data.text_encoder and not experiment.autoencoder.steps:
         raise UserError(
@@ -79,7 +79,7 @@ def open_data(experiment: Experiment) -> Source:
 
 
 def outline_of_latents(source: Source, experiment: Experiment) -> Source:
-    """What `latents_of` will be like, to check a network by before anything is trained.
+    """The outline of `latents_of`, to check a network before anything is trained.
 
     Raises UserError if the autoencoder's options, the images or the text encoder don't fit.
     """
@@ -110,7 +110,7 @@ def outline_of_latents(source: Source, experiment: Experiment) -> Source:
 
 
 def outline_for(experiment: Experiment) -> Outline:
-    """What the denoisers of a run are trained on, by the config, or else by the data."""
+    """The outline of the data that a run's denoisers train on, from the config or else from the data."""
     if expected := expected_outline(experiment.data):
         return expected
     source = open_data(experiment)
@@ -120,10 +120,10 @@ def outline_for(experiment: Experiment) -> Outline:
 
 
 def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> Source:
-    """What the run's denoisers are trained on: latents by an autoencoder of the run's own.
+    """Return the latents that the run's denoisers train on.
 
-    The autoencoder is trained first where it isn't finished, and the data are encoded, texts too.
-    Raises UserError if it is unfinished and config.stage asks for another stage.
+    Trains the run's autoencoder first unless it is finished, then encodes the data, captions included.
+    Raises UserError if the autoencoder is unfinished and config.stage is another stage.
     """
     data = experiment.data
     if not (workdir / COMPANIONS / MODEL_INDEX).exists():
@@ -156,8 +156,8 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
 def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:
     """Train the run's autoencoder on the images of `source`, and write it to its folder.
 
-    Its scaling factor makes the latents of the training images have a deviation of one. Raises
-    UserError as training does, and for data that aren't images of its size.
+    With its scaling factor, the latents of the training images have a standard deviation of 1. Raises
+    UserError as training does, and if the data aren't images of the autoencoder's size.
     """
     settings = experiment.autoencoder
     module = check_autoencoder(settings, source)
@@ -211,7 +211,7 @@ def _write_companions(
     params: Params,
     source: Source,
 ) -> None:
-    """What the run's denoisers need beside them, as diffusers keeps it; the index last of all."""
+    """Write the companions of the run's denoisers in diffusers' layout; the index comes last."""
     model, text_encoder = experiment.model, experiment.data.text_encoder
     write_component(
         folder / "vae",
@@ -241,7 +241,7 @@ def _write_companions(
 
 
 def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
-    """The autoencoder of a config. Raises UserError if its options or the images don't fit."""
+    """The autoencoder of a config. Raises UserError if its options and the images don't fit."""
     fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
     check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
     module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])

@@ -113,9 +113,9 @@ def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished
         (
             "guidance",
             ["--config.method=naive"],
-            "another method (guided) than this run needs (naive)",
+            "has method guided, but this run needs naive",
         ),
-        ("guidance", ["--config.method=two_student"], "another method (guided)"),
+        ("guidance", ["--config.method=two_student"], "has method guided"),
         ("halving_ddim_4", ["--config.halving.first_num_steps=2"], "('ddim', 4)"),
         ("halving_ddim_3", [], "holds no checkpoint"),
     ):
@@ -188,7 +188,7 @@ def test_one_stage_alone_and_from_another_run(finished, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.is_dir()) == ["guidance"]
     assert weights(tmp_path / "b", "guidance").description.teacher["path"].endswith("teacher")
     assert train(tmp_path / "c", start, "--config.model.options.width=8") == 2
-    assert "another width (16) than this run needs (8)" in capsys.readouterr().err
+    assert "has width 16, but this run needs 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stage", "first"), [("guidance", 4), ("halving_ddim_4", 2)])

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, what a checkpoint says of itself, models in one file."""
+"""A run on disk: its folder, the descriptions of its checkpoints, and models in one file."""

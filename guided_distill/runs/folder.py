@@ -1,4 +1,4 @@
-"""A run's folder: its config, whose it is, and which of its stages are finished. Nothing here trains."""
+"""A run's folder: its config, the check that it belongs to a config, and its finished stages."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from guided_distill.training.checkpoints import latest_step
 
 
 def is_finished(workdir: epath.Path, stage: Stage) -> bool:
-    """Whether the run has the stage's last checkpoint, without opening it."""
+    """Whether the run has the last checkpoint of the stage, which isn't opened."""
     return latest_step(workdir / stage.name) == stage.total_steps
 
 
@@ -33,7 +33,7 @@ def read_config(workdir: epath.Path) -> Experiment:
     """The config of a run. Raises UserError if the folder holds none."""
     if is_model_file(workdir):
         raise UserError(
-            f"{workdir} is one model's file, and this takes a run's folder: make one of it by "
+            f"{workdir} is the file of one model, but a run's folder is needed: make one with "
             f"`guided-distill export --workdir {workdir} --out FOLDER`"
         )
     path = workdir / "config.json"
@@ -49,31 +49,33 @@ def read_config(workdir: epath.Path) -> Experiment:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({first_line(error)}): remove it, and run `guided-distill train` with "
-            f"the run's --config, which writes it anew"
+            f"the run's --config, which writes it again"
         ) from error
     return parse_recorded(values)
 
 
 def finished_stages(workdir: epath.Path) -> list[str]:
-    """Folders of the run's finished stages, in the order of training, without opening them."""
+    """Folders of the finished stages in the order of training; their checkpoints aren't opened."""
     return [stage.name for stage in all_stages(read_config(workdir)) if is_finished(workdir, stage)]
 
 
 def folder_of(workdir: epath.Path) -> epath.Path:
-    """Where companions and results lie: the run's folder, or the folder of a model's file."""
+    """The folder of companions and results: the run's folder, or the folder that holds a model's file."""
     return workdir.parent if is_model_file(workdir) else workdir
 
 
 def stage_to_sample(workdir: epath.Path, stage: str | None) -> epath.Path:
-    """Where the model to sample from lies.
+    """The path of the model to sample from.
 
-    workdir: a run's folder, in which `stage` names a stage's folder, None for the last finished one that
-    samples; or a model's file. Raises UserError if there is none, or for a stage of a file.
+    workdir: a model's file, or a run's folder, in which `stage` names a stage's folder; None selects the
+    last finished stage that samples. Raises UserError if there is none, or if a file is given a stage.
     """
     if not is_model_file(workdir):
         return workdir / (stage or finished_samplers(workdir)[-1])
     if stage is not None:
-        raise UserError(f"--stage is {stage}, but {workdir} is one model's file: leave it out")
+        raise UserError(
+            f"--stage is {stage}, but {workdir} is the file of one model: leave --stage out"
+        )
     return workdir
 
 
@@ -90,15 +92,16 @@ def finished_samplers(workdir: epath.Path) -> list[str]:
 
 
 def claim(workdir: epath.Path, experiment: Experiment) -> None:
-    """Write the config to the workdir. Raises UserError if one that differs is there already."""
+    """Write the config to the workdir. Raises UserError if it already holds a different one."""
     check_unclaimed(workdir, experiment)
     write_text(workdir / "config.json", json.dumps(dataclasses.asdict(experiment), indent=2))
 
 
 def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
-    """Raises UserError if the workdir holds a config that differs in more than where it started from.
+    """Raises UserError if the workdir's config differs in a key that changes the trained weights.
 
-    That may be spelled in another way, or have moved, and is of no account to a run that has a result.
+    start_from and teacher.initial may name the same stage differently, or one that has moved, and don't
+    matter once the run has a result.
     """
     if is_there(workdir / "config.json"):
         changes = changed_keys(read_config(workdir), experiment)
@@ -113,13 +116,13 @@ def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
                 for key, (old, new) in changes.items()
             )
             raise UserError(
-                f"{workdir} was made by another config ({listed}): choose another --workdir, or give "
-                f"the same values to go on"
+                f"{workdir} belongs to another config ({listed}): choose another --workdir, or give "
+                f"the same values to resume"
             )
 
 
 def _differ(old: epath.Path, new: epath.Path) -> bool:
-    """Whether two paths name two stages; one that is gone may have become the other."""
+    """Whether two paths name different stages; a missing one may have been moved to the other."""
     return is_there(old) and old.resolve() != new.resolve()
 
 
@@ -127,14 +130,14 @@ def check_shared(workdir: epath.Path) -> None:
     """Raises UserError unless this process sees the run's folder and can write to it."""
     if not is_there(workdir / "config.json"):
         raise UserError(
-            f"process {jax.process_index()} doesn't see {workdir}, which process 0 has written: give a "
-            f"--workdir that all of them share"
+            f"process {jax.process_index()} doesn't see {workdir}, which process 0 wrote: give a "
+            f"--workdir that all processes share"
         )
     persistently(partial(check_writable, workdir), workdir)
 
 
 def unbegun(workdir: epath.Path, experiment: Experiment) -> list[list[Stage]]:
-    """The chains without a finished stage: they alone need the run that another one starts from."""
+    """The chains without a finished stage. Only they need the model that the run starts from."""
     return [
         chain
         for chain in chains(experiment)

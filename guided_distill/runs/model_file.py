@@ -1,7 +1,7 @@
-"""A trained model in one safetensors file: its weights, and what it is as metadata.
+"""A trained model in one safetensors file: its weights, and its description as metadata.
 
-A tensor's name is its path in the tree of weights, joined by dots. Of the metadata, `about` is the
-item of that name in a checkpoint, in JSON, and `sha256` the digest of this text and of the tensors.
+A tensor's name is its path in the tree of weights, joined by dots. The metadata are `about`, the item of
+that name in a checkpoint as JSON, and `sha256`, the digest of this text and of the tensors.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ ABOUT, DIGEST = "about", "sha256"
 
 
 def is_model_file(path: epath.Path) -> bool:
-    """Whether a path names one model's file, and no folder of a run or of a stage."""
+    """Whether a path names a model's file instead of the folder of a run or a stage."""
     return path.suffix == SUFFIX and not path.is_dir()
 
 
 def is_own(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file with these metadata is one that `write_model_file` wrote."""
+    """Whether these metadata are of a file that `write_model_file` wrote."""
     return all(isinstance(metadata.get(name), str) for name in (ABOUT, DIGEST))
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The file, read as `StageCheckpoints` reads a stage's folder."""
+    """A model's file, with the reading methods of `StageCheckpoints`."""
 
     path: epath.Path
 
     def about(self) -> dict[str, Any]:
-        """What the model is. Raises UserError if the file is missing, damaged or of another program."""
+        """The description. Raises UserError if the file is missing, damaged or of another program."""
         text, _ = self._metadata()
         try:
             about = json.loads(text)
@@ -55,10 +55,9 @@ class ModelFile:
         return about
 
     def restore_result(self, template: Params) -> tuple[int, Params]:
-        """Step and weights, as a tree of the shapes, types and shardings of `template`.
+        """The step and the weights, in the shapes, types and shardings of `template`.
 
-        Raises UserError as `about`, for weights of another network, for those that aren't finite, and
-        unless all is as it was written.
+        Raises UserError as `about`, and if the weights are of another network, not finite, or damaged.
         """
         text, digest = self._metadata()
         tensors = read_safetensors(self.path)
@@ -71,20 +70,18 @@ class ModelFile:
         )
         if _digest(text, tensors) != digest:
             raise UserError(
-                f"{self.path} is damaged, for its digest is another: get the file again"
+                f"{self.path} is damaged, because its digest differs: get the file again"
             )
         for name, tensor in tensors.items():
             if not np.isfinite(tensor).all():
-                raise UserError(
-                    f"{self.path} holds numbers that aren't finite in {name}: get another"
-                )
+                raise UserError(f"{self.path} holds non-finite numbers in {name}: get another file")
         params = {name: _placed(tensors[name], leaf) for name, leaf in places.items()}
         return self.about()["total_steps"], unflatten_dict(params, sep=".")
 
     def _metadata(self) -> tuple[str, str]:
         """The description's text, and the digest."""
         if not is_there(self.path):
-            raise UserError(f"{self.path} is not there: give a stage's folder, or a model's file")
+            raise UserError(f"{self.path} doesn't exist: give a stage's folder or a model's file")
         metadata = read_metadata(self.path)
         if not is_own(metadata):
             raise UserError(
@@ -97,9 +94,9 @@ class ModelFile:
 def write_model_file(
     path: epath.Path, params: Params, *, about: Mapping[str, Any], dtype: str
 ) -> None:
-    """Write weights, in one of DTYPES, and what they are; the file is whole or not there at all.
+    """Write weights, in one of DTYPES, and their description; the file is complete or missing.
 
-    Raises UserError for a weight beyond float16's 65504, and if the file can't be written.
+    Raises UserError if a weight exceeds float16's 65504, or the file can't be written.
     """
     tensors = {
         name: _converted(name, np.asarray(leaf), dtype)

@@ -1,4 +1,4 @@
-"""Runs that begin with another run's result: config.start_from and config.teacher.initial."""
+"""Runs that start from the result of another run: config.start_from and config.teacher.initial."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ from guided_distill.runs.folder import unbegun
 from guided_distill.runs.trained import Description, read_finished
 
 _Pairs = dict[str, tuple[Any, Any]]
-"""(there, needed here), by name."""
+"""{name: (its value there, the value needed here)}."""
 
 
 def check_starts(
     workdir: epath.Path, experiment: Experiment, source: Source, network: Network
 ) -> None:
-    """Raises UserError if a chain that has yet to begin can't start from what the config names.
+    """Raises UserError if a chain that hasn't begun can't start from the model that the config names.
 
-    network: the run's teacher's, for the data of `source`.
+    network: the network of the run's teacher, for the data of `source`.
     """
     chains = unbegun(workdir, experiment)
     if chains and (path := experiment.teacher.initial):
@@ -41,7 +41,7 @@ def check_starts(
 
 
 def bring_from_origins(workdir: epath.Path, experiment: Experiment) -> None:
-    """Copy the companions of the runs that the experiment starts from, if it has yet to start."""
+    """Copy the companions of the runs that the experiment starts from, unless it has already begun."""
     for origin in (experiment.start_from, experiment.teacher.initial):
         if origin and unbegun(workdir, experiment):
             bring_companions(path_named(origin).parent, workdir)
@@ -54,7 +54,7 @@ def left_after(kind: str, chain: list[Stage]) -> list[Stage]:
 
 
 def _differences(about: Description, source: Source, network: Network) -> _Pairs:
-    """What makes a network other than this run's teacher."""
+    """The properties of a network that must equal those of this run's teacher."""
     theirs = {
         **about.network().options,
         "data_shape": about.data_shape,
@@ -71,7 +71,7 @@ def _differences(about: Description, source: Source, network: Network) -> _Pairs
 
 
 def _distilled(about: Description, ours: Experiment, chain: list[Stage]) -> _Pairs:
-    """What a distillation must have in common with the stage that it starts from."""
+    """The settings that a distillation shares with the stage that it starts from."""
     theirs = about.experiment
     same: _Pairs = {
         key: (getattr(about.model, key), getattr(ours.model, key))
@@ -92,6 +92,6 @@ def _check_same(key: str, path: str, pairs: _Pairs) -> None:
     for name, (theirs, needed) in pairs.items():
         if theirs != needed:
             raise UserError(
-                f"config.{key}={path} has another {name} ({theirs}) than this run needs ({needed}): "
+                f"config.{key}={path} has {name} {theirs}, but this run needs {needed}: "
                 f"start from a stage that fits, or change the config"
             )

@@ -1,4 +1,4 @@
-"""A trained model: what it is and its weights, read from a stage's folder or from one file."""
+"""A trained model: its description and its weights, from a stage's folder or from one file."""
 
 import contextlib
 import dataclasses
@@ -27,13 +27,12 @@ from guided_distill.training.mesh import data_mesh
 
 @dataclass(frozen=True)
 class Description:
-    """The `about` item of a checkpoint, and that of a model's file.
+    """The `about` item of a checkpoint or a model's file.
 
-    num_steps and sampler: those of the sampler that a halving student was trained for; None for the
-    teacher and the guidance stage, which know every t. w_min, w_max: the trained range of the guidance
-    weight; None for the teacher and for two-student rounds, which don't take it. teacher: folder and
-    step of the checkpoint that it was distilled from. total_steps: updates of the whole stage.
-    condition_shapes, latent: as of `Network`.
+    num_steps, sampler: those that a student was trained for; None for the teacher and stage one, which
+    are trained at every t. w_min, w_max: the range of w that the network is conditioned on; None for the
+    teacher and for two-student rounds, which don't take w. teacher: folder and step of the checkpoint
+    that taught it. total_steps: updates of the whole stage. condition_shapes, latent: as in `Network`.
     """
 
     stage: str
@@ -52,7 +51,7 @@ class Description:
 
     @property
     def stage_name(self) -> str:
-        """The folder of its stage in a run."""
+        """The folder of the stage in a run."""
         return stage_name(self.stage, self.sampler, self.num_steps)
 
     @property
@@ -62,18 +61,18 @@ class Description:
 
     @property
     def outline(self) -> Outline:
-        """What its data are like."""
+        """The outline of the data."""
         return Outline(self.data_shape, len(self.class_names), self.condition_shapes, self.latent)
 
     def network(self) -> Network:
-        """The network whose weights the checkpoint holds."""
+        """The network that the weights belong to."""
         network = network_of(self.model, self.outline)
         if self.w_min is None:
             return network
         return network.conditioned_on_w(self.experiment.guidance.w_embedding)
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; `from_json` is its inverse."""
+        """A dictionary of JSON values; the inverse of `from_json`."""
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return {
             **fields,
@@ -85,11 +84,11 @@ class Description:
     def from_json(cls, values: Mapping[str, Any]) -> "Description":
         """The description that `to_json` wrote.
 
-        Raises UserError, naming the key, for a value of another kind, and KeyError for a lack of one.
+        Raises UserError, naming the key, for a value of another type, and KeyError for a missing key.
         """
         fields = {each.name: each.type for each in dataclasses.fields(cls)}
         for name in values.keys() - fields:
-            raise UserError(f"{name} is not known here")
+            raise UserError(f"{name} is unknown")
         shapes = values.get("condition_shapes", dict(LABEL))
         given = {
             **{
@@ -111,7 +110,7 @@ class Description:
 
 
 def network_of(model: Model, outline: Outline) -> Network:
-    """The network of a config for data like this; it doesn't take w."""
+    """The network of a config for data of this outline, without w."""
     return build_network(
         name=model.name,
         options=model.options,
@@ -123,13 +122,13 @@ def network_of(model: Model, outline: Outline) -> Network:
 
 
 def package_version() -> str:
-    """The version of guided_distill that is installed."""
+    """The installed version of guided_distill."""
     return importlib.metadata.version("guided_distill")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights that a stage handed on after `step` updates, and what they are.
+    """The resulting weights of a stage after `step` updates, and their description.
 
     path: the stage's folder, or the model's file.
     """
@@ -141,20 +140,20 @@ class Trained:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage ran to its end."""
+        """Whether the stage is finished."""
         return self.step == self.description.total_steps
 
     @property
     def name(self) -> str:
-        """What files about it are called after: its folder or its file."""
+        """The name of its folder or its file, for files made from it."""
         path = epath.Path(self.path)
         return path.stem if is_model_file(path) else path.name
 
 
 def read_description(path: epath.Path) -> Description:
-    """What the newest whole checkpoint of a stage's folder is, or the model of a file.
+    """Describe the newest intact checkpoint of a stage's folder, or the model of a file.
 
-    Raises UserError if there is none, or one of an autoencoder, which doesn't sample.
+    Raises UserError if there is none, or if it is of an autoencoder, which doesn't sample.
     """
     with _opened(path) as source:
         about = source.about() if source else None
@@ -164,7 +163,7 @@ def read_description(path: epath.Path) -> Description:
 
 
 def read_finished(path: epath.Path) -> Description:
-    """As `read_description`. Raises UserError if the stage has no checkpoint or was cut short."""
+    """Like `read_description`. Raises UserError also if the stage isn't finished."""
     description = read_description(path)
     if not is_model_file(path):
         _check_finished(path, latest_step(path), description)
@@ -174,9 +173,9 @@ def read_finished(path: epath.Path) -> Description:
 def load_trained(
     path: epath.Path, mesh: Mesh | None = None, *, total_steps: int | None = None
 ) -> Trained | None:
-    """The newest whole checkpoint of a stage's folder, None if there is none; or the model of a file.
+    """Load the newest intact checkpoint of a stage's folder, None if there is none; or a model's file.
 
-    Its weights live as the mesh says; without one, whole on all devices. total_steps: as of
+    The weights are sharded over the mesh; without one, replicated on all devices. total_steps: as in
     `StageCheckpoints`.
     """
     with _opened(path, total_steps=total_steps) as source:
@@ -193,7 +192,7 @@ def load_trained(
 
 
 def load_finished(path: epath.Path, mesh: Mesh | None = None) -> Trained:
-    """As `load_trained`. Raises UserError if the stage has no checkpoint or was cut short."""
+    """Like `load_trained`. Raises UserError if the stage has no checkpoint or isn't finished."""
     trained = load_trained(path, mesh)
     if trained is None:
         raise _no_checkpoint(path)
@@ -205,7 +204,7 @@ def load_finished(path: epath.Path, mesh: Mesh | None = None) -> Trained:
 def _opened(
     path: epath.Path, *, total_steps: int | None = None
 ) -> Iterator[StageCheckpoints | ModelFile | None]:
-    """What holds a trained model; None for a folder without checkpoints."""
+    """The file or the checkpoints of a trained model; None for a folder without checkpoints."""
     if is_model_file(path):
         yield ModelFile(path)
     elif (path / "checkpoints").exists():

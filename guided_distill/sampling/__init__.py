@@ -1,1 +1,1 @@
-"""Samples from a trained stage: what is asked for, the compiled programs, and their calls."""
+"""Sampling from a trained stage: requests, compiled programs, and their calls."""

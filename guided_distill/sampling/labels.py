@@ -1,4 +1,4 @@
-"""Classes: as a condition, as a user names them, in turn."""
+"""Class labels: conditions from labels, labels from names, and labels in turn."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ def of_labels(labels: Sequence[int] | np.ndarray) -> Condition:
 
 
 def class_index(label: int | str, about: Description, *, flag: str) -> int:
-    """The place of a class that a user names: a number is the place itself, a string is a name.
+    """The index of a class that a user gives: a number is the index itself, a string is a name.
 
-    Names of folders are sorted as text, so the place of the class "2" may be another than 2, of which a
-    warning says. Raises UserError, naming the flag, if there is no such class.
+    Names of folders are sorted as text, so the index of the class "2" may differ from 2; a warning says
+    so. Raises UserError, naming the flag, if there is no such class.
     """
     names = about.class_names
     if isinstance(label, str):
@@ -40,5 +40,5 @@ def class_index(label: int | str, about: Description, *, flag: str) -> int:
 
 
 def cycling_labels(count: int, num_classes: int) -> np.ndarray:
-    """Labels [count] that go through the classes in turn."""
+    """Labels [count] that cycle through the classes."""
     return np.arange(count, dtype=np.int32) % num_classes

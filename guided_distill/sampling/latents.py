@@ -16,11 +16,11 @@ from guided_distill.models.registry import Params
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL, VQModel
 
 BATCH_SIZE = 8
-"""Images in a call of an autoencoder: one of 512 pixels takes a gigabyte."""
+"""Images per call of an autoencoder; an image of 512 pixels takes 1 GB."""
 
 
 def autoencoder_folder(workdir: epath.Path) -> epath.Path:
-    """Where a run's autoencoder lies, in diffusers' layout."""
+    """The folder of a run's autoencoder, in diffusers' layout."""
     return workdir / COMPANIONS / "vae"
 
 
@@ -32,11 +32,11 @@ class LatentSpace:
     params: Params = field(repr=False)
 
     def to_latents(self, images: np.ndarray) -> np.ndarray:
-        """Latents [n, h, w, c] of the diffusion; their mean, where they are random."""
+        """Encode images to latents [n, h, w, c] of the diffusion, the means if latents are random."""
         return self._batched(self._encode, images)
 
     def to_images(self, latents: np.ndarray) -> np.ndarray:
-        """Images of the diffusion's latents [n, h, w, c], held to [-1, 1]."""
+        """Decode latents [n, h, w, c] of the diffusion to images, clipped to [-1, 1]."""
         return np.clip(self._batched(self._decode, latents), -1.0, 1.0)
 
     @functools.cached_property
@@ -51,7 +51,7 @@ class LatentSpace:
         found = []
         for start in range(0, len(arrays), BATCH_SIZE):
             batch = arrays[start : start + BATCH_SIZE]
-            # One size, so one compilation.
+            # All batches have one size, so there is one compilation.
             size = min(BATCH_SIZE, len(arrays))
             padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (arrays.ndim - 1)])
             found.append(np.asarray(run({"params": self.params}, padded))[: len(batch)])
@@ -59,7 +59,7 @@ class LatentSpace:
 
 
 def load_latent_space(workdir: epath.Path) -> LatentSpace:
-    """The autoencoder of a run. Raises UserError if it has none, or one that isn't supported."""
+    """Load the autoencoder of a run. Raises UserError if it has none, or one that isn't supported."""
     folder = autoencoder_folder(workdir)
     if not folder.exists():
         raise UserError(

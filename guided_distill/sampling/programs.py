@@ -1,4 +1,4 @@
-"""The compiled programs: from noise to samples and back, and what draws the noise."""
+"""The compiled programs: from noise to samples and back, and for drawing noise."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from guided_distill.training.mesh import replicated, split_batch
 class Inputs(NamedTuple):
     """A batch for a sampler: z [B, ...] at t = first/num_steps, keys [B], and conditions.
 
-    null: the null condition, one example's; None where the network knows it, or needs none. known: what
+    null: the null condition of one example; None if the network has its own, or needs none. known: what
     in-painting keeps. w: [B]. num_steps, first: numbers, traced or not.
     """
 
@@ -35,9 +35,9 @@ class Inputs(NamedTuple):
 def run_sampler(
     network: Network, sampler: str, params: Params, inputs: Inputs, *, clipped: bool
 ) -> jax.Array:
-    """From z to x, keeping what is known; with samplers.ENCODE, from x to z.
+    """Run a sampler from z to x, which keeps what is known; or, for samplers.ENCODE, from x to z.
 
-    clipped: hold x to [-1, 1] at every step.
+    clipped: clip x to [-1, 1] at every step.
     """
     predict = _predict(network, params, inputs, clipped=clipped)
     z, num_steps = inputs.z, inputs.num_steps
@@ -51,7 +51,7 @@ def run_sampler(
 def _predict(
     network: Network, params: Params, inputs: Inputs, *, clipped: bool
 ) -> samplers.Predict:
-    """The guided network: one that doesn't take w is called twice, in one batch."""
+    """The guided prediction; a network that doesn't take w computes both branches in one batch."""
     denoiser = network.denoiser(params, null=inputs.null)
     if not denoiser.guided:
         denoiser = with_guidance(denoiser)
@@ -103,7 +103,7 @@ def compiled_predictions(
 def compiled_noise(
     data_shape: tuple[int, ...], mesh: Mesh
 ) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """f(key, indices [B]) -> (unit noise [B, *data_shape], the steps' keys [B]), each from its index."""
+    """f(key, indices [B]) -> (unit noise [B, *data_shape], keys [B] of the steps), one for each index."""
 
     def draw(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return samplers.initial_noise(key, indices, data_shape), samplers.step_keys(key, indices)

@@ -1,4 +1,4 @@
-"""What to sample, by what the stage was trained for."""
+"""Requests for samples, checked against what the stage was trained for."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from guided_distill.runs.trained import Description
 
 @dataclass(frozen=True)
 class Options:
-    """How to sample, as a user chooses it or leaves it out (None). See `Request`."""
+    """The user's choices of how to sample; None leaves a choice to the default. See `Request`."""
 
     w: float | None = None
     num_steps: int | None = None
@@ -27,7 +27,7 @@ class Options:
     allow_untrained: bool = False
 
     def with_w(self, about: Description) -> Self:
-        """The same, with the usual w where none is chosen."""
+        """These options, with the default w if none is chosen."""
         w = usual_w(about) if self.w is None else float(self.w)
         return dataclasses.replace(self, w=w)
 
@@ -39,17 +39,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample for each example of `condition` [n, ...] from the index `start` on.
+    """A request for one sample for each example of `condition` [n, ...], from the index `start` on.
 
-    w: the guidance weight, of all or [n] of each. null: the condition that stands for none, where a
-    teacher needs another than that of labels. num_steps, sampler: those that were trained where they are
-    None. noise: where to start, z at t = 1 [n, *data_shape], such as `encode` returns; drawn where it is
-    None. first: start at t = first/num_steps instead, where `noise` is the noisy z. known: what to keep,
-    arrays [n, ...]. batch_size: of a call; no larger than what all devices need for n. allow_untrained:
-    sample what the stage wasn't trained for.
+    w: the guidance weight, one for all or one [n] for each. null: the null condition, if a teacher needs
+    one other than that of labels. num_steps, sampler: None for those that the stage was trained for.
+    noise: the initial z at t = 1 [n, *data_shape], such as `encode` returns; None draws it. first: start
+    at t = first/num_steps instead, with `noise` as the z at that time. known: what in-painting keeps,
+    arrays [n, ...]. batch_size: the largest batch of a call. allow_untrained: allow a number of steps and
+    a sampler that the stage wasn't trained for.
 
-    Sample i depends on (seed, i), its condition, its noise and its w; n and batch_size shape the compiled
-    program, which shows in the last digits at most.
+    Sample i depends on (seed, i), its condition, its noise and its w. n and batch_size affect only the
+    shapes of the compiled program, and so at most the last digits.
     """
 
     condition: Condition
@@ -71,12 +71,12 @@ class Request:
         return len(np.asarray(next(iter(self.condition.values()))))
 
     def resolved(self, num_steps: int, sampler: str) -> Self:
-        """The same with its number of steps and its sampler."""
+        """This request with a number of steps and a sampler."""
         return dataclasses.replace(self, num_steps=num_steps, sampler=sampler)
 
 
 def check_request(about: Description, request: Request) -> Request:
-    """The request with its number of steps and sampler. Raises UserError, saying what was trained."""
+    """Fill in the steps and the sampler. Raises UserError if the stage wasn't trained for the request."""
     if about.sampler == samplers.ENCODE:
         raise UserError(
             "this student was trained to encode images, not to sample: choose a stage of another "
@@ -106,9 +106,9 @@ def check_request(about: Description, request: Request) -> Request:
 def given_or_trained(
     about: Description, *, num_steps: int | None, sampler: str | None
 ) -> tuple[int, str]:
-    """The number of steps and the sampler, those that were trained where none is given.
+    """The number of steps and the sampler; those that the stage was trained for by default.
 
-    Raises UserError for what no sampler could do.
+    Raises UserError if no sampler can use them.
     """
     sampler = sampler or about.sampler or "ddim"
     if sampler not in samplers.SAMPLERS:
@@ -117,7 +117,7 @@ def given_or_trained(
 
 
 def check_encoding(about: Description, request: Request) -> Request:
-    """The request to encode, with its number of steps. Raises UserError, saying what was trained."""
+    """Fill in the steps of an encoding. Raises UserError if the stage can't encode this way."""
     if about.sampler not in (None, samplers.ENCODE):
         raise UserError(
             f"this student was trained to sample ({about.sampler}), not to encode: choose one of "
@@ -140,7 +140,7 @@ def check_encoding(about: Description, request: Request) -> Request:
 
 
 def usual_w(about: Description, wished: float = 1.0) -> float:
-    """The guidance weight to use where none is given: the trained one that is nearest to `wished`."""
+    """The default guidance weight: the trained one nearest to `wished`."""
     if about.w_min is None or about.w_max is None:
         return wished
     return min(max(wished, about.w_min), about.w_max)

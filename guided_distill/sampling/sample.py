@@ -1,4 +1,4 @@
-"""Samples from a trained stage, by what its checkpoint says of itself; and images back to noise."""
+"""Sample from a trained stage, as its checkpoint's description requires, and encode images to noise."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.processes import on_all_processes, to_host
 
 FEWEST_PREDICTIONS = 8
-"""Room for the predictions of few-step students, so that one compilation serves all of them."""
+"""The smallest room for predictions, so that few-step students share one compilation."""
 
 
 def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
@@ -34,15 +34,15 @@ def initial_noise(about: Description, count: int, *, seed: int) -> np.ndarray:
 
 
 def sample(trained: Trained, request: Request) -> np.ndarray:
-    """All that `sample_batches` yields, in one array [n, *data_shape]."""
+    """The samples of `sample_batches` in one array [n, *data_shape]."""
     return np.concatenate(list(sample_batches(trained, request)))
 
 
 def sample_batches(trained: Trained, request: Request) -> Iterator[np.ndarray]:
-    """Yields the samples of a request, float32 [batch_size, *data_shape], the last of them less.
+    """Yield the samples of a request, float32 [batch_size, *data_shape]; the last batch may be smaller.
 
-    Images are in [-1, 1]. They are held to it at every step from drawn noise, but only at the end from
-    given noise, for clipping on the way doesn't undo an encoding. Raises UserError as `check_request`.
+    Images are in [-1, 1]: clipped at every step from drawn noise, but only at the end from given noise,
+    because clipped steps aren't the inverse of encoding. Raises UserError as `check_request`.
     """
     request = check_request(trained.description, request)
     of_images = trained.description.network().of_images
@@ -51,11 +51,10 @@ def sample_batches(trained: Trained, request: Request) -> Iterator[np.ndarray]:
 
 
 def predictions(trained: Trained, request: Request) -> np.ndarray:
-    """The x that each step of `sample` predicts, [num_steps, n, *data_shape].
+    """Return the x that each step of `sample` predicts, [num_steps, n, *data_shape].
 
-    The first is predicted at t = 1, and the last is the sample. It is meant for a few examples: they are
-    one batch on one device, in a program apart from that of `sample`. Raises UserError as
-    `check_request`.
+    The first is predicted at t = 1, and the last is the sample. Meant for few examples, because all are
+    one batch on one device, in a program of its own. Raises UserError as `check_request`.
     """
     request = check_request(trained.description, request)
     assert request.sampler is not None
@@ -70,14 +69,13 @@ def predictions(trained: Trained, request: Request) -> np.ndarray:
 
 
 def encode(trained: Trained, images: np.ndarray, request: Request) -> np.ndarray:
-    """The noise z at t = 1 that `images` [n, *data_shape] come from, each under its condition and w.
+    """Encode `images` [n, *data_shape] to noise z at t = 1, each under its condition and w.
 
-    By an encoder student at its own N, or by the teacher or the guidance stage at any N, which is plain
-    DDIM inversion. x is never clipped: at t = 0 it is z itself, and eps would be the rest, divided by
-    sigma_0. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
-    sigma_0 = 4.5e-5: one that predicts x would give eps by float32's last digits there, and its own
-    errors would count 22,000-fold. Raises UserError for such a network, for a decoder student, and for
-    what the checkpoint wasn't trained for.
+    An encoder student does so in its own N steps; the teacher and stage one in any N, which is DDIM
+    inversion. The network is called at t = 0, where eps = (x - alpha_0 x_hat) / sigma_0 with
+    sigma_0 = 4.5e-5: eps from a network that predicts x would have only the last digits of float32, and
+    its errors multiplied by 22,000. For the same reason x isn't clipped. Raises UserError for a network
+    that predicts x, a decoder student, and settings that the checkpoint wasn't trained for.
     """
     request = check_encoding(trained.description, request)
     request = dataclasses.replace(request, noise=images)
@@ -85,7 +83,7 @@ def encode(trained: Trained, images: np.ndarray, request: Request) -> np.ndarray
 
 
 def _run(trained: Trained, request: Request, *, clipped: bool) -> Iterator[np.ndarray]:
-    """The compiled sampler from request.noise [n, ...], or from drawn noise, in batches of one size."""
+    """Run the compiled sampler from request.noise [n, ...] or drawn noise, in batches of one size."""
     assert request.sampler is not None
     network, mesh, count = trained.description.network(), data_mesh(), request.count
     batch_size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
@@ -96,7 +94,7 @@ def _run(trained: Trained, request: Request, *, clipped: bool) -> Iterator[np.nd
 
 
 def _inputs(network: Network, request: Request, indices: np.ndarray, mesh: Mesh) -> Inputs:
-    """The sampler's inputs for the samples at `indices` [B]; those from n on begin again at 0."""
+    """The sampler's inputs for the samples at `indices` [B], modulo n."""
     kinds.check("--seed", request.seed, kinds.Seed)
     assert request.num_steps is not None
     given, known, count = request.noise, request.known, request.count

@@ -243,8 +243,8 @@ DAMAGED = {
     "other shapes": (lambda data: redigested(data, _turn), "has the wrong shape in"),
     "one less": (lambda data: redigested(data, lambda t, _: t.popitem()), "lacks"),
     "one more": (lambda data: redigested(data, lambda t, _: t.update(a=np.ones(1))), "no place"),
-    "NaN": (lambda data: redigested(data, _set(np.nan)), "aren't finite"),
-    "infinity": (lambda data: redigested(data, _set(np.inf)), "aren't finite"),
+    "NaN": (lambda data: redigested(data, _set(np.nan)), "non-finite numbers"),
+    "infinity": (lambda data: redigested(data, _set(np.inf)), "non-finite numbers"),
     "integers": (
         lambda data: redigested(
             data, lambda t, _: t.update({k: v.astype("i4") for k, v in t.items()})
@@ -257,7 +257,7 @@ DAMAGED = {
     ),
     "another version": (
         lambda data: redigested(data, _with("colour", 1)),
-        "colour is not known here",
+        "colour is unknown",
     ),
     "no experiment": (
         lambda data: redigested(data, lambda _, a: a.pop("experiment")),
@@ -310,14 +310,14 @@ def test_exports_that_cannot_be_say_why(run, tmp_path, monkeypatch, capsys, flag
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sample", "--workdir", "FILE", "--stage", "teacher"], "leave it out"),
+        (["sample", "--workdir", "FILE", "--stage", "teacher"], "leave --stage out"),
         (
             ["export", "--workdir", "FILE", "--stages", "teacher", "--out", "x"],
             "leave out --stages",
         ),
         (["evaluate", "--workdir", "FILE"], "`guided-distill export --workdir FILE --out FOLDER`"),
         (["import", "--from", "FILE", "--workdir", "x"], "one of this program's own models"),
-        (["sample", "--workdir", "none.safetensors"], "none.safetensors is not there"),
+        (["sample", "--workdir", "none.safetensors"], "none.safetensors doesn't exist"),
         (["edit", "--workdir", "FILE", "--image", "x", "--prompt", "x"], "not on texts"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
