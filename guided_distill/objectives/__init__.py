@@ -1,1 +1,1 @@
-"""What each stage minimises: pure functions of a student, a teacher and a batch."""
+"""The stages, one file for each kind: settings, and a pure loss of a student, a teacher and a batch."""

@@ -1,4 +1,4 @@
-"""The autoencoder: images through latents that stay close to unit noise, and back."""
+"""The autoencoder: its latents decode to images and stay close to a unit Gaussian."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from guided_distill.objectives.weighting import Loss
 
 @dataclass(frozen=True)
 class Autoencoder(Optimization):
-    """The run's own autoencoder, whose latents are then diffused; steps = 0 diffuses the data itself.
+    """Settings of the run's own autoencoder. With steps = 0 it has none, and diffuses the data itself.
 
     options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
     """
@@ -33,13 +33,12 @@ def autoencoder_loss(
     *,
     kl_weight: float,
 ) -> Loss:
-    """The mean absolute error of x [B, H, W, C] decoded from a draw of its latents, and their KL.
+    """Return the mean absolute error of x [B, H, W, C] from drawn latents, plus their weighted KL.
 
-    keys [B] draw the latents.
     autoencoder: a module with the methods encode(x), which returns mean and log variance, and
-    decode(latents). The divergence of the latents from N(0, I) is the mean over their dimensions, so
-    that kl_weight means the same at every size. Rombach et al. 2022, section 3.1, without its adversary
-    and its perceptual distance. Aux: "error" and "kl".
+    decode(latents). keys: [B], to draw the latents. The KL divergence of the latents from N(0, I) is a
+    mean over their dimensions, so that kl_weight has the same effect at every size. Rombach et al. 2022,
+    section 3.1, without the adversarial and the perceptual loss. Aux: "error" and "kl".
     """
     model: Any = autoencoder.bind({"params": params})
     mean, log_variance = model.encode(x)

@@ -1,4 +1,4 @@
-"""Loss weightings, and the one squared error that every diffusion stage shares.
+"""Loss weightings, and the squared error that all diffusion stages share.
 
 The papers write omega(lambda) ||x_hat - x||^2. At a fixed z the errors of x and v are proportional,
 x_hat - x = -sigma (v_hat - v), so the same loss is sigma^2 omega ||v_hat - v||^2, whose weights lie in
@@ -29,7 +29,7 @@ Weighting = Annotated[str, kinds.OneOf(WEIGHTINGS)]
 
 
 class Loss(NamedTuple):
-    """What an objective returns: the loss of each example [B], and named figures [B] to log."""
+    """The result of an objective: the loss of each example [B], and named figures [B] to log."""
 
     per_example: jax.Array
     aux: dict[str, jax.Array]
@@ -43,11 +43,11 @@ def prediction_loss(
     weighting: str,
     clipped: bool = False,
 ) -> Loss:
-    """The weighted squared error of two predictions at the same z, averaged over dimensions.
+    """Return the weighted squared error of v of two predictions at the same z, averaged over dimensions.
 
-    log_snr is [B]. clipped: for samplers that clip x, a pixel counts as met where prediction and
-    target are both beyond the same end of the range. The aux figure "v_error" is the same error
-    unweighted.
+    log_snr: [B]. clipped: for samplers that clip x; a pixel has no error where the prediction and the
+    target are both beyond the same end of the range. The aux figure "v_error" is the error without its
+    weight.
     """
     error = velocity(prediction, log_snr) - velocity(target, log_snr)
     if clipped:
