@@ -106,8 +106,15 @@ class StageCheckpoints:
         self.directory = directory if directory.is_absolute() else directory.absolute()
         self._keep = keep
         self._total_steps = total_steps
-        with storing(directory):
-            self._manager = self._open()
+        try:
+            with storing(directory):
+                self._manager = self._open()
+        except RecursionError as error:
+            # Orbax passes over other damage to its metadata, from which it reads the times of the saves.
+            raise UserError(
+                f"{self._folder} has a checkpoint whose _CHECKPOINT_METADATA is damaged "
+                f"({first_line(error)}): restore that file from a copy, or remove it"
+            ) from error
 
     def _open(self) -> _Manager:
         return _Manager(

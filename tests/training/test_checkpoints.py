@@ -256,6 +256,14 @@ def test_damage_to_any_file_is_detected_or_has_no_effect(two_saves, assert_same_
     assert unnoticed == {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
+def test_metadata_that_are_nested_too_deeply_are_one_sentence(two_saves):
+    Path(two_saves, "checkpoints", "8", "_CHECKPOINT_METADATA").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA is damaged .*: restore that file"):
+        restore(two_saves)
+    Path(two_saves, "checkpoints", "8", "_CHECKPOINT_METADATA").unlink()
+    assert restore(two_saves).state.step == 8
+
+
 def test_digests_are_those_of_sha256sum(two_saves):
     folder = Path(two_saves, "checkpoints", "8")
     said = json.loads((folder / digests.FILE).read_text())["files"]
