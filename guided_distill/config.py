@@ -80,7 +80,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of `evaluate`, which measures each student at its own N, and the teacher at these.
+    """Settings of `evaluate`, which samples students in their own N, and the teacher as set here.
 
     extractor: the feature extractor, one of `EXTRACTORS`.
     """

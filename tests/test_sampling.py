@@ -181,6 +181,8 @@ def test_predictions_are_those_on_the_way_to_the_samples(sampler):
         np.testing.assert_allclose(x[step], found, atol=1e-4)
     assert np.abs(np.diff(x, axis=0)).max(axis=(1, 2)).min() > 1e-3
     assert predictions(TEACHER, Request(num_steps=2, **request)).shape == (2, 3, 2)
+    with pytest.raises(ValueError, match="leave `first` out"):
+        predictions(TEACHER, Request(num_steps=2, first=1, noise=x[0], **request))
 
 
 @pytest.mark.parametrize("who", [TEACHER, STUDENT, ENCODER], ids=["teacher", "student", "encoder"])

@@ -54,8 +54,11 @@ def predictions(trained: Trained, request: Request) -> np.ndarray:
     """Return the x that each step of `sample` predicts, [num_steps, n, *data_shape].
 
     The first is predicted at t = 1, and the last is the sample. Meant for few examples, because all are
-    one batch on one device, in a program of its own. Raises UserError as `check_request`.
+    one batch on one device, in a program of its own. Raises UserError as `check_request`, and ValueError
+    for a request that starts later than t = 1.
     """
+    if request.first is not None:
+        raise ValueError("predictions start at t = 1: leave `first` out")
     request = check_request(trained.description, request)
     assert request.sampler is not None
     assert request.num_steps is not None
@@ -64,7 +67,7 @@ def predictions(trained: Trained, request: Request) -> np.ndarray:
     room = max(FEWEST_PREDICTIONS, 1 << (request.num_steps - 1).bit_length())
     run = compiled_predictions(network, request.sampler, clipped=network.of_images, room=room)
     params = jax.device_put(jax.tree.map(to_host, trained.params), replicated(mesh))
-    inputs = _inputs(network, request, np.arange(request.count), mesh)
+    inputs = _inputs(network, request, np.arange(request.start, request.count), mesh)
     return np.asarray(run(params, inputs))[: request.num_steps]
 
 
