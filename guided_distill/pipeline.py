@@ -31,11 +31,11 @@ from guided_distill.runs.trained import (
 )
 from guided_distill.stages import all_stages, chains, check_batch, compiled_step
 from guided_distill.storage import held
-from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
+from guided_distill.training.record import latest_step
 from guided_distill.training.session import save_result, train_in
 
 

@@ -1,4 +1,7 @@
-"""Atomic writes of files and folders, the lock of a run's folder, and retries when storage fails."""
+"""Atomic writes of files and folders, the lock of a run's folder, and retries when storage fails.
+
+Only functions that need JAX import it, because the verb `runs` does without.
+"""
 
 import contextlib
 import errno
@@ -14,12 +17,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-import jax
 import numpy as np
 from etils import epath
 
 from guided_distill.errors import Interrupted, UserError
-from guided_distill.training.processes import is_first
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def write_text(path: epath.Path, text: str) -> None:
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Like `write_text`, for bytes. Only process 0 writes."""
+    from guided_distill.training.processes import is_first
+
     if not is_first():
         return
 
@@ -252,6 +255,8 @@ def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        import jax
+
         transient = is_transient(error, path)
         # A ValueError while reading may come from the data, not from the storage.
         if not _of_storage(error, path) or (
@@ -272,7 +277,9 @@ def _is_remote(path: epath.Path) -> bool:
 
 def _of_storage(error: Exception, path: epath.Path) -> bool:
     """Whether the storage raised the error. Clients of buckets raise errors of every type."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    from jax.errors import JaxRuntimeError
+
+    if isinstance(error, JaxRuntimeError):
         return False
     return isinstance(error, OSError | ValueError) or _is_remote(path)
 

@@ -22,7 +22,7 @@ from guided_distill import cli, config
 from guided_distill.evaluation import evaluate, reference
 from guided_distill.evaluation.extractors import registry
 from guided_distill.experiments.sweeps import name_of, with_overrides
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 from guided_distill.verbs import studies
 from guided_distill.verbs.runs import read_config_file
 

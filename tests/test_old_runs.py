@@ -22,7 +22,7 @@ from guided_distill.sampling.labels import of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import sample
 from guided_distill.training.digests import FILE
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
 OLD_RUNS = Path(__file__).with_name("old_runs")

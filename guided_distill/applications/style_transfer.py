@@ -21,7 +21,7 @@ from guided_distill.sampling.labels import of_labels
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 NEAREST_STEPS = 8
 """The default round is the one with N nearest to this."""

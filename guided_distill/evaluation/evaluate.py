@@ -34,9 +34,9 @@ from guided_distill.sampling.latents import load_latent_space
 from guided_distill.storage import write_bytes
 from guided_distill.text.encoder import TextEncoder
 from guided_distill.text.registry import load_text_encoder
-from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.processes import is_first
 from guided_distill.training.progress import console, progress
+from guided_distill.training.record import checkpoint_id
 
 REAL = Row("real", None, None, None)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from etils import epath
 
 from guided_distill import kinds
-from guided_distill.config import STAGES
 from guided_distill.errors import UserError
 from guided_distill.storage import first_line, write_text
 
@@ -111,6 +110,9 @@ def read_results(path: epath.Path) -> list[Result]:
 
     Raises UserError for a damaged file, or a row with an unknown stage.
     """
+    # Here, because the verb `runs` reads rows without JAX, which this imports.
+    from guided_distill.config import STAGES
+
     results = read_rows(path, Result)
     for result in results:
         if result.stage not in ("real", *STAGES):

@@ -23,8 +23,8 @@ from guided_distill.runs.trained import Trained, load_finished
 from guided_distill.sampling.request import Request
 from guided_distill.sampling.sample import encode, sample
 from guided_distill.stages import all_stages
-from guided_distill.training.checkpoints import checkpoint_id
 from guided_distill.training.progress import progress
+from guided_distill.training.record import checkpoint_id
 
 PLAIN_STEPS = 256
 """A number of steps at which plain DDIM loses hardly anything."""

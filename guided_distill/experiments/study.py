@@ -18,8 +18,8 @@ from guided_distill.evaluation.results import COLUMNS, Result, read_results
 from guided_distill.experiments.sweeps import Point
 from guided_distill.runs import folder as runs
 from guided_distill.storage import write_text
-from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.progress import console
+from guided_distill.training.record import latest_step
 
 DONE = "done.json"
 """A file in the folder of a finished point: the config that it was trained and measured with."""

@@ -18,7 +18,7 @@ from guided_distill.runs.model_file import (
 from guided_distill.runs.trained import load_finished
 from guided_distill.storage import write_text
 from guided_distill.training.checkpoints import StageCheckpoints
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import read_metrics
 
 
 def export_weights(

@@ -27,7 +27,7 @@ from guided_distill.report.shortfalls import expected_stages, shortfalls
 from guided_distill.runs.folder import read_config
 from guided_distill.stages import all_stages
 from guided_distill.storage import write_text
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import read_metrics
 
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]
 

@@ -11,7 +11,7 @@ from guided_distill.evaluation.tasks import Selection, tasks_of
 from guided_distill.objectives.stage import Stage
 from guided_distill.report.figures import WORDS
 from guided_distill.stages import all_stages
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 
 def shortfalls(

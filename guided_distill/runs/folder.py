@@ -21,7 +21,7 @@ from guided_distill.storage import (
     persistently,
     write_text,
 )
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 
 def is_finished(workdir: epath.Path, stage: Stage) -> bool:

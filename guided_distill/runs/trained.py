@@ -21,8 +21,9 @@ from guided_distill.models.weights import weight_shapes
 from guided_distill.objectives.stage import stage_name
 from guided_distill.runs.model_file import ModelFile, is_model_file
 from guided_distill.storage import first_line
-from guided_distill.training.checkpoints import StageCheckpoints, abstract, latest_step
+from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.record import latest_step
 
 
 @dataclass(frozen=True)

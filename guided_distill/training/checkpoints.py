@@ -8,7 +8,6 @@ digests. A student's checkpoint never contains its teacher's weights.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -50,30 +49,6 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
         tree,
         split_weights(mesh, tree),
     )
-
-
-def latest_step(directory: epath.Path) -> int | None:
-    """Return the step of the newest checkpoint in a stage's folder, or None, without opening it.
-
-    Raises UserError if the folder can't be reached.
-    """
-    folder = directory / "checkpoints"
-    steps = (
-        [int(each.name) for each in folder.iterdir() if each.name.isdigit()]
-        if is_there(folder)
-        else []
-    )
-    return max(steps, default=None)
-
-
-def checkpoint_id(directory: epath.Path) -> str:
-    """Return 8 hex digits that identify the newest checkpoint, even among runs of the same config.
-
-    They come from Orbax's metadata about when and what it saved, so a copy of the folder has the same.
-    """
-    step = latest_step(directory)
-    note = directory / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
-    return hashlib.sha256(note.read_bytes() if note.exists() else b"").hexdigest()[:8]
 
 
 class Restored(NamedTuple):

@@ -13,9 +13,9 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from guided_distill.errors import UserError
 from guided_distill.storage import storage_error, write_text
 from guided_distill.training.processes import is_first
+from guided_distill.training.record import read_metrics
 
 
 class EventFile:
@@ -85,42 +85,6 @@ class MetricsLog:
         """Close the event file. All logged metrics are already on disk."""
         if self._events is not None:
             self._events.close()
-
-
-def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
-    """Return the rows of a stage's log, oldest first; an empty list if it has no log yet.
-
-    Skips a truncated last line. Raises UserError for any other damaged line.
-    """
-    path = directory / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rows = [_row(line) for line in lines]
-    if rows and rows[-1] is None:
-        rows.pop()
-    whole = [row for row in rows if row is not None]
-    if len(whole) < len(rows):
-        raise UserError(
-            f"{path}, line {rows.index(None) + 1}, is damaged: remove the line, or the file if you don't "
-            f"need the log"
-        )
-    return whole
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Return the row of a line, or None if the line isn't a valid row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    return row if all(value is None or _is_figure(value) for value in row.values()) else None
-
-
-def _is_figure(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def parameter_table(params: Mapping) -> str:

@@ -22,7 +22,7 @@ from guided_distill.evaluation.extractors import registry
 from guided_distill.evaluation.results import read_results
 from guided_distill.runs.trained import load_finished
 from guided_distill.training import processes
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 STEPS = 48
 

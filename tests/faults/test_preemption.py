@@ -11,8 +11,9 @@ from toy import source, train_toy
 from guided_distill import cli
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import Interrupted
-from guided_distill.training.checkpoints import StageCheckpoints, latest_step
+from guided_distill.training.checkpoints import StageCheckpoints
 from guided_distill.training.preemption import stopping_at_once
+from guided_distill.training.record import latest_step
 
 LOG_EVERY = 4
 

@@ -15,7 +15,7 @@ from toy import source, train_toy
 from guided_distill import cli, places, storage
 from guided_distill.errors import Interrupted, UserError
 from guided_distill.storage import persistently, whole, write_text
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 
 @pytest.fixture

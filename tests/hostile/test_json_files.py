@@ -32,7 +32,7 @@ from guided_distill.runs import folder as runs
 from guided_distill.runs.model_file import write_model_file
 from guided_distill.runs.trained import load_finished
 from guided_distill.text.tokenizers import clip_tokenizer
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import read_metrics
 
 VALUES = (
     *(

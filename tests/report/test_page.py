@@ -21,7 +21,7 @@ from guided_distill.report.page import headline, tiles, timed, write_report
 from guided_distill.report.shortfalls import shortfalls
 from guided_distill.runs.folder import read_config
 from guided_distill.stages import all_stages
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import read_metrics
 
 
 def written(workdir):

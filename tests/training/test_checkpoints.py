@@ -21,8 +21,9 @@ from guided_distill.errors import UserError
 from guided_distill.storage import write_text
 from guided_distill.training import checkpoints as checkpoints_module
 from guided_distill.training import digests
-from guided_distill.training.checkpoints import ALL, StageCheckpoints, abstract, latest_step
+from guided_distill.training.checkpoints import ALL, StageCheckpoints, abstract
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.record import latest_step
 
 
 @pytest.fixture

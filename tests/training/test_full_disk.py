@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 # At these sizes, the disk fills up at parameters.txt, the first save, a later save, the last stage's
 # save.

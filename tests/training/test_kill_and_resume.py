@@ -13,7 +13,7 @@ from etils import epath
 
 from guided_distill import cli
 from guided_distill.runs.trained import load_finished
-from guided_distill.training.checkpoints import latest_step
+from guided_distill.training.record import latest_step
 
 SAVING = "*/checkpoints/*-tmp"
 

@@ -11,7 +11,8 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from guided_distill.errors import UserError
-from guided_distill.training.metrics import MetricsLog, parameter_table, read_metrics
+from guided_distill.training.metrics import MetricsLog, parameter_table
+from guided_distill.training.record import read_metrics
 
 
 @pytest.fixture

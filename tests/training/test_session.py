@@ -14,9 +14,9 @@ from toy import SETTINGS
 from guided_distill.data.source import from_arrays
 from guided_distill.errors import UserError
 from guided_distill.objectives.weighting import Loss
-from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.job import Cadence, Job
 from guided_distill.training.mesh import data_mesh
+from guided_distill.training.record import latest_step
 from guided_distill.training.session import train_in
 from guided_distill.training.state import make_optimizer
 from guided_distill.training.step import make_train_step

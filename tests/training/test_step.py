@@ -22,9 +22,8 @@ from toy import (
 )
 
 from guided_distill.errors import UserError
-from guided_distill.training.checkpoints import latest_step
 from guided_distill.training.mesh import split_batch
-from guided_distill.training.metrics import read_metrics
+from guided_distill.training.record import latest_step, read_metrics
 from guided_distill.training.state import initial_state
 from guided_distill.training.step import make_train_step
 
