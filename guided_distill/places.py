@@ -1,5 +1,6 @@
 """Paths from flags and configs: on this machine or in a bucket."""
 
+import os
 from importlib.util import find_spec
 
 from etils import epath
@@ -49,3 +50,11 @@ def local_path_named(name: str, what: str) -> epath.Path:
             f"network disk that all hosts share"
         )
     return path_named(name)
+
+
+def cache_folder() -> epath.Path:
+    """The folder for what can be downloaded or computed again: guided_distill in the user's cache.
+
+    The user's cache is $XDG_CACHE_HOME, or else ~/.cache.
+    """
+    return path_named(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guided_distill"

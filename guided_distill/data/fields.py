@@ -12,11 +12,11 @@ import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from etils import epath
 
+from guided_distill.data.contents import array_header
 from guided_distill.errors import UserError
 from guided_distill.files import regular_file
 from guided_distill.storage import first_line
@@ -92,7 +92,8 @@ def _checked_size(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) ->
     Also if it holds Python objects or its compression ratio is implausible.
     """
     with archive.open(info) as stream:
-        dtype, size = _header(stream)
+        shape, dtype = array_header(stream)
+        size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects instead of numbers or strings")
         if stream.tell() + size != info.file_size:
@@ -102,17 +103,6 @@ def _checked_size(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) ->
             f"{name} unpacks from {info.compress_size} to {size} bytes, which is implausible for images"
         )
     return size
-
-
-def _header(stream: IO[bytes]) -> tuple[np.dtype, int]:
-    """An array's dtype and its size in bytes."""
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = read[version](stream)
-    return dtype, math.prod(shape) * dtype.itemsize
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

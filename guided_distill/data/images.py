@@ -46,7 +46,18 @@ def images_in(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 
 def upright_size(file: File) -> tuple[int, int]:
     """(width, height) of the upright image, from its header. Raises UserError if it is damaged."""
-    with _reading(str(file.path)), file.path.open("rb") as stream, _open(stream) as image:
+    with _reading(str(file.path)), file.path.open("rb") as stream:
+        return _upright_size(stream)
+
+
+def upright_size_in(stream: IO[bytes], *, what: str) -> tuple[int, int]:
+    """Like `upright_size`, for an open file. what: the file's name in errors."""
+    with _reading(what):
+        return _upright_size(stream)
+
+
+def _upright_size(stream: IO[bytes]) -> tuple[int, int]:
+    with _open(stream) as image:
         # Some versions of Pillow rotate a TIFF file on opening, others on loading.
         if image.format == "TIFF":
             return ImageOps.exif_transpose(image).size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from guided_distill.data.classes import checked_labels, names_of_classes
 from guided_distill.data.fields import Fields, check_fits, read_fields
 from guided_distill.data.images import decode_image
 from guided_distill.data.pixels import crop_and_resize
@@ -23,9 +24,6 @@ from guided_distill.places import path_named
 
 SPLIT = "{split}"
 TEST_FRACTION = 0.1
-
-MAX_CLASSES = 100_000
-"""Labels must be below this; numbers from here on probably don't number classes."""
 
 _KINDS = ("image", "label", "caption")
 _NAMES = frozenset(
@@ -91,7 +89,7 @@ def load_npz(path: str, *, split: str, image_size: int | None) -> Source:
     Images are uint8, or floats in [-1, 1], with shape [N, H, W, C], C = 1 or 3, or [N, H, W]. Instead
     of `image`, a file can have `jpeg` and `offset`: image i is then the image file
     jpeg[offset[i]:offset[i + 1]], in any format that `data.images` reads. Labels are integers [N] in
-    [0, MAX_CLASSES). With image_size, uint8 images are centre-cropped to squares and resized.
+    [0, classes.MAX_CLASSES). With image_size, uint8 images are centre-cropped to squares and resized.
     `class_names`, strings [K], and `caption`, strings [N], are optional; strings may be UTF-8 bytes.
 
     The test split is a separate file if the path contains "{split}", which stands for train and test;
@@ -163,7 +161,11 @@ def _labels_of_other_files(path: str, split: str) -> list[np.ndarray]:
         return []
     fields = read_fields(others[0], {"label", "labels"})
     labels = fields.find("label")
-    return [] if labels is None else [_checked_labels(fields, labels, "label", labels.size)]
+    return (
+        []
+        if labels is None
+        else [checked_labels(labels, labels.size, where=f"{fields.path}: label")]
+    )
 
 
 def _resized(images: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
@@ -182,7 +184,7 @@ def _examples(fields: Fields, *, prefix: str) -> _Examples:
         if prefix and fields.find("label") is not None:
             raise UserError(f"{fields.path} has labels but no `{prefix}label`: add it")
         labels = np.zeros(len(images), np.int32)
-    labels = _checked_labels(fields, labels, prefix + "label", len(images))
+    labels = checked_labels(labels, len(images), where=f"{fields.path}: {prefix}label")
     return _Examples(images, labels, _captions(fields, len(images), prefix=prefix))
 
 
@@ -240,21 +242,6 @@ def _encoded(fields: Fields) -> _Encoded:
     return _Encoded(fields.path, content, offset.astype(np.int64))
 
 
-def _checked_labels(fields: Fields, labels: np.ndarray, name: str, count: int) -> np.ndarray:
-    """The labels as int32 [count]."""
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise UserError(
-            f"{fields.path}: {name} must be non-negative integers [{count}]; it is "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
-    if (largest := int(labels.max(initial=0))) >= MAX_CLASSES:
-        raise UserError(
-            f"{fields.path}: {name} goes up to {largest}, but labels are class numbers below "
-            f"{MAX_CLASSES}: number the classes from 0"
-        )
-    return labels.astype(np.int32)
-
-
 def _captions(fields: Fields, count: int, *, prefix: str) -> np.ndarray | None:
     captions, name = fields.find(prefix + "caption"), prefix + "caption"
     if captions is None and prefix and fields.find("caption") is not None:
@@ -287,21 +274,8 @@ def _strings(
 
 def _class_names(fields: Fields, labels: Iterable[np.ndarray]) -> list[str]:
     """The name of each class in the labels of all splits."""
-    counts = np.bincount(np.concatenate(list(labels)), minlength=1)
     given = fields.arrays.get("class_names")
-    names = [str(label) for label in range(len(counts))]
-    if given is not None:
-        names = [str(name) for name in _strings(fields, given, "class_names")]
-    if not len(counts) <= len(names) <= MAX_CLASSES:
-        raise UserError(
-            f"{fields.path}: class_names has {len(names)} names, but labels go up to "
-            f"{len(counts) - 1}: name every class"
-        )
-    empty = [*np.flatnonzero(counts == 0), *range(len(counts), len(names))]
-    if empty and counts.sum():
-        some = ", ".join(f"{label} {names[label]!r}" for label in empty[:5])
-        warn_once(
-            f"{fields.path}: {len(empty)} of {len(names)} classes have no image ({some}), but will be "
-            f"sampled: number the classes from 0 without gaps, and name no others"
-        )
-    return names
+    names = (
+        None if given is None else [str(each) for each in _strings(fields, given, "class_names")]
+    )
+    return names_of_classes(names, labels, path=fields.path)

@@ -6,6 +6,7 @@ from guided_distill.data import builtin
 from guided_distill.data.encoded import load_encoded
 from guided_distill.data.folder import load_folder
 from guided_distill.data.npz import load_npz
+from guided_distill.data.parquet import load_parquet
 from guided_distill.data.photo10 import photo10
 from guided_distill.data.source import SPLITS, Source, check_image_size
 from guided_distill.data.tfds import load_tfds
@@ -18,7 +19,16 @@ BUILT_IN: dict[str, Callable[[str, int], Source]] = {
 }
 """f(split, seed) of each source that is part of the package."""
 
-KNOWN = (*BUILT_IN, "npz:PATH", "folder:PATH", "tfds:NAME", "encoded:PATH")
+READERS: dict[str, Callable[..., Source]] = {
+    "npz:PATH": load_npz,
+    "folder:PATH": load_folder,
+    "tfds:NAME": load_tfds,
+    "encoded:PATH": lambda place, *, split, image_size: load_encoded(place, split=split),
+    "parquet:PATH": load_parquet,
+}
+"""f(place, split=, image_size=) of each source whose name has a PATH or NAME."""
+
+KNOWN = (*BUILT_IN, *READERS)
 
 
 def load_source(
@@ -29,8 +39,8 @@ def load_source(
     Args:
       name: one of `KNOWN`; a PATH may be on any file system that etils.epath reads.
       split: "train" or "test"; which examples are in a split doesn't depend on seed.
-      image_size: side in pixels. Images of folder:, tfds: and npz: (uint8) are resized to it; those of
-        other sources must already have it.
+      image_size: side in pixels. Images of files, unless they are arrays of floats, are resized to it;
+        those of other sources must already have it.
       seed: determines the points of mixture2d, and nothing else.
 
     Raises:
@@ -39,14 +49,9 @@ def load_source(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of data source {name!r}: use train or test")
     kind, _, place = name.partition(":")
-    if kind == "folder" and place:
-        return load_folder(place, split=split, image_size=image_size)
-    if kind == "tfds" and place:
-        return load_tfds(place, split=split, image_size=image_size)
-    if kind == "npz" and place:
-        source = load_npz(place, split=split, image_size=image_size)
-    elif kind == "encoded" and place:
-        source = load_encoded(place, split=split)
+    readers = {known.partition(":")[0]: read for known, read in READERS.items()}
+    if kind in readers and place:
+        source = readers[kind](place, split=split, image_size=image_size)
     elif name in BUILT_IN:
         source = BUILT_IN[name](split, seed)
     else:

@@ -10,7 +10,7 @@ from etils import epath
 
 from guided_distill import kinds
 from guided_distill.errors import UserError
-from guided_distill.places import path_named
+from guided_distill.places import cache_folder, path_named
 
 Value = TypeVar("Value")
 
@@ -84,7 +84,7 @@ def number(kind: Any) -> Callable[[str], Any]:
 
 CACHE: dict[str, Any] = {
     "type": path,
-    "default": path_named("~/.cache/guided_distill"),
+    "default": cache_folder(),
     "help": "folder for downloads and compiled programs (default: %(default)s)",
 }
 """The flag --cache."""

@@ -103,6 +103,7 @@ TEXTS = (
         "npz:",
         "folder:",
         "tfds:",
+        "parquet:x",
         "ddim",
         "stochastic",
         "encode",

@@ -38,6 +38,7 @@ def page(tmp_path_factory):
     [
         ("npz:/home/me/shapes.npz", "shapes.npz"),
         ("folder:/home/me/photos/", "photos"),
+        ("parquet:/home/me/train.parquet", "train.parquet"),
         ("tfds:cifar10", "tfds:cifar10"),
         ("digits", "digits"),
     ],

@@ -1,0 +1,253 @@
+"""Lists the images in large files once, and keeps the list in the user's cache folder.
+
+Random access needs each image's place. Reading a million headers or whole files to find it takes long,
+so a list is written once and read again as long as the files have the same names, lengths and times.
+Images that have no place of their own, such as those in compressed files, are copied beside the list.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from guided_distill.data.contents import shape_in
+from guided_distill.data.rows import SPLIT, Rows, captions_of, labels_of, source_of_rows
+from guided_distill.data.source import SPLITS, Source
+from guided_distill.errors import UserError
+from guided_distill.files import File, regular_file
+from guided_distill.places import cache_folder, path_named
+from guided_distill.storage import npz_bytes, persistently, read_npz, storing, whole
+from guided_distill.training.progress import progress
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_COPIED = -1
+
+
+class Place(NamedTuple):
+    """Where an image's bytes are: `length` bytes from `start` of the file with this number."""
+
+    file: int
+    start: int
+    length: int
+
+
+class Row(NamedTuple):
+    """What is kept of a row. shape: its image's [H, W, C]. label: an integer, a string, or None."""
+
+    shape: tuple[int, int, int]
+    label: object
+    captions: Sequence[str] | None
+    place: Place
+
+
+Copy = Callable[[bytes], Place]
+"""Copies an image's bytes beside the list, and returns their place."""
+
+Scan = Callable[[int, File, Copy], Iterable[Row]]
+"""f(number of the file, the file, copy) -> its rows."""
+
+
+def shape_of(content: bytes, *, what: str) -> tuple[int, int, int]:
+    """[H, W, C] of an image's bytes. Raises UserError if they are damaged."""
+    return shape_in(io.BytesIO(content), what=what)
+
+
+def load_files(
+    path: str,
+    rows_in: Callable[[str, Sequence[File]], Rows],
+    *,
+    kind: str,
+    suffixes: Sequence[str],
+    split: str,
+    image_size: int | None,
+) -> Source:
+    """The source kind:PATH, whose PATH is a file, a folder of files, or a pattern.
+
+    Rows are numbered in the order of the files' names. The test split is separate files if the path
+    contains "{split}", which stands for train and test; otherwise it is a tenth of the rows, the same
+    ones as for `npz:`.
+
+    Args:
+      rows_in: f(name, files) -> the files' rows, where the name is kind:PATH of a split.
+      suffixes: those of the files in a folder.
+
+    Raises:
+      UserError: there are no files, or the rows don't fit `source_of_rows`.
+    """
+    has_splits = SPLIT in path
+    here = path.replace(SPLIT, split)
+    files = files_named(here, suffixes)
+    if not files:
+        raise UserError(
+            f"no {suffixes[0]} files at {here}: give {kind}:PATH with a file, a folder of them, or a "
+            f"pattern such as DIR/*{suffixes[0]}"
+        )
+    (there,) = (path.replace(SPLIT, each) for each in SPLITS if each != split)
+    others = files_named(there, suffixes) if has_splits else []
+    return source_of_rows(
+        f"{kind}:{path}",
+        rows_in(f"{kind}:{here}", files),
+        split=split,
+        image_size=image_size,
+        other=rows_in(f"{kind}:{there}", others) if others else None,
+        whole=has_splits,
+    )
+
+
+def files_named(path: str, suffixes: Sequence[str]) -> list[File]:
+    """The files at a path, sorted by name: a file, a folder's files with a suffix, or a pattern's.
+
+    A pattern has *, ? or [...] in its last part.
+    """
+    place = path_named(path)
+    with storing(place, verb="read"):
+        if (file := regular_file(place)) is not None:
+            return [file]
+        if place.is_dir():
+            named = [each for each in place.iterdir() if each.name.endswith(tuple(suffixes))]
+        else:
+            named = list(place.parent.glob(place.name))
+        found = [regular_file(each) for each in sorted(named)]
+    return [file for file in found if file is not None]
+
+
+def listed(name: str, files: Sequence[File], scan: Scan) -> Rows:
+    """The rows of files, listed by `scan` unless the list in the cache is of these very files.
+
+    name: the source's name, which has one list. Raises UserError if the list can't be written, if it is
+    damaged, or if rows don't fit `Rows`.
+    """
+    return _listed(name, tuple(files), scan)
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(name: str, files: tuple[File, ...], scan: Scan) -> Rows:
+    key = hashlib.sha256("\n".join([name, *(str(file.path) for file in files)]).encode())
+    stem = cache_folder() / "data" / key.hexdigest()[:20]
+    about = json.dumps([_FORMAT, [[str(each), *rest] for each, *rest in files]])
+    with _alone(stem):
+        arrays = _read(stem, about, name)
+        if arrays is None:
+            arrays = _write(stem, about, name, files, scan)
+        # An open map stays valid if another process replaces the file.
+        copied = _copied(stem)
+    places, captions = arrays["place"], arrays.get("caption")
+
+    def content(row: int) -> bytes:
+        place = Place(*map(int, places[row]))
+        if place.file == _COPIED:
+            return copied[place.start : place.start + place.length].tobytes()
+        return _part(files[place.file].path, place)
+
+    return Rows(
+        where=name,
+        content=content,
+        size=len(places),
+        labels=arrays.get("label"),
+        captions=None if captions is None else json.loads(captions.tobytes()),
+        shapes=arrays["shape"],
+    )
+
+
+@contextlib.contextmanager
+def _alone(stem: epath.Path) -> Iterator[None]:
+    """Let no other process of this machine list the same data meanwhile."""
+    path = _beside(stem, "lock")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    with lock:
+        with contextlib.suppress(
+            OSError
+        ):  # Some shared disks have no locks; files are still whole.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _beside(stem: epath.Path, suffix: str) -> epath.Path:
+    return stem.parent / f"{stem.name}.{suffix}"
+
+
+def _read(stem: epath.Path, about: str, name: str) -> dict[str, np.ndarray] | None:
+    """The arrays of the list, or None if there is none of these files."""
+    path = _beside(stem, "npz")
+    if not path.exists():
+        return None
+    arrays = read_npz(path)
+    copies = arrays["place"][arrays["place"][:, 0] == _COPIED]
+    if arrays["about"].tobytes() != about.encode():
+        log.warning("%s has changed since it was listed in %s: it is listed again", name, path)
+        return None
+    if len(copies) and len(_copied(stem)) != copies[:, 1:].sum(axis=1).max():
+        log.warning("the copies of %s beside %s are incomplete: they are made again", name, path)
+        return None
+    return arrays
+
+
+def _copied(stem: epath.Path) -> np.ndarray:
+    path = _beside(stem, "images")
+    file = regular_file(path)
+    return np.memmap(path, np.uint8, "r") if file and file.length else np.zeros(0, np.uint8)
+
+
+def _write(
+    stem: epath.Path, about: str, name: str, files: Sequence[File], scan: Scan
+) -> dict[str, np.ndarray]:
+    """Lists the files. Returns the arrays of the list."""
+    rows: list[Row] = []
+    images = _beside(stem, "images")
+    with storing(images), whole(images) as part, part.open("wb") as stream:
+        copy = functools.partial(_append, stream)
+        with progress(f"listing {name}", total=len(files), unit="files") as advance:
+            for number, file in enumerate(files):
+                rows += scan(number, file, copy)
+                advance(number + 1, f"{len(rows)} images")
+    if not rows:
+        raise UserError(f"{name} has no images: give files that hold some")
+    labels = labels_of([row.label for row in rows], where=name)
+    captions = captions_of([row.captions for row in rows], where=name)
+    arrays: dict[str, np.ndarray] = {
+        "about": np.frombuffer(about.encode(), np.uint8),
+        "shape": np.array([row.shape for row in rows], np.int32),
+        "place": np.array([row.place for row in rows], np.int64),
+    }
+    if labels is not None:
+        arrays["label"] = labels
+    if captions is not None:
+        arrays["caption"] = np.frombuffer(json.dumps(captions).encode(), np.uint8)
+    path = _beside(stem, "npz")
+    with storing(path), whole(path) as part:
+        part.write_bytes(npz_bytes(**arrays))
+    return arrays
+
+
+def _append(stream: IO[bytes], content: bytes) -> Place:
+    start = stream.tell()
+    stream.write(content)
+    return Place(_COPIED, start, len(content))
+
+
+def _part(path: epath.Path, place: Place) -> bytes:
+    """The bytes of a place in a file. Raises UserError if the file has become shorter."""
+
+    def read() -> bytes:
+        with path.open("rb") as stream:
+            stream.seek(place.start)
+            return stream.read(place.length)
+
+    content = persistently(read, path, verb="read")
+    if len(content) != place.length:
+        raise UserError(
+            f"{path} has become shorter since it was listed: start again to list it again"
+        )
+    return content

@@ -1,0 +1,48 @@
+"""The same rows of an image, a label and captions, written in each format."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+COUNT = 40
+
+
+def pictures(count=COUNT, *, size=(6, 6), seed=0):
+    """Images of noise, uint8 [N, H, W, 3], of which no two are equal."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_npz(path, files, labels, captions):
+    offset = np.cumsum([0, *map(len, files)])
+    content = np.frombuffer(b"".join(files), np.uint8)
+    caption = np.array([texts[0] for texts in captions])
+    np.savez(path, jpeg=content, offset=offset, label=labels, caption=caption)
+
+
+def write_parquet(path, files, labels, captions, **options):
+    struct = [{"bytes": file, "path": None} for file in files]
+    table = pa.table({"image": struct, "label": list(map(int, labels)), "text": captions})
+    pq.write_table(table, path, row_group_size=7, **options)
+
+
+WRITERS = {"parquet": (write_parquet, ".parquet")}
+
+
+def write(kind, folder, *, images=None, labels=None, captions=None, stem="all", encode=png):
+    """Writes one file of the kind. Returns its path."""
+    images = pictures() if images is None else images
+    labels = np.arange(len(images)) % 3 if labels is None else labels
+    captions = [[f"picture {i}"] for i in range(len(images))] if captions is None else captions
+    writer, suffix = WRITERS[kind]
+    path = folder / f"{stem}{suffix}"
+    writer(path, [encode(image) for image in images], labels, captions)
+    return path
