@@ -42,6 +42,9 @@ CHIPS = {
     "7x": Chip("tpu7x", 2307e12 / 2, 192 * 2**30 / 2, 7380e9 / 2, 1200e9 / 2, 3),
 }
 
+# JAX divides a slice into hosts with 2 x 2 chips by default, but v5e and v6e also exist as a single chip.
+_SINGLE = {"chips_per_host_bounds": (1, 1, 1)}
+
 # So that libtpu queries no metadata server, and several processes can compile at the same time.
 _QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -89,7 +92,7 @@ def find_topology(name: str, *, slices: int = 1) -> Topology:
             platform="tpu",
             topology_name=f"{chip.platform_name}:{shape}",
             **({"num_slices": slices} if slices > 1 else {}),
-            **chip.options,
+            **(_SINGLE if shape == "1x1" else chip.options),
         )
     except Exception as error:  # JAX raises a plain RuntimeError, and libtpu its own type.
         raise UserError(f"{_what_there_is(name, slices)} ({str(error).splitlines()[0]})") from error

@@ -260,7 +260,13 @@ def test_an_error_that_names_libtpu_does_not_mean_that_it_is_missing(monkeypatch
 
 @pytest.mark.parametrize(
     ("name", "slices", "devices", "chips"),
-    [("v5e:2x2", 1, 4, 4), ("v4:2x2x1", 1, 4, 4), ("7x:2x2x1", 1, 8, 4), ("v5e:2x4", 2, 16, 16)],
+    [
+        ("v5e:1x1", 1, 1, 1),
+        ("v5e:2x2", 1, 4, 4),
+        ("v4:2x2x1", 1, 4, 4),
+        ("7x:2x2x1", 1, 8, 4),
+        ("v5e:2x4", 2, 16, 16),
+    ],
 )
 def test_topologies_have_the_devices_that_jax_will_see(name, slices, devices, chips):
     topology = find_topology(name, slices=slices)
