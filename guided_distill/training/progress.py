@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 SECONDS_BETWEEN_LINES = 10.0
 
-console = Console(stderr=True, soft_wrap=True)
+# In a notebook, rich would otherwise show every line as an output of its own.
+console = Console(stderr=True, soft_wrap=True, force_jupyter=False)
 
 Advance = Callable[[int, str], None]
 """advance(done, words): report the total number of units done, and a few words such as the loss."""

@@ -1,6 +1,7 @@
 """Progress of long tasks: lines in a log file, a bar in a terminal."""
 
 import io
+import runpy
 
 import pytest
 from rich.console import Console
@@ -52,6 +53,15 @@ def test_a_notebook_gets_lines(monkeypatch, clock):
         clock.now += 10
         advance(100, "")
     assert out.getvalue() == "x 100/100 steps  10 steps/s  0 s left\n"
+
+
+def test_lines_of_a_notebook_are_one_text(monkeypatch):
+    class ZMQInteractiveShell:
+        """By its name, rich recognizes a notebook."""
+
+    monkeypatch.setattr("rich.console.get_ipython", ZMQInteractiveShell, raising=False)
+    assert Console().is_jupyter
+    assert not runpy.run_path(progress.__file__)["console"].is_jupyter
 
 
 def test_a_terminal_gets_a_bar_with_the_rate(monkeypatch, clock):
