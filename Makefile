@@ -32,7 +32,7 @@ docs: $(INSTALLED_TO_DOCUMENT)
 
 # Run the notebooks and save their outputs in .ipynb files.
 notebooks: $(INSTALLED_TO_TEST)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/execute.py notebooks/[0-9]*.py
+	$(BIN)/python notebooks/execute.py notebooks/[0-9]*.py
 
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "guided_distill needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -14,10 +14,24 @@
 # minutes on two CPU cores.
 
 # %%
-import importlib.util
+import importlib.metadata
+import os
+import sysconfig
+from pathlib import Path
 
-if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
+# Commands after ! come from this kernel's environment.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+try:
+    importlib.metadata.version("guided_distill")
+except importlib.metadata.PackageNotFoundError:
+    # From the clone that this notebook lies in, or from PyPI. GUIDED_DISTILL_SOURCE can name something else
+    # that pip installs: a folder, or git+https://...
+    around = [Path.cwd(), *Path.cwd().parents]
+    clones = [str(each) for each in around if (each / "guided_distill/__init__.py").is_file()]
+    source = os.environ.get("GUIDED_DISTILL_SOURCE") or (clones or ["guided_distill"])[0]
+    # %pip install --quiet "{source}"
+
+importlib.metadata.version("guided_distill")
 
 # %%
 variant = ""  # "runlocal" makes everything tiny.

@@ -14,10 +14,24 @@
 # of Stable Diffusion.
 
 # %%
-import importlib.util
+import importlib.metadata
+import os
+import sysconfig
+from pathlib import Path
 
-if importlib.util.find_spec("guided_distill") is None:
-    raise SystemExit("Clone the guided_distill repository and %pip install its folder first.")
+# Commands after ! come from this kernel's environment.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+try:
+    importlib.metadata.version("guided_distill")
+except importlib.metadata.PackageNotFoundError:
+    # From the clone that this notebook lies in, or from PyPI. GUIDED_DISTILL_SOURCE can name something else
+    # that pip installs: a folder, or git+https://...
+    around = [Path.cwd(), *Path.cwd().parents]
+    clones = [str(each) for each in around if (each / "guided_distill/__init__.py").is_file()]
+    source = os.environ.get("GUIDED_DISTILL_SOURCE") or (clones or ["guided_distill"])[0]
+    # %pip install --quiet "{source}"
+
+importlib.metadata.version("guided_distill")
 
 # %%
 variant = ""  # "runlocal" makes everything tiny.
@@ -47,10 +61,11 @@ from guided_distill.text.registry import copy_text_encoder
 # Once JAX is loaded, it warns when a cell starts a command; these commands don't affect it.
 warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
 
-clone = Path(guided_distill.__file__).parents[1]  # Change this if the clone is elsewhere.
-trained = clone / "docs" / "results" / "emoji" / "teacher.safetensors"
-if not trained.is_file():
-    raise SystemExit("Clone the repository and set `clone` to the path of its folder.")
+name = "docs/results/emoji/teacher.safetensors"
+clones = [Path.cwd(), *Path.cwd().parents, Path(guided_distill.__file__).parents[1]]
+trained = next((each / name for each in clones if (each / name).is_file()), None)
+if trained is None:
+    raise SystemExit(f"Open this notebook in a clone of the repository, which has {name}.")
 
 # %%
 # !test -d runs/emoji || guided-distill export --workdir {trained} --out runs/emoji

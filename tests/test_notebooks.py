@@ -1,15 +1,15 @@
 """Notebooks: the committed ones match their sources and contain outputs, and every one runs."""
 
+import importlib.metadata
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from execute import VARIANT, execute, read
+from IPython.core.inputtransformer2 import TransformerManager
 from text_models import write_minilm
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,66 @@ def test_what_is_kept_shows_pictures_and_no_machine(source):
     assert kept.stat().st_size < LARGEST
 
 
+def first_cell(source):
+    return next(cell.source for cell in read(source).cells if cell.cell_type == "code")
+
+
+def test_all_start_with_the_same_cell():
+    assert len({first_cell(source) for source in SOURCES}) == 1
+
+
+@pytest.fixture
+def without_the_package(monkeypatch):
+    """f(succeeds): run the first cell where the package is missing; return what it installs with pip."""
+    monkeypatch.delenv("GUIDED_DISTILL_SOURCE", raising=False)
+    monkeypatch.setenv("PATH", "/bin")  # Restored after the cell has changed it.
+
+    def run(*, succeeds=True):
+        installed = []
+
+        def version(name):
+            if installed and succeeds:
+                return "1.0"
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        class Shell:
+            def run_line_magic(self, magic, line):
+                assert (magic, line) == ("pip", 'install --quiet "{source}"')
+                installed.append(namespace["source"])
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        namespace = {"get_ipython": Shell}
+        exec(TransformerManager().transform_cell(first_cell(SOURCES[0])), namespace)
+        return installed
+
+    return run
+
+
+def test_the_first_cell_installs_the_clone_around_the_notebook(without_the_package, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert without_the_package() == [str(ROOT)]
+
+
+def test_the_first_cell_installs_from_pypi_outside_a_clone(
+    without_the_package, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert without_the_package() == ["guided_distill"]
+
+
+def test_the_first_cell_installs_what_the_variable_names(without_the_package, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setenv("GUIDED_DISTILL_SOURCE", "git+https://example.org/clone")
+    assert without_the_package() == ["git+https://example.org/clone"]
+
+
+def test_the_first_cell_fails_if_the_installation_failed(without_the_package):
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        without_the_package(succeeds=False)
+
+
 @every_notebook
 def test_it_runs(source, tmp_path, monkeypatch):
-    # The kernel and the commands that it runs are those of the tests' environment.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Its weights would have to be downloaded; any with the width that the emoji teacher expects will do.
     write_minilm(tmp_path / "data" / "minilm", hidden_size=384)
