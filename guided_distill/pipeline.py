@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import jax
@@ -19,8 +19,9 @@ from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
 from guided_distill.run_data import latents_of, open_data, outline_of_latents
-from guided_distill.runs.folder import check_shared, check_unclaimed, claim, is_finished, unbegun
-from guided_distill.runs.starts import bring_from_origins, check_starts, left_after
+from guided_distill.runs.files import write_stages
+from guided_distill.runs.folder import check_shared, check_unclaimed, claim, is_finished
+from guided_distill.runs.starts import bring_from_origins, chains_to_train, check_starts
 from guided_distill.runs.trained import (
     Description,
     Trained,
@@ -29,7 +30,7 @@ from guided_distill.runs.trained import (
     network_of,
     package_version,
 )
-from guided_distill.stages import all_stages, chains, check_batch, compiled_step
+from guided_distill.stages import all_stages, check_batch, compiled_step, updates_of
 from guided_distill.storage import held
 from guided_distill.training.job import Job
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
@@ -58,10 +59,13 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
         first_alone(lambda: claim(workdir, experiment))
         with together():
             check_shared(workdir)
+            parts = chains_to_train(workdir, experiment)
+        stages = [stage for chain, _ in parts for stage in chain]
+        first_alone(lambda: write_stages(workdir, updates_of(experiment, stages)))
         first_alone(lambda: bring_from_origins(workdir, experiment))
         if own_latents:
             source = latents_of(source, experiment, workdir)
-        Pipeline(experiment, workdir, source).train()
+        Pipeline(experiment, workdir, source).train(parts)
 
 
 def check_same_config(experiment: Experiment) -> None:
@@ -109,9 +113,10 @@ class Pipeline:
         self._mesh = data_mesh(fsdp=experiment.fsdp)
         self._latest: Trained | None = None
 
-    def train(self) -> None:
-        """Train the unfinished stages that the config asks for, chain by chain."""
-        for chain, start in self._chains():
+    def train(self, parts: Sequence[tuple[list[Stage], bool]]) -> None:
+        """Train the unfinished stages that the config selects, chain by chain; see `chains_to_train`."""
+        for chain, starts in parts:
+            start = self._start() if starts else None
             for index, stage in enumerate(chain):
                 if not self._wanted(stage):
                     continue
@@ -120,20 +125,9 @@ class Pipeline:
                 else:
                     self._latest = self._result(chain[: index + 1], start)
 
-    def _chains(self) -> Iterator[tuple[list[Stage], Trained | None]]:
-        """The part of each chain that this run trains, and another run's model that it starts from."""
-        path = self._experiment.start_from
-        without_result = unbegun(self._workdir, self._experiment)
-        for chain in chains(self._experiment):
-            if path is None:
-                yield chain, None
-            elif chain in without_result:
-                start = load_finished(path_named(path), self._mesh)
-                yield left_after(start.description.stage, chain), start
-            else:
-                # The stages before the first finished one belong to another run.
-                finished = [is_finished(self._workdir, stage) for stage in chain]
-                yield chain[finished.index(True) :], None
+    def _start(self) -> Trained:
+        """The model of another run that this one starts from."""
+        return load_finished(path_named(str(self._experiment.start_from)), self._mesh)
 
     def _wanted(self, stage: Stage) -> bool:
         return self._experiment.stage in ("all", stage.kind)

@@ -1,11 +1,12 @@
 """The stages of a run, in the order of training, and the compiled step of each."""
 
 import functools
+from collections.abc import Iterable
 
 import optax
 from jax.sharding import Mesh
 
-from guided_distill.config import KINDS, Experiment
+from guided_distill.config import AUTOENCODER, KINDS, Experiment
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network
 from guided_distill.objectives.stage import Optimization, Stage
@@ -27,6 +28,13 @@ def chains(experiment: Experiment) -> list[list[Stage]]:
 def all_stages(experiment: Experiment) -> list[Stage]:
     """Each stage once, in the order of training."""
     return list(dict.fromkeys(stage for chain in chains(experiment) for stage in chain))
+
+
+def updates_of(experiment: Experiment, stages: Iterable[Stage]) -> dict[str, int]:
+    """The updates of each of these stages by name, after those of the run's own autoencoder, if any."""
+    autoencoder = experiment.autoencoder.steps
+    first = {AUTOENCODER: autoencoder} if autoencoder else {}
+    return first | {stage.name: stage.total_steps for stage in stages}
 
 
 def teacher_of(experiment: Experiment, stage: Stage) -> Stage | None:

@@ -133,7 +133,7 @@ def held(folder: epath.Path) -> Iterator[None]:
         owner = _owner(file)
         foreign = owner is not None and owner.host != socket.gethostname()
         if free and owner is not None and (foreign or descriptor is None):
-            free = _age(file) > LOST_AFTER or not (foreign or _runs(owner.process))
+            free = age(file) > LOST_AFTER or not (foreign or _runs(owner.process))
     try:
         if not free:
             raise _held_by(folder, owner, foreign=foreign)
@@ -173,7 +173,16 @@ def _owner(file: epath.Path) -> _Owner | None:
     return _Owner(found[1], int(found[2])) if found else None
 
 
-def _age(file: epath.Path) -> float:
+def is_held(folder: epath.Path) -> bool:
+    """Whether another process trains in the folder, as its lock's file says; takes no lock."""
+    file = folder / LOCK
+    owner = _owner(file)
+    if owner is None or age(file) > LOST_AFTER:
+        return False
+    return owner.host != socket.gethostname() or _runs(owner.process)
+
+
+def age(file: epath.Path) -> float:
     """Return the seconds since the file was written."""
     # For a local file, epath's stat looks up the owner's name and fails if the owner has none.
     modified = file.stat().mtime if _is_remote(file) else os.stat(file).st_mtime
@@ -279,7 +288,7 @@ def _of_storage(error: Exception, path: epath.Path) -> bool:
     """Whether the storage raised the error. Clients of buckets raise errors of every type."""
     from jax.errors import JaxRuntimeError
 
-    if isinstance(error, JaxRuntimeError):
+    if isinstance(error, JaxRuntimeError | UserError):
         return False
     return isinstance(error, OSError | ValueError) or _is_remote(path)
 

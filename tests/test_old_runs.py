@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 
 from guided_distill import cli
+from guided_distill.runs.files import read_stages
 from guided_distill.runs.folder import finished_stages
 from guided_distill.runs.trained import Description, load_finished
 from guided_distill.sampling.labels import of_labels
@@ -69,6 +70,7 @@ def test_its_stages_load_and_sample_the_same(run, with_digests):
 
 def test_it_resumes_where_it_stopped(run):
     assert train(run) == 0
+    assert list(read_stages(run)) == finished_stages(run)
     rows = read_metrics(run / "halving_ddim_1")
     # The noise of an update is drawn in another way since, so its loss is another, but of that size.
     then = expected(run)["resumed"]
@@ -84,6 +86,7 @@ def test_another_run_starts_from_it(run, tmp_path):
     assert train(new, start, "--config.halving.first_num_steps=1") == 0
     about = load_finished(new / "halving_ddim_1").description
     assert about.teacher == {"path": str(run / "halving_ddim_2"), "step": 8}
+    assert read_stages(new) == {"halving_ddim_1": 8}
 
 
 def test_a_description_without_conditions_is_of_labels():

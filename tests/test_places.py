@@ -98,6 +98,7 @@ def test_a_bucket_without_its_client_is_one_sentence(without_clients, read):
         ["import", "--from=gs://bucket/model", "--workdir={home}/run"],
         ["edit", "--workdir=run", "--image=gs://bucket/a.png", "--prompt=a"],
         ["evaluate", "--workdir=run", "--reference=gs://bucket/a.npz"],
+        ["runs", "gs://bucket/runs"],
     ],
 )
 def test_flags_report_a_missing_client(without_clients, home, capsys, arguments):

@@ -40,6 +40,7 @@ from guided_distill.formats.single_file import read_single_file, write_folder
 from guided_distill.formats.torch_layout import Tensors, canonical, to_tree
 from guided_distill.models.weights import weight_shapes
 from guided_distill.places import path_named
+from guided_distill.runs.files import write_stages
 from guided_distill.runs.folder import claim
 from guided_distill.runs.model_file import SUFFIX, is_own
 from guided_distill.runs.trained import Description, package_version
@@ -129,6 +130,7 @@ def import_model(
         )
         if kept != index:
             write_json(workdir / COMPANIONS / MODEL_INDEX, kept)
+        write_stages(workdir, {"teacher": IMPORTED_STEPS})
         # This comes last, because it makes the folder a run.
         claim(workdir, about.experiment)
     return [workdir / "teacher", workdir / COMPANIONS]

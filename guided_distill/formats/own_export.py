@@ -8,6 +8,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.formats.companions import COMPANIONS, bring_companions, check_companions
 from guided_distill.formats.exporting import load_one_stage, new_folder, stage_paths
+from guided_distill.runs.files import write_stages
 from guided_distill.runs.folder import claim, folder_of, read_config
 from guided_distill.runs.model_file import (
     DTYPES,
@@ -42,6 +43,8 @@ def export_weights(
         experiment, names = read_config(workdir), [path.name for path in paths]
     with new_folder(out) as folder:
         claim(folder, experiment)
+        steps = [model.step for model in models.values()]
+        write_stages(folder, dict(zip(names, steps, strict=True)))
         bring_companions(folder_of(workdir), folder)
         for name, (path, each) in zip(names, models.items(), strict=True):
             with StageCheckpoints(folder / name, keep=1) as checkpoints:

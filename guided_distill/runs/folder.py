@@ -12,15 +12,10 @@ from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
 from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
+from guided_distill.runs.files import CONFIG, read_config_values
 from guided_distill.runs.model_file import is_model_file
 from guided_distill.stages import all_stages, chains
-from guided_distill.storage import (
-    check_writable,
-    first_line,
-    is_there,
-    persistently,
-    write_text,
-)
+from guided_distill.storage import check_writable, is_there, persistently, write_text
 from guided_distill.training.record import latest_step
 
 
@@ -36,22 +31,7 @@ def read_config(workdir: epath.Path) -> Experiment:
             f"{workdir} is the file of one model, but a run's folder is needed: make one with "
             f"`guided-distill export --workdir {workdir} --out FOLDER`"
         )
-    path = workdir / "config.json"
-    if not is_there(path):
-        raise UserError(
-            f"{workdir} holds no run (config.json is missing): give the --workdir of a "
-            f"`guided-distill train`"
-        )
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({first_line(error)}): remove it, and run `guided-distill train` with "
-            f"the run's --config, which writes it again"
-        ) from error
-    return parse_recorded(values)
+    return parse_recorded(read_config_values(workdir))
 
 
 def finished_stages(workdir: epath.Path) -> list[str]:
@@ -94,7 +74,7 @@ def finished_samplers(workdir: epath.Path) -> list[str]:
 def claim(workdir: epath.Path, experiment: Experiment) -> None:
     """Write the config to the workdir. Raises UserError if it already holds a different one."""
     check_unclaimed(workdir, experiment)
-    write_text(workdir / "config.json", json.dumps(dataclasses.asdict(experiment), indent=2))
+    write_text(workdir / CONFIG, json.dumps(dataclasses.asdict(experiment), indent=2))
 
 
 def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
@@ -103,7 +83,7 @@ def check_unclaimed(workdir: epath.Path, experiment: Experiment) -> None:
     start_from and teacher.initial may name the same stage differently, or one that has moved, and don't
     matter once the run has a result.
     """
-    if is_there(workdir / "config.json"):
+    if is_there(workdir / CONFIG):
         changes = changed_keys(read_config(workdir), experiment)
         needed = bool(unbegun(workdir, experiment))
         for key in ("start_from", "teacher.initial"):
@@ -128,7 +108,7 @@ def _differ(old: epath.Path, new: epath.Path) -> bool:
 
 def check_shared(workdir: epath.Path) -> None:
     """Raises UserError unless this process sees the run's folder and can write to it."""
-    if not is_there(workdir / "config.json"):
+    if not is_there(workdir / CONFIG):
         raise UserError(
             f"process {jax.process_index()} doesn't see {workdir}, which process 0 wrote: give a "
             f"--workdir that all processes share"

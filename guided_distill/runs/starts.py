@@ -11,8 +11,9 @@ from guided_distill.formats.companions import bring_companions
 from guided_distill.models.registry import Network
 from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
-from guided_distill.runs.folder import unbegun
+from guided_distill.runs.folder import is_finished, unbegun
 from guided_distill.runs.trained import Description, read_finished
+from guided_distill.stages import chains
 
 _Pairs = dict[str, tuple[Any, Any]]
 """{name: (its value there, the value needed here)}."""
@@ -47,7 +48,24 @@ def bring_from_origins(workdir: epath.Path, experiment: Experiment) -> None:
             bring_companions(path_named(origin).parent, workdir)
 
 
-def left_after(kind: str, chain: list[Stage]) -> list[Stage]:
+def chains_to_train(workdir: epath.Path, experiment: Experiment) -> list[tuple[list[Stage], bool]]:
+    """The part of each chain that this run trains, and whether it starts from config.start_from."""
+    if experiment.start_from is None:
+        return [(chain, False) for chain in chains(experiment)]
+    fresh = unbegun(workdir, experiment)
+    parts = []
+    for chain in chains(experiment):
+        if chain in fresh:
+            kind = read_finished(path_named(experiment.start_from)).stage
+            parts.append((_left_after(kind, chain), True))
+        else:
+            # The stages before the first finished one belong to another run.
+            finished = [is_finished(workdir, stage) for stage in chain]
+            parts.append((chain[finished.index(True) :], False))
+    return parts
+
+
+def _left_after(kind: str, chain: list[Stage]) -> list[Stage]:
     """The stages of a chain that follow a stage of another run; all students follow any student."""
     after = STAGES.index(kind) + (kind not in SECOND_STAGES)
     return [stage for stage in chain if STAGES.index(stage.kind) >= after]

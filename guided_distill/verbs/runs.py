@@ -1,4 +1,4 @@
-"""The verbs of a run: plan, train, evaluate and report."""
+"""The verbs of a run: plan, train, evaluate, report, and runs, which lists them."""
 
 import argparse
 import contextlib
@@ -136,6 +136,22 @@ def add_verbs(verbs: Any) -> None:
         "guided-distill report --workdir runs/digits",
     )
 
+    runs = command(
+        verbs,
+        "runs",
+        _runs,
+        "list the runs below a folder: how far each is, and its last numbers",
+        "guided-distill runs",
+    )
+    runs.add_argument(
+        "folder",
+        nargs="?",
+        metavar="DIR",
+        type=path,
+        default=epath.Path("runs"),
+        help="the folder that holds the runs, which can be in a bucket (default: %(default)s)",
+    )
+
 
 def add_config(verb: argparse.ArgumentParser) -> None:
     """Add the flag --config."""
@@ -220,6 +236,26 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
     from guided_distill.report.page import write_report
 
     print(write_report(options.workdir))
+
+
+def _runs(options: argparse.Namespace, _: list[str]) -> None:
+    from rich.console import Console
+
+    from guided_distill.report.overview import find_runs, overview, runs_table
+
+    runs, broken = {}, []
+    for found in find_runs(options.folder):
+        name = str(found.relative_to(options.folder))
+        try:
+            if run := overview(found):
+                runs[name] = run
+        except UserError as error:
+            broken.append(f"{name}: {' '.join(str(error).split())}")
+    if runs:
+        console = Console(width=max(140, Console().width))
+        console.print(runs_table(runs), highlight=False, markup=False)
+    for line in broken or ([] if runs else [f"no runs below {options.folder}"]):
+        print(line)
 
 
 def _default_workdir(config: str) -> epath.Path:

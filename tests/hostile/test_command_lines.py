@@ -172,6 +172,7 @@ def good_values(verb, places, folder):
         "decoder": ["halving_ddim_4", "halving_ddim_2"],
         "encoder": ["halving_encode_4", "halving_encode_1"],
         "format": ["checkpoint", "diffusers", "stablehlo"],
+        "folder": [str(places), empty],
         "from_label": ["1", "7"],
         "host": ["127.0.0.1"],
         "image": [str(places / "image.png")],
