@@ -13,7 +13,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -206,12 +206,22 @@ def _write(
     """Lists the files. Returns the arrays of the list."""
     rows: list[Row] = []
     images = _beside(stem, "images")
-    with storing(images), whole(images) as part, part.open("wb") as stream:
-        copy = functools.partial(_append, stream)
+    with contextlib.ExitStack() as written:
+        with storing(images):
+            stream = written.enter_context(written.enter_context(whole(images)).open("wb"))
+
+        def copy(content: bytes) -> Place:
+            with storing(images):
+                start = stream.tell()
+                stream.write(content)
+            return Place(_COPIED, start, len(content))
+
         with progress(f"listing {name}", total=len(files), unit="files") as advance:
             for number, file in enumerate(files):
                 rows += scan(number, file, copy)
                 advance(number + 1, f"{len(rows)} images")
+        with storing(images):
+            written.close()
     if not rows:
         raise UserError(f"{name} has no images: give files that hold some")
     labels = labels_of([row.label for row in rows], where=name)
@@ -229,12 +239,6 @@ def _write(
     with storing(path), whole(path) as part:
         part.write_bytes(npz_bytes(**arrays))
     return arrays
-
-
-def _append(stream: IO[bytes], content: bytes) -> Place:
-    start = stream.tell()
-    stream.write(content)
-    return Place(_COPIED, start, len(content))
 
 
 def _part(path: epath.Path, place: Place) -> bytes:

@@ -55,7 +55,7 @@ def column(names: Collection[str], kinds: Sequence[str]) -> str | None:
     return next((kind for kind in kinds if kind in names), None)
 
 
-def image_column(names: Sequence[str], *, where: str) -> str:
+def image_column(names: Collection[str], *, where: str) -> str:
     """The name of the column of images. Raises UserError, which lists the columns, if there is none."""
     if (found := column(names, IMAGE)) is None:
         raise UserError(

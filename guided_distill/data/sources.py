@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from guided_distill.data import builtin
+from guided_distill.data.arrayrecord import load_arrayrecord
 from guided_distill.data.encoded import load_encoded
 from guided_distill.data.folder import load_folder
 from guided_distill.data.npz import load_npz
@@ -25,6 +26,7 @@ READERS: dict[str, Callable[..., Source]] = {
     "tfds:NAME": load_tfds,
     "encoded:PATH": lambda place, *, split, image_size: load_encoded(place, split=split),
     "parquet:PATH": load_parquet,
+    "arrayrecord:PATH": load_arrayrecord,
 }
 """f(place, split=, image_size=) of each source whose name has a PATH or NAME."""
 

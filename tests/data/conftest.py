@@ -19,9 +19,10 @@ class _Bucket(DirFileSystem):
 
     protocol = ("gcs", "gs")
     root = ""
+    cachable = False
 
     def __init__(self, **options):
-        super().__init__(self.root, LocalFileSystem(), skip_instance_cache=True)
+        super().__init__(self.root, LocalFileSystem())
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -36,6 +37,7 @@ def bucket(tmp_path, monkeypatch):
     """The folder that gs://bucket stands for."""
     monkeypatch.setattr(places, "find_spec", lambda name: name)
     monkeypatch.setattr(_Bucket, "root", str(tmp_path))
-    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: _Bucket())
+    systems = {"gcs": _Bucket(), "file": LocalFileSystem()}
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", systems.get)
     (tmp_path / "bucket").mkdir()
     return tmp_path / "bucket"

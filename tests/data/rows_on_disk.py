@@ -5,7 +5,9 @@ import io
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 COUNT = 40
 
@@ -34,7 +36,38 @@ def write_parquet(path, files, labels, captions, **options):
     pq.write_table(table, path, row_group_size=7, **options)
 
 
-WRITERS = {"parquet": (write_parquet, ".parquet")}
+def example(**values):
+    """A message tf.train.Example."""
+    message = tf_example_pb2.Example()
+    for name, value in values.items():
+        kind = message.features.feature[name]
+        chosen = kind.int64_list if any(type(each) is int for each in value) else kind.bytes_list
+        chosen.value.extend(value)
+    return message.SerializeToString()
+
+
+def write_records(path, messages):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for message in messages:
+        writer.write(message)
+    writer.close()
+
+
+def write_arrayrecord(path, files, labels, captions):
+    rows = zip(files, map(int, labels), captions, strict=True)
+    write_records(
+        path,
+        [
+            example(image=[file], label=[label], caption=[text.encode() for text in texts])
+            for file, label, texts in rows
+        ],
+    )
+
+
+WRITERS = {
+    "parquet": (write_parquet, ".parquet"),
+    "arrayrecord": (write_arrayrecord, ".array_record"),
+}
 
 
 def write(kind, folder, *, images=None, labels=None, captions=None, stem="all", encode=png):

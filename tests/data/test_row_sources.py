@@ -190,7 +190,8 @@ def test_mixed_sizes_are_named_at_once(kind, tmp_path):
     images = [*pictures(5), *pictures(1, size=(6, 7)), *pictures(5)]
     path = write(kind, tmp_path, images=images)
     with pytest.raises(
-        UserError, match=r"row 5 is 6 x 7 x 3, but .* 6 x 6 x 3: set data\.image_size"
+        UserError,
+        match=rf"^{kind}:{path}: the image of row 5 is 6 x 7 x 3, but .* 6 x 6 x 3: set data\.image_size",
     ):
         sources.load_source(f"{kind}:{path}")
     assert sources.load_source(f"{kind}:{path}", image_size=4).shape == (4, 4, 3)
@@ -199,14 +200,16 @@ def test_mixed_sizes_are_named_at_once(kind, tmp_path):
 def test_damaged_files_are_named(kind, tmp_path):
     path = write(kind, tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
-    with pytest.raises(UserError, match=rf"{path.name} .*again"):
+    with pytest.raises(UserError, match=rf"^{path} .*again$"):
         sources.load_source(f"{kind}:{path}")
 
 
 def test_damaged_pixels_are_named_when_they_are_read(kind, tmp_path):
     images = pictures(12, size=(40, 40))
     path = write(kind, tmp_path, images=images, encode=lambda each: png(each)[:2000])
-    with pytest.raises(UserError, match=r"the image of row \d+ can't be read as an image"):
+    with pytest.raises(
+        UserError, match=rf"^{kind}:{path}: the image of row \d+ can't be read as an image"
+    ):
         sources.load_source(f"{kind}:{path}").arrays()
 
 
