@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from guided_distill.chips import Chip
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
 from guided_distill.models.outline import Outline
@@ -15,7 +16,7 @@ from guided_distill.objectives.stage import Stage
 from guided_distill.plan.compiler import CompileTask, Shortage, run_compiler
 from guided_distill.plan.measured import Measured
 from guided_distill.plan.programs import kept_bytes, networks_of, parameter_count, student_of
-from guided_distill.plan.topologies import Chip, Topology
+from guided_distill.plan.topologies import Topology
 from guided_distill.stages import all_stages, check_batch, teacher_of
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.progress import progress

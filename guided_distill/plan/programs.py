@@ -111,9 +111,7 @@ def _lowered(
         lambda one: jax.ShapeDtypeStruct((1, stage.settings.batch_size, *one.shape), one.dtype),
         outline.example,
     )
-    return step.lower(  # type: ignore[attr-defined]
-        *held, batch, jax.eval_shape(jax.random.key, 0)
-    )
+    return step.lower(*held, batch, jax.eval_shape(jax.random.key, 0))
 
 
 def _held(

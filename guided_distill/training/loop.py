@@ -15,6 +15,7 @@ from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
 from guided_distill.training.preemption import notices, stop_error
 from guided_distill.training.progress import progress
+from guided_distill.training.speed import CHECKPOINT, COMPILE, INPUT, Speedometer
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
 
@@ -55,9 +56,11 @@ def train(
     sums: clu.metrics.Collection | None = None
     unlogged = log.unlogged
     unread: tuple[int, StepReport] | None = None
+    compiled: set[int] = set()
     with (
         progress(title, total=total_steps, unit="steps", done=now) as advance,
         notices() as preempted,
+        Speedometer(job, step=now) as speed,
     ):
 
         def read(done: int, report: StepReport) -> None:
@@ -75,31 +78,40 @@ def train(
             if done % cadence.log_every == 0 or done == total_steps:
                 with np.errstate(invalid="ignore"):  # Without finite updates, the average is 0/0.
                     figures = {name: float(value) for name, value in sums.compute().items()}
-                log.write(done, {**figures, "skipped": int(report.skipped)})
+                figures["skipped"] = int(report.skipped)
+                log.write(done, figures, speed=speed.figures(done))
                 sums = None
                 advance(done, f"loss {figures['loss']:.4g}")
 
         while now < total_steps:
             count = min(size - now % size, total_steps - now)
-            stacked = _stack([next(batches) for _ in range(count)])
-            state, report = step(state, frozen, _on_devices(stacked, sharding), key)
+            with speed.spending(INPUT):
+                stacked = _stack([next(batches) for _ in range(count)])
+                batch = _on_devices(stacked, sharding)
+            if count not in compiled:
+                compiled.add(count)
+                with speed.spending(COMPILE):
+                    speed.compile(step.lower(state, frozen, batch, key))
+            state, report = step(state, frozen, batch, key)
             if sums is None and unlogged:
                 sums = _like(report.metrics, unlogged)
                 unlogged = ()
             if unread:
                 read(*unread)
             now += count
+            speed.dispatched(report, step=now)
             unread = (now, report)
             ends = preempted()
             if ends or now % cadence.checkpoint_every == 0 or now == total_steps:
                 read(*unread)
                 unread = None
-                checkpoints.save(
-                    state,
-                    data_state=batches.get_state(),
-                    about=job.about,
-                    unlogged=[float(each) for each in jax.tree.leaves(sums)],
-                )
+                with speed.spending(CHECKPOINT):
+                    checkpoints.save(
+                        state,
+                        data_state=batches.get_state(),
+                        about=job.about,
+                        unlogged=[float(each) for each in jax.tree.leaves(sums)],
+                    )
             if ends:
                 checkpoints.wait()
                 raise stop_error(

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 from clu import parameter_overview
 from etils import epath
@@ -15,7 +15,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from guided_distill.storage import storage_error, write_text
 from guided_distill.training.processes import is_first
-from guided_distill.training.record import read_metrics
+from guided_distill.training.record import METRICS, SPEED, read_rows
+
+Figures = Mapping[str, float | None]
 
 
 class EventFile:
@@ -52,39 +54,104 @@ class EventFile:
             self._records.close()
 
 
-class MetricsLog:
-    """The log of one stage: `metrics.jsonl`, with one object per line, and TensorBoard events.
+class Writer(Protocol):
+    """A form of a stage's log. Values that aren't finite have been replaced by None."""
 
-    When a stage resumes from `step`, the log drops all later rows, so that a resumed run's log equals
-    that of an uninterrupted one. The file is rewritten and renamed into place, because object stores
-    can't append. Only process 0 writes. unlogged: the sums of metrics that weren't logged before a
-    preemption, from the checkpoint.
-    """
-
-    def __init__(self, directory: epath.Path, *, step: int, unlogged: Sequence[float] = ()) -> None:
-        self.unlogged = unlogged
-        self._path = directory / "metrics.jsonl"
-        self._rows = [row for row in read_metrics(directory) if row["step"] <= step]
-        self._events = EventFile(directory / "tensorboard", str(step)) if is_first() else None
-        if self._events is not None:
-            # Makes TensorBoard drop all later steps.
-            start = SessionLog(status=SessionLog.START)
-            self._events.add(Event(step=step + 1, session_log=start))
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log named metrics at a step. Values that aren't finite are null, and left out of the events."""
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        row: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in figures}
-        self._rows.append(row)
-        write_text(self._path, "".join(f"{json.dumps(row)}\n" for row in self._rows))
-        if self._events is not None:
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-            self._events.add(Event(step=step, summary=Summary(value=values)))
+    def write(self, step: int, metrics: Figures, *, speed: Figures) -> None:
+        """Write a row: the metrics of the loss, which a resumed run repeats, and the speed."""
+        ...
 
     def close(self) -> None:
-        """Close the event file. All logged metrics are already on disk."""
-        if self._events is not None:
-            self._events.close()
+        """Release what the writer holds; the rows are already written."""
+        ...
+
+
+class JsonLines:
+    """`metrics.jsonl` and `speed.jsonl`, with one object per line.
+
+    The files are rewritten and renamed into place, because object stores can't append.
+    """
+
+    def __init__(self, directory: epath.Path, *, step: int) -> None:
+        """step: of the checkpoint from which the stage resumes; later rows are dropped."""
+        self._files = {
+            directory / name: [row for row in read_rows(directory / name) if row["step"] <= step]
+            for name in (METRICS, SPEED)
+        }
+
+    def write(self, step: int, metrics: Figures, *, speed: Figures) -> None:
+        """See `Writer`."""
+        for (path, rows), figures in zip(self._files.items(), (metrics, speed), strict=True):
+            rows.append({"step": step, **figures})
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def close(self) -> None:
+        """See `Writer`."""
+
+
+class TensorBoard:
+    """Events for TensorBoard, without the values that aren't finite."""
+
+    def __init__(self, folder: epath.Path, *, step: int) -> None:
+        self._events = EventFile(folder, str(step))
+        # Makes TensorBoard drop all later steps.
+        start = SessionLog(status=SessionLog.START)
+        self._events.add(Event(step=step + 1, session_log=start))
+
+    def write(self, step: int, metrics: Figures, *, speed: Figures) -> None:
+        """See `Writer`."""
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in by_tag(metrics, speed).items()
+            if value is not None
+        ]
+        self._events.add(Event(step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._events.close()
+
+
+def by_tag(metrics: Figures, speed: Figures) -> Figures:
+    """Return all figures of a row, each under the tag that charts show."""
+    return {**metrics, **{f"speed/{name}": value for name, value in speed.items()}}
+
+
+class MetricsLog:
+    """The log of one stage: JSON lines, TensorBoard events, and further writers.
+
+    When a stage resumes from `step`, the log drops all later rows, so that the metrics of a resumed run
+    equal those of an uninterrupted one. Only process 0 writes. unlogged: the sums of metrics that weren't
+    logged before a preemption, from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        *,
+        step: int,
+        unlogged: Sequence[float] = (),
+        writers: Sequence[Writer] = (),
+    ) -> None:
+        self.unlogged = unlogged
+        self._writers = [JsonLines(directory, step=step), *writers]
+        if is_first():
+            self._writers.append(TensorBoard(directory / "tensorboard", step=step))
+
+    def write(self, step: int, metrics: Mapping[str, float], *, speed: Mapping[str, float]) -> None:
+        """Log named figures at a step. Values that aren't finite are null."""
+        row, speed_row = _finite(metrics), _finite(speed)
+        for writer in self._writers:
+            writer.write(step, row, speed=speed_row)
+
+    def close(self) -> None:
+        """Close all writers. All logged figures are already written."""
+        for writer in self._writers:
+            writer.close()
+
+
+def _finite(figures: Mapping[str, float]) -> Figures:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def parameter_table(params: Mapping) -> str:

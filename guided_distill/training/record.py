@@ -9,6 +9,9 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.storage import is_there
 
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
+"""The files of a stage's log."""
+
 
 def latest_step(directory: epath.Path) -> int | None:
     """Return the step of the newest checkpoint in a stage's folder, or None, without opening it.
@@ -39,7 +42,16 @@ def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
 
     Skips a truncated last line. Raises UserError for any other damaged line.
     """
-    path = directory / "metrics.jsonl"
+    return read_rows(directory / METRICS)
+
+
+def read_speed(directory: epath.Path) -> list[dict[str, Any]]:
+    """Return the rows of a stage's speed, like `read_metrics`."""
+    return read_rows(directory / SPEED)
+
+
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
+    """Return the rows of one file of a log, like `read_metrics`."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     while lines and not lines[-1].strip():
         lines.pop()

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import clu.metrics
 import jax
@@ -37,7 +37,20 @@ class StepReport(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-TrainStep = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, StepReport]]
+class TrainStep(Protocol):
+    """A compiled function of (state, frozen, batches, key): see `make_train_step`."""
+
+    def __call__(
+        self, state: TrainState, frozen: Any, batches: Batch, key: jax.Array, /
+    ) -> tuple[TrainState, StepReport]:
+        """Make the updates of a dispatch."""
+        ...
+
+    def lower(
+        self, state: TrainState, frozen: Any, batches: Batch, key: jax.Array, /
+    ) -> jax.stages.Lowered:
+        """Trace the function without running it; the arguments may be shapes."""
+        ...
 
 
 Figures = dict[str, jax.Array]
@@ -64,10 +77,8 @@ def make_train_step(
     converted by `rounded` to the network's dtype. Each device computes the gradient of its own examples,
     and the gradients are averaged in float32.
     """
-    # XLA's CPU backend computes the gradient of a convolution a hundred times slower inside a loop.
-    slow_loops = mesh.devices.flat[0].platform == "cpu"
     gradient = functools.partial(
-        accumulated_gradient, loss, accumulation=accumulation, unroll=slow_loops
+        accumulated_gradient, loss, accumulation=accumulation, unroll=loops_are_unrolled(mesh)
     )
 
     def whole(tree: Any) -> Any:
@@ -112,7 +123,7 @@ def make_train_step(
     ) -> tuple[TrainState, StepReport]:
         (count, *_) = batches["image"].shape
         if count == 1:
-            # Avoids a loop: see slow_loops.
+            # Avoids a loop: see loops_are_unrolled.
             only = {name: each[0] for name, each in batches.items()}
             state, metrics = update(state, frozen, only, key)
         else:
@@ -129,6 +140,12 @@ def make_train_step(
         in_shardings=(None, None, split_batch(mesh, axis=1), replicated(mesh)),
         out_shardings=(None, replicated(mesh)),
     )
+
+
+def loops_are_unrolled(mesh: Mesh) -> bool:
+    """Whether the parts of a batch are computed without a loop."""
+    # XLA's CPU backend computes the gradient of a convolution a hundred times slower inside a loop.
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def gradient_of(

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from guided_distill import cli, config
+from guided_distill.chips import CHIPS
 from guided_distill.data.outline import expected_outline
 from guided_distill.errors import UserError
 from guided_distill.plan import compiler
@@ -37,7 +38,7 @@ from guided_distill.plan.programs import (
     networks_of,
     student_of,
 )
-from guided_distill.plan.topologies import CHIPS, Topology, chips_of, find_topology
+from guided_distill.plan.topologies import Topology, chips_of, find_topology
 from guided_distill.report.plans import lines_under
 from guided_distill.run_data import open_data, outline_for
 from guided_distill.stages import all_stages
@@ -266,11 +267,14 @@ def test_an_error_that_names_libtpu_does_not_mean_that_it_is_missing(monkeypatch
         ("v4:2x2x1", 1, 4, 4),
         ("7x:2x2x1", 1, 8, 4),
         ("v5e:2x4", 2, 16, 16),
+        ("v5p:2x2x1", 1, 4, 4),
+        ("v6e:2x2", 1, 4, 4),
     ],
 )
 def test_topologies_have_the_devices_that_jax_will_see(name, slices, devices, chips):
     topology = find_topology(name, slices=slices)
     assert (len(topology.devices), chips_of(topology)) == (devices, chips)
+    assert {each.device_kind for each in topology.devices} <= set(topology.chip.device_kinds)
 
 
 def test_the_step_of_a_stage_compiles_for_a_slice_and_is_cached(tiny_arguments, tmp_path, capsys):

@@ -30,10 +30,10 @@ def events(directory):
 def test_rows_after_the_restored_step_are_dropped(directory):
     log = MetricsLog(directory, step=0)
     for step in (1, 2, 3):
-        log.write(step, {"loss": 1.0 / step})
+        log.write(step, {"loss": 1.0 / step}, speed={})
     log.close()
     log = MetricsLog(directory, step=2)
-    log.write(4, {"loss": 0.5})
+    log.write(4, {"loss": 0.5}, speed={})
     log.close()
     assert read_metrics(directory) == [
         {"step": 1, "loss": 1.0},
@@ -44,7 +44,7 @@ def test_rows_after_the_restored_step_are_dropped(directory):
 
 def test_a_figure_that_is_not_finite_is_null(directory):
     log = MetricsLog(directory, step=0)
-    log.write(1, {"loss": math.nan, "norm": math.inf, "skipped": 1})
+    log.write(1, {"loss": math.nan, "norm": math.inf, "skipped": 1}, speed={})
     log.close()
     (line,) = (directory / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=pytest.fail)
@@ -54,7 +54,7 @@ def test_a_figure_that_is_not_finite_is_null(directory):
 
 def test_events_are_on_disk_as_soon_as_they_are_written(directory):
     log = MetricsLog(directory, step=20)
-    log.write(30, {"loss": 0.25, "norm": 2.0})
+    log.write(30, {"loss": 0.25, "norm": 2.0}, speed={})
     version, start, figures = events(directory)
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (21, SessionLog.START)

@@ -49,6 +49,7 @@ def train_large(
         begun()
         return compiled(*arguments)
 
+    step.lower = compiled.lower
     images = np.full((24, 2), value, np.float32)
     job = Job(
         directory,

@@ -58,12 +58,9 @@ def source(*, with_nan):
     )
 
 
-def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3):
-    """Train, resuming from a checkpoint if there is one; return the state and the input pipeline's."""
-    mesh = data_mesh()
-    state = fresh_state(mesh)
-    frozen = jax.device_put(FROZEN, replicated(mesh))
-    job = Job(
+def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=3):
+    """Return the job of the regression."""
+    return Job(
         directory,
         title="toy",
         about={"stage": "toy"},
@@ -79,6 +76,20 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             max_nonfinite_steps=max_nonfinite_steps,
         ),
         mesh=mesh,
+    )
+
+
+def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3):
+    """Train, resuming from a checkpoint if there is one; return the state and the input pipeline's."""
+    mesh = data_mesh()
+    state = fresh_state(mesh)
+    frozen = jax.device_put(FROZEN, replicated(mesh))
+    job = job_in(
+        directory,
+        mesh=mesh,
+        total_steps=total_steps,
+        log_every=log_every,
+        max_nonfinite_steps=max_nonfinite_steps,
     )
     with contextlib.ExitStack() as stack:
         iterator = data
