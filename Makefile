@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TO_TEST := $(VENV)/.installed-to-test
 INSTALLED_TO_DOCUMENT := $(VENV)/.installed-to-document
 RUN := runs/digits
-COMPILE := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
+COMPILE := uv pip compile --universal --no-header --no-annotate --no-emit-index-url --upgrade
 
 .PHONY: demo test lint docs notebooks lock
 
@@ -50,8 +50,9 @@ $(INSTALLED_TO_DOCUMENT): $(INSTALLED) docs/site/requirements.lock
 	touch $@
 
 # Resolve the newest dependencies for all supported Pythons at once. Those of the tests come first because
-# they constrain the others.
+# they constrain the others. The lock for Colab keeps what its image has installed.
 lock:
-	$(COMPILE) --extra dev --output-file requirements-dev.lock pyproject.toml
-	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock pyproject.toml
-	$(COMPILE) --extra docs --constraint requirements-dev.lock --output-file docs/site/requirements.lock pyproject.toml
+	$(COMPILE) --python-version 3.11 --extra dev --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --python-version 3.11 --constraint requirements-dev.lock --output-file requirements.lock pyproject.toml
+	$(COMPILE) --python-version 3.11 --extra docs --constraint requirements-dev.lock --output-file docs/site/requirements.lock pyproject.toml
+	$(COMPILE) --python-version 3.13 --extra dev --constraint constraints-colab.txt --output-file requirements-colab.lock pyproject.toml

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from guided_distill import cli
 from guided_distill.verbs.runs import read_config_file
@@ -23,6 +27,7 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
         path = file.relative_to(ROOT)
         assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
     assert {
+        "guided_distill/data/digits.npz",
         "guided_distill/formats/model_card.md.jinja",
         *(
             f"guided_distill/report/{name}.html.jinja"
@@ -51,6 +56,31 @@ def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):
 def test_a_checkout_finds_its_configs_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_config_file("configs/digits.py:runlocal", []).data.name == "digits"
+
+
+def locked(file: str) -> list[Requirement]:
+    lines = (ROOT / file).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_installing_on_colab_changes_none_of_its_packages():
+    """pip would replace a version below our bound, and another JAX than Colab's finds no GPU there."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    bounds = {}
+    for text in [*project["dependencies"], *project["optional-dependencies"]["serve"]]:
+        requirement = Requirement(text)
+        bounds[canonicalize_name(requirement.name)] = requirement.specifier
+    image = {
+        each.name: next(iter(each.specifier)).version for each in locked("constraints-colab.txt")
+    }
+    assert {"flax", "jax", "jaxlib", "numpy"} < set(image)
+    for name, version in image.items():
+        assert version in bounds.get(name, SpecifierSet()), f"{name} {version} on Colab"
+    pinned = {
+        each.name: next(iter(each.specifier)).version for each in locked("requirements-colab.lock")
+    }
+    assert image.items() <= pinned.items()
 
 
 def test_version(capsys):

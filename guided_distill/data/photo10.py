@@ -1,4 +1,4 @@
-"""photo10: 32x32 colour patches of ten photographs that scikit-image and scikit-learn install.
+"""photo10: 32x32 colour patches of ten photographs that scikit-image and scikit-learn contain.
 
 Nothing is downloaded or redistributed. The set has CIFAR-10's shape and the colour statistics of
 photographs, but a class is one photograph: it is a test of textures, not of objects.
@@ -44,7 +44,7 @@ def photo10(split: str) -> Source:
     The size is ten times the number of patches of the largest class; smaller classes repeat theirs.
 
     Raises:
-      UserError: a photograph is missing from the installed packages.
+      UserError: one of the packages isn't installed, or lacks a photograph.
     """
     by_class = _patches(split)
     counts = np.array([len(patches) for patches in by_class])
@@ -96,8 +96,11 @@ def _cut(photo: np.ndarray, *, split: str) -> np.ndarray:
 def _half_size(package: str, file: str) -> np.ndarray:
     # find_spec doesn't import the package; skimage.data would offer to download the photograph.
     spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "photo10 needs the photographs in scikit-image and scikit-learn: pip install scikit-image "
+            "scikit-learn (the extra `photos`)"
+        )
     path = Path(spec.origin).parent / file
     try:
         with Image.open(path) as image:

@@ -4,6 +4,7 @@ With a single process, the common case, these functions do nothing special.
 """
 
 import contextlib
+import inspect
 import os
 import re
 import socket
@@ -78,7 +79,7 @@ def _connect(timeout: int) -> None:
                 process_id=index,
                 initialization_timeout=timeout + _MARGIN,
                 heartbeat_timeout_seconds=_LOST_AFTER,
-                shutdown_timeout_seconds=_SHUTDOWN + _MARGIN,
+                **_shutdown_timeout(),
             )
     except ValueError as error:
         # No variable is set, and JAX detected no cluster: there is a single process.
@@ -93,6 +94,13 @@ def _connect(timeout: int) -> None:
         raise UserError(
             f"{str(error).splitlines()[0]}; {_not_connected(address, timeout)}"
         ) from error
+
+
+def _shutdown_timeout() -> dict[str, Any]:
+    # JAX 0.7 doesn't have it: a process that ends normally waits for the others for up to five minutes.
+    name = "shutdown_timeout_seconds"
+    has_it = name in inspect.signature(jax.distributed.initialize).parameters
+    return {name: _SHUTDOWN + _MARGIN} if has_it else {}
 
 
 def _disconnect(error: UserError | Interrupted) -> None:

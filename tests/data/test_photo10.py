@@ -69,6 +69,12 @@ def test_photographs_have_their_colours():
     assert colour["temple"].min() > -0.3
 
 
+def test_missing_packages_are_named(monkeypatch, fresh_photos):
+    monkeypatch.setitem(photo10.PHOTOS, "cat", ("not_installed", "data/cat.png"))
+    with pytest.raises(UserError, match="pip install scikit-image scikit-learn"):
+        sources.load_source("photo10")
+
+
 def test_a_missing_photograph_is_named(monkeypatch, fresh_photos):
     monkeypatch.setitem(photo10.PHOTOS, "cat", ("skimage", "data/no_cat.png"))
     with pytest.raises(UserError, match=r"no_cat\.png.*reinstall scikit-image"):

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from guided_distill.data import source, sources
+from guided_distill.data import builtin, source, sources
 from guided_distill.data.mixture import DEFAULT_MIXTURE
 from guided_distill.data.pixels import from_uint8, to_uint8
 from guided_distill.data.source import from_arrays, split_indices, within_memory
@@ -73,6 +73,16 @@ def test_every_digit_is_in_one_of_two_balanced_splits():
     assert seen == sorted(zip(bunch.target, map(bytes, bunch.images.astype(np.uint8)), strict=True))
     share = np.bincount(splits["test"]["label"]) / np.bincount(bunch.target)
     np.testing.assert_allclose(share, 0.2, atol=0.01)
+
+
+def test_the_digits_are_those_of_scikit_learn_bit_by_bit():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = builtin._digits()
+    expected = (bunch.images[..., None] / 8 - 1).astype(np.float32)
+    np.testing.assert_array_equal(images.view(np.uint32), expected.view(np.uint32), strict=True)
+    np.testing.assert_array_equal(labels, bunch.target, strict=True)
 
 
 def to_gray(images):

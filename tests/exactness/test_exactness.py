@@ -1,6 +1,7 @@
 """Stages one and two, compared with an exact teacher: the closed form of the 2-D mixture."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class ExactNetwork(Network):
         return Denoiser(predict, guided=False, null=self.null)
 
 
-@jax.jit(static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def draw(key, count, batch_size):
     label_key, point_key = jax.random.split(key)
     label = jax.random.randint(label_key, (count * batch_size,), 0, MIXTURE.num_classes)

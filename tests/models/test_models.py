@@ -1,5 +1,7 @@
 """Properties that every network must have."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def random_params(network):
     )
 
 
-@jax.jit(static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def predict(network, params, *inputs):
     return network.denoiser(params).predict(*inputs)
 

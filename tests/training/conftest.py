@@ -15,7 +15,6 @@ from guided_distill.runs.trained import load_finished
 # Forks after the imports but before JAX has a backend, so that a run starts at once.
 FORK_RUNS = """
 import functools, gc, json, os, sys
-import sklearn.datasets
 from guided_distill import cli, pipeline
 from guided_distill.evaluation import evaluate
 from guided_distill.evaluation.extractors import registry

