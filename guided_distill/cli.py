@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
         unknown = [each for each in rest if not each.startswith("--config.")]
-        if unknown or (rest and options.verb not in ("plan", "train", "sweep")):
+        if unknown or (rest and options.verb not in ("plan", "train", "sweep", "config")):
             parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
         options.run(options, rest)
     except UserError as error:
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     # Imported here because a signal can arrive before everything is imported.
     from importlib.metadata import version
 
-    from guided_distill.verbs import data, images, machine, models, pages, runs, studies
+    from guided_distill.verbs import configs, data, images, machine, models, pages, runs, studies
     from guided_distill.verbs.shared import Parser
 
     parser = Parser("guided-distill", description=DESCRIPTION)
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"guided-distill {version('guided_distill')}"
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for room in (runs, studies, images, pages, models, data, machine):
+    for room in (runs, configs, studies, images, pages, models, data, machine):
         room.add_verbs(verbs)
     return parser
 

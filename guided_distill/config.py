@@ -36,23 +36,25 @@ EXTRACTORS = ("classifier", "lite0", "lite0:PATH", "inception:PATH", "clip:PATH"
 
 @dataclass(frozen=True)
 class Data:
-    """The training data.
-
-    name: a name of guided_distill.data.sources. channels: the number that the data must have, 1 for gray
-    and 3 for colour; None accepts any. text_encoder: a name of guided_distill.text.registry, which
-    conditions on the data's captions; None conditions on their labels. shape, condition: the shapes of an
-    example and its condition, such as (64, 64, 4) and {"text": (77, 768)}, or {"label": 10} for the
-    number of classes. `plan` uses them if the data are missing; otherwise the data must match them. An
-    empty shape accepts any.
-    """
+    """The training data."""
 
     name: str = "digits"
+    """The source: a name of guided_distill.data.sources."""
     image_size: kinds.Width | None = None
+    """Side in pixels that images are scaled and cropped to; None keeps theirs."""
     channels: kinds.Width | None = None
+    """The number that the data must have, 1 for gray and 3 for colour; None accepts any."""
     flip: bool = False
+    """Whether training mirrors images at random."""
     text_encoder: str | None = None
+    """A name of guided_distill.text.registry, which conditions on the data's captions; None conditions on
+    their labels."""
     shape: tuple[kinds.Width, ...] = ()
+    """The shape of an example, such as (64, 64, 4). `plan` uses it if the data are missing; otherwise
+    the data must match it. An empty shape accepts any."""
     condition: dict[str, Any] = field(default_factory=dict)
+    """The shapes of an example's condition, such as {"text": (77, 768)}, or {"label": 10} for the number
+    of classes; used as `shape` is."""
 
     @property
     def title(self) -> str:
@@ -64,34 +66,40 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """The network and its noise schedule.
-
-    name: a name of guided_distill.models.registry. options: fields of that class. schedule_options:
-    arguments of the schedule's function in guided_distill.diffusion.schedules.
-    """
+    """The network and its noise schedule."""
 
     name: str = "mlp"
+    """The network: a name of guided_distill.models.registry."""
     parameterization: Annotated[str, kinds.OneOf(PARAMETERIZATIONS)] = "v"
+    """What the network predicts."""
     schedule: Annotated[str, kinds.OneOf(SCHEDULES)] = "cosine"
+    """The noise schedule: a function of guided_distill.diffusion.schedules."""
     schedule_options: dict[str, float] = field(default_factory=dict)
+    """Arguments of the schedule's function."""
     dtype: Annotated[str, kinds.OneOf(DTYPES)] = "float32"
+    """The precision in which the network computes; weights are kept in float32."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the network's class."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of `evaluate`, which samples students in their own N, and the teacher as set here.
-
-    extractor: the feature extractor, one of `EXTRACTORS`.
-    """
+    """Settings of `evaluate`, which samples students in their own N, and the teacher as set here."""
 
     extractor: str = "classifier"
+    """The feature extractor, as in `evaluate --extractor`."""
     num_samples: kinds.Count = 1024
+    """Samples per row of results.csv."""
     batch_size: kinds.BatchSize = 256
+    """Samples drawn at once."""
     weights: tuple[kinds.Weight, ...] = (0.0, 1.0, 2.0, 4.0)
+    """The guidance weights w to measure."""
     teacher_samplers: tuple[Annotated[str, kinds.OneOf(SAMPLERS)], ...] = ("ddim",)
+    """The samplers to measure the teacher with."""
     teacher_num_steps: tuple[kinds.NumSteps, ...] = (1, 2, 4, 8, 16, 64)
+    """The numbers of steps to measure the teacher with."""
     seed: kinds.Seed = 0
+    """The seed of the samples."""
 
 
 @dataclass(frozen=True)
@@ -112,29 +120,33 @@ SECOND_STAGES = tuple(name for name, kind in KINDS.items() if issubclass(kind, S
 
 @dataclass(frozen=True)
 class Experiment(Stages):
-    """A whole run.
-
-    method: "guided" is the paper's: stage one, then stage two. Its baselines have no stage one: "naive"
-    halves the steps of the guided teacher directly; "two_student" halves the steps of its conditional and
-    unconditional predictions separately, and applies guidance when the student is sampled.
-    second_stage: the method that trains few-step students.
-    stage: "all", or the one stage to train. start_from: the folder of a finished stage of another run, or
-    a model's .safetensors file, to distill.
-    fsdp: the number of devices that weights and optimizer state are sharded over, 0 for all; with several
-    slices, the devices of one (guided_distill/training/mesh.py).
-    """
+    """A whole run."""
 
     seed: kinds.Seed = 0
+    """The seed of the weights, batches and noise."""
     method: Annotated[str, kinds.OneOf(METHODS)] = "guided"
+    """The paper's is "guided": stage one, then stage two. Its baselines have no stage one: "naive" halves
+    the steps of the guided teacher directly; "two_student" halves the steps of its conditional and
+    unconditional predictions separately, and applies guidance when the student is sampled."""
     second_stage: Annotated[str, kinds.OneOf(SECOND_STAGES)] = "halving"
+    """The method that trains few-step students."""
     stage: Annotated[str, kinds.OneOf(("all", AUTOENCODER, *STAGES))] = "all"
+    """The stages to train: all, or those of one kind."""
     start_from: str | None = None
+    """The folder of a finished stage of another run, or a model's .safetensors file, to distill."""
     fsdp: kinds.Whole = 1
+    """The number of devices that weights and optimizer state are sharded over, 0 for all; with several
+    slices, the devices of one (guided_distill/training/mesh.py)."""
     steps_per_dispatch: kinds.Count = 50
+    """Updates in one call of the compiled program."""
     log_every: kinds.Count = 100
+    """Updates between two rows of the log, a multiple of steps_per_dispatch."""
     checkpoint_every: kinds.Count = 1000
+    """Updates between two checkpoints, a multiple of log_every."""
     checkpoints_to_keep: kinds.Count = 2
+    """The number of checkpoints that a stage keeps."""
     max_nonfinite_steps: kinds.Count = 10
+    """Updates in a row whose loss isn't finite that end the training; fewer are skipped and counted."""
     data: Data = field(default_factory=Data)
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     model: Model = field(default_factory=Model)

@@ -158,6 +158,12 @@ def range_of(kind: Any) -> Range | None:
     return next((each for each in (*own, *map(range_of, typing.get_args(kind))) if each), None)
 
 
+def names_of(kind: Any) -> tuple[str, ...]:
+    """Return the names that a kind, or the elements of its tuple, allow; none if it allows any."""
+    own = [each.names for each in getattr(kind, "__metadata__", ()) if isinstance(each, OneOf)]
+    return next((each for each in (*own, *map(names_of, typing.get_args(kind))) if each), ())
+
+
 def check(where: str, value: Any, kind: Any) -> None:
     """Raise UserError, naming the key or flag `where`, if a number is outside the range of its kind.
 

@@ -34,7 +34,7 @@ from guided_distill.formats.json_files import write_json
 from guided_distill.formats.torch_layout import to_tensors
 from guided_distill.models.registry import Params, check_module, check_options
 from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
-from guided_distill.objectives.autoencoder import Autoencoder, autoencoder_loss
+from guided_distill.objectives.autoencoder import NOT_OPTIONS, Autoencoder, autoencoder_loss
 from guided_distill.sampling.latents import BATCH_SIZE, LatentSpace, autoencoder_folder
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
 from guided_distill.training.job import Job
@@ -242,8 +242,7 @@ def _write_companions(
 
 def check_autoencoder(settings: Autoencoder, source: Source) -> AutoencoderKL:
     """The autoencoder of a config. Raises UserError if its options and the images don't fit."""
-    fixed = ("image_channels", "scaling_factor", "dtype", "parent", "name")
-    check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=fixed)
+    check_options("config.autoencoder.options", settings.options, AutoencoderKL, fixed=NOT_OPTIONS)
     module = AutoencoderKL(**settings.options, image_channels=source.shape[-1])
     check_image_shape(module, source)
     return module

@@ -34,7 +34,7 @@ MODELS: dict[str, type[nn.Module]] = {
 Params = Mapping[str, Any]
 
 # The run or Flax sets these, not a config's model.options.
-_NOT_OPTIONS = (
+NOT_OPTIONS = (
     "num_classes",
     "w_conditioned",
     "w_embedding",
@@ -190,7 +190,7 @@ def build_network(
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; choose one of {', '.join(MODELS)}")
     kind: Any = MODELS[name]
-    check_options("config.model.options", options, kind, fixed=_NOT_OPTIONS)
+    check_options("config.model.options", options, kind, fixed=NOT_OPTIONS)
     for condition in outline.condition_shapes:
         if condition not in kind.conditions:
             raise UserError(

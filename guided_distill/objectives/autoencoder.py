@@ -12,17 +12,20 @@ from guided_distill import draws, kinds
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 
+NOT_OPTIONS = ("image_channels", "scaling_factor", "dtype", "parent", "name")
+"""Fields of the autoencoder's module that the run or Flax sets, not a config's options."""
+
 
 @dataclass(frozen=True)
 class Autoencoder(Optimization):
-    """Settings of the run's own autoencoder. With steps = 0 it has none, and diffuses the data itself.
-
-    options: fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL.
-    """
+    """Settings of the run's own autoencoder."""
 
     steps: kinds.Whole = 0
+    """The number of updates. With 0 the run has no autoencoder, and diffuses the data itself."""
     kl_weight: kinds.NotNegative = 1e-3
+    """The weight of the latents' KL divergence from a unit Gaussian in the loss."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Fields of guided_distill.models.stable_diffusion.autoencoder.AutoencoderKL."""
 
 
 def autoencoder_loss(

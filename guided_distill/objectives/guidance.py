@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guidance(Optimization):
-    """Settings of stage one.
-
-    w_min, w_max: the range of w that this student and all later ones are conditioned on.
-    w_embedding: how these students embed w: "fourier", as time is (the paper's embedding, which
-    diffusers supports), or "scalar", as the number itself.
-    clipped, here and in `Halving`: distill the teacher with its x clipped to [-1, 1], as samplers of
-    images clip it; not in the papers.
-    """
+    """Settings of stage one."""
 
     weighting: Weighting = "snr"
+    """The weight of the loss at each noise level."""
     clipped: bool = False
+    """Distill the teacher with its x clipped to [-1, 1], as samplers of images clip it; not in the
+    papers."""
     w_min: kinds.Weight = 0.0
+    """The least w that this student and all later ones are conditioned on."""
     w_max: kinds.Weight = 4.0
+    """The largest w that they are conditioned on."""
     w_embedding: Annotated[str, kinds.OneOf(W_FEATURES)] = "fourier"
+    """How these students embed w: "fourier", as time is (the paper's embedding, which diffusers
+    supports), or "scalar", as the number itself."""
 
     @property
     def w_range(self) -> tuple[float, float]:

@@ -74,20 +74,22 @@ JUMPS: dict[str, Callable[[jax.Array, int | jax.Array], Jump]] = {
 
 @dataclass(frozen=True)
 class Halving(Optimization):
-    """Settings of stage two, whose rounds have N = first_num_steps, first_num_steps/2 ... last_num_steps.
-
-    few_step_factor multiplies the updates of the rounds N = 2 and N = 1. round_steps, unless it is empty,
-    gives the updates of each round instead. Each of `samplers` has its own chain of students, which are
-    trained on its jumps.
-    """
+    """Settings of stage two: rounds with N = first_num_steps, first_num_steps/2 ... last_num_steps."""
 
     weighting: Weighting = "truncated_snr"
+    """The weight of the loss at each noise level."""
     clipped: bool = False
+    """As in stage one. Encoders ignore it."""
     first_num_steps: _Rounds = 32
+    """Steps of the first round's student: last_num_steps times a power of two."""
     last_num_steps: _Rounds = 1
+    """Steps of the last round's student."""
     few_step_factor: kinds.Count = 2
+    """A factor for the updates of the rounds N = 2 and N = 1."""
     round_steps: tuple[kinds.Count, ...] = ()
+    """The updates of each round; if empty, they follow from steps and few_step_factor."""
     samplers: tuple[Annotated[str, kinds.OneOf(JUMPS)], ...] = ("ddim",)
+    """Each has its own chain of students, which are trained on its jumps."""
 
     def rounds(self) -> tuple[int, ...]:
         """The N of every round, in the order of training."""

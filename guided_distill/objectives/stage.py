@@ -43,22 +43,27 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a stage optimizes its network.
-
-    accumulation: the number of parts in which the gradient of a batch is computed, one after the other.
-    ema_decay: of the exponential moving average of the weights, which is the stage's result; with 0 the
-    result is the weights themselves.
-    """
+    """How a stage optimizes its network."""
 
     steps: kinds.Count = 1000
+    """The number of updates."""
     batch_size: kinds.BatchSize = 128
+    """Examples per update, over all devices."""
     accumulation: kinds.Count = 1
+    """The number of parts in which the gradient of a batch is computed, one after the other."""
     learning_rate: kinds.Positive = 1e-3
+    """Adam's learning rate after the warm-up."""
     learning_rate_schedule: Annotated[str, kinds.OneOf(LEARNING_RATE_SCHEDULES)] = "constant"
+    """How the learning rate falls after the warm-up."""
     warmup_steps: kinds.Whole = 0
+    """Updates in which the learning rate rises from 0."""
     weight_decay: kinds.NotNegative = 0.0
+    """Adam's decoupled weight decay."""
     gradient_clip: kinds.Positive = 1.0
+    """The largest norm of the gradient; a longer one is scaled down to it."""
     ema_decay: kinds.Fraction = 0.0
+    """Decay of the exponential moving average of the weights, which is the stage's result; with 0 the
+    result is the weights themselves."""
 
     @property
     def fewest_updates(self) -> int:

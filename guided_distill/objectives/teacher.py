@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Teacher(Optimization):
-    """Settings of the teacher, one network that predicts with and without a condition.
-
-    label_dropout: the share of examples whose condition, a label or a text, is dropped. initial: the
-    folder of a teacher to start from, or its .safetensors file. It may predict something else than
-    config.model.parameterization: a teacher that predicts eps is fine-tuned to predict v this way.
-    """
+    """Settings of the teacher, one network that predicts with and without a condition."""
 
     weighting: Weighting = "snr_plus_one"
+    """The weight of the loss at each noise level."""
     label_dropout: kinds.Fraction = 0.1
+    """The share of examples whose condition, a label or a text, is dropped."""
     dropout: kinds.Fraction = 0.0
+    """The share of activations that the network drops in training."""
     initial: str | None = None
+    """The folder of a teacher to start from, or its .safetensors file. It may predict something else than
+    config.model.parameterization: a teacher that predicts eps is fine-tuned to predict v this way."""
 
 
 def drop_conditions(

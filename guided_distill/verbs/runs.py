@@ -158,7 +158,8 @@ def add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config",
         required=True,
-        help="a config file, or FILE:VARIANT; --config.KEY=VALUE overrides a key",
+        help="a config file, or FILE:VARIANT; --config.KEY=VALUE overrides a key, and "
+        "`guided-distill config show FILE` lists the keys",
     )
 
 
