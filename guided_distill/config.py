@@ -60,7 +60,7 @@ class Data:
     def title(self) -> str:
         """The name to show, without folders of this machine: "x.npz" for "npz:/home/me/x.npz"."""
         kind, _, path = self.name.partition(":")
-        on_disk = kind in ("npz", "folder", "encoded", "parquet", "arrayrecord")
+        on_disk = kind in ("npz", "folder", "encoded", "parquet", "arrayrecord", "webdataset")
         return path.rstrip("/").rpartition("/")[2] if on_disk else self.name
 
 

@@ -82,6 +82,7 @@ def without_clients(monkeypatch):
         lambda: sources.load_source("folder:gs://bucket/x"),
         lambda: sources.load_source("parquet:gs://bucket/x"),
         lambda: sources.load_source("arrayrecord:gs://bucket/x"),
+        lambda: sources.load_source("webdataset:gs://bucket/x"),
         lambda: inception_extractor((8, 8, 3), "gs://bucket/x.pth"),
         lambda: load_text_encoder("clip:gs://bucket/x"),
         lambda: guided_distill.load("gs://bucket/x"),

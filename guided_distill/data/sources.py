@@ -11,6 +11,7 @@ from guided_distill.data.parquet import load_parquet
 from guided_distill.data.photo10 import photo10
 from guided_distill.data.source import SPLITS, Source, check_image_size
 from guided_distill.data.tfds import load_tfds
+from guided_distill.data.webdataset import load_webdataset
 from guided_distill.errors import UserError
 
 BUILT_IN: dict[str, Callable[[str, int], Source]] = {
@@ -27,6 +28,7 @@ READERS: dict[str, Callable[..., Source]] = {
     "encoded:PATH": lambda place, *, split, image_size: load_encoded(place, split=split),
     "parquet:PATH": load_parquet,
     "arrayrecord:PATH": load_arrayrecord,
+    "webdataset:PATH": load_webdataset,
 }
 """f(place, split=, image_size=) of each source whose name has a PATH or NAME."""
 

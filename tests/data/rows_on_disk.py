@@ -1,6 +1,8 @@
 """The same rows of an image, a label and captions, written in each format."""
 
 import io
+import json
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -64,9 +66,37 @@ def write_arrayrecord(path, files, labels, captions):
     )
 
 
+def write_tar(path, members, *, mode="w"):
+    """A tar file of members {name: bytes}."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def write_webdataset(path, files, labels, captions, **options):
+    members = {}
+    for row, (file, label, texts) in enumerate(zip(files, labels, captions, strict=True)):
+        name = f"some/{row:06}"
+        kind = "npy" if file.startswith(b"\x93NUMPY") else "png"
+        members[f"{name}.{kind}"] = file
+        members[f"{name}.cls"] = f"{label}\n".encode()
+        if len(texts) == 1:
+            members[f"{name}.txt"] = texts[0].encode()
+        else:
+            members[f"{name}.json"] = json.dumps({"caption": texts, "width": 6}).encode()
+    write_tar(path, members, **options)
+
+
+def write_compressed(path, files, labels, captions):
+    write_webdataset(path, files, labels, captions, mode="w:gz")
+
+
 WRITERS = {
     "parquet": (write_parquet, ".parquet"),
     "arrayrecord": (write_arrayrecord, ".array_record"),
+    "webdataset": (write_webdataset, ".tar"),
 }
 
 
