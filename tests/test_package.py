@@ -1,5 +1,7 @@
 """The installed package, its imports, and the verb doctor, which checks the installation."""
 
+import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -15,6 +19,9 @@ from guided_distill import cli
 from guided_distill.verbs.runs import read_config_file
 
 ROOT = Path(__file__).parents[1]
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
 
 def test_the_wheel_carries_configs_and_templates(tmp_path):
@@ -23,6 +30,8 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
     (wheel,) = tmp_path.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Metadata.from_email(archive.read(about), validate=True)
     for file in [*ROOT.glob("configs/*.py"), *ROOT.glob("guided_distill/**/*.py")]:
         path = file.relative_to(ROOT)
         assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
@@ -34,7 +43,11 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
             for name in ("base", "parts", "page", "compare")
         ),
     } < names
+    assert "guided_distill/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "docs", "configs"))]
+    assert CITATION["version"] == str(metadata.version)
+    assert CITATION["license"] == metadata.license_expression
+    assert [each["name"] for each in CITATION["authors"]] == [metadata.author]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
@@ -45,6 +58,68 @@ def test_a_checkout_is_small(folder, megabytes):
     names = subprocess.run(tracked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = [ROOT / name for name in names.split("\0") if (ROOT / name).is_file()]
     assert sum(file.stat().st_size for file in files) < megabytes * 10**6
+
+
+def jobs(workflow):
+    return yaml.safe_load(workflow.read_text())["jobs"].values()
+
+
+def commands(job):
+    """The shell commands of a job, with the values of each run of its matrix."""
+    matrix = dict(job.get("strategy", {}).get("matrix", {}))
+    runs = matrix.pop("include", [{}])
+    for *values, run in itertools.product(*matrix.values(), runs):
+        names = dict(zip(matrix, values, strict=True)) | run
+        text = "\n".join(step.get("run", "") for step in job.get("steps", []))
+        for name, value in names.items():
+            text = text.replace(f"${{{{ matrix.{name} }}}}", value)
+        yield text
+
+
+def test_workflows_run_targets_and_workflows_that_exist():
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+    wanted = {
+        target
+        for workflow in WORKFLOWS
+        for job in jobs(workflow)
+        for command in commands(job)
+        for target in re.findall(r"\bmake (\S+)", command)
+    }
+    assert {"test", "colab", "parity", "notebooks", "dist"} <= wanted <= targets
+    used = [job["uses"] for workflow in WORKFLOWS for job in jobs(workflow) if "uses" in job]
+    assert used
+    assert all((ROOT / path).is_file() for path in used)
+
+
+def test_the_makefile_installs_from_locks_that_exist():
+    locks = set(re.findall(r"[\w./-]*requirements[\w-]*\.lock", MAKEFILE))
+    assert len(locks) > 3
+    assert all((ROOT / lock).is_file() for lock in locks)
+
+
+def test_workflows_use_actions_by_commit():
+    steps = [
+        step for workflow in WORKFLOWS for job in jobs(workflow) for step in job.get("steps", [])
+    ]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used)
+
+
+def test_only_publishing_may_do_more_than_read():
+    may_more = []
+    for workflow in WORKFLOWS:
+        assert yaml.safe_load(workflow.read_text())["permissions"] == {"contents": "read"}
+        may_more += [job["permissions"] for job in jobs(workflow) if "permissions" in job]
+    assert may_more == [{"id-token": "write"}]
+
+
+def test_every_python_that_is_named_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {name.rpartition(" ")[2] for name in project["classifiers"] if " :: 3." in name}
+    (job,) = jobs(ROOT / ".github" / "workflows" / "tests.yml")
+    legs = job["strategy"]["matrix"]["include"]
+    assert named == {leg["python"] for leg in legs if leg["target"] == "test"}
 
 
 def test_an_installed_package_finds_its_configs_anywhere(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -211,6 +212,15 @@ def test_skypilot_uploads_what_the_package_is_built_from():
     ignored = (LAUNCH.parent / ".skyignore").read_text().splitlines()
     assert PARTS.isdisjoint(line.strip("/") for line in ignored)
     assert {"/docs", "/runs", "/.git"} <= set(ignored)
+
+
+def test_the_image_is_built_from_what_the_package_is_built_from():
+    root = LAUNCH.parent
+    copies = re.findall(r"^COPY (.+) \S+$", (root / "Dockerfile").read_text(), re.MULTILINE)
+    copied = {name for line in copies for name in line.split()}
+    assert copied == PARTS | {"requirements.lock"}
+    sent = re.findall(r"^!/(.+)$", (root / ".dockerignore").read_text(), re.MULTILINE)
+    assert copied == set(sent)
 
 
 @pytest.mark.parametrize("name", ["true", "null"])
