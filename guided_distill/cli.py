@@ -79,10 +79,21 @@ def _hush_threads() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of every verb. For a shell's completion, the process ends here."""
     # Imported here because a signal can arrive before everything is imported.
     from importlib.metadata import version
 
-    from guided_distill.verbs import configs, data, images, machine, models, pages, runs, studies
+    from guided_distill.verbs import (
+        completion,
+        configs,
+        data,
+        images,
+        machine,
+        models,
+        pages,
+        runs,
+        studies,
+    )
     from guided_distill.verbs.shared import Parser
 
     parser = Parser("guided-distill", description=DESCRIPTION)
@@ -90,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"guided-distill {version('guided_distill')}"
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for room in (runs, configs, studies, images, pages, models, data, machine):
+    for room in (runs, configs, studies, images, pages, models, data, machine, completion):
         room.add_verbs(verbs)
+    completion.complete(parser)
     return parser
 
 
