@@ -4,7 +4,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from guided_distill.errors import UserError
 from guided_distill.models.registry import Params, check_network, student_params
 from guided_distill.objectives.stage import Stage
 from guided_distill.places import path_named
-from guided_distill.run_data import latents_of, open_data, outline_of_latents
+from guided_distill.run_data import has_autoencoder, latents_of, open_data, outline_of_latents
 from guided_distill.runs.files import write_stages
 from guided_distill.runs.folder import check_shared, check_unclaimed, claim, is_finished
 from guided_distill.runs.starts import bring_from_origins, chains_to_train, check_starts
@@ -32,7 +32,7 @@ from guided_distill.runs.trained import (
 )
 from guided_distill.stages import all_stages, check_batch, compiled_step, updates_of
 from guided_distill.storage import held
-from guided_distill.training.job import Job
+from guided_distill.training.job import UNMONITORED, Job, Monitoring
 from guided_distill.training.mesh import data_mesh, replicated, split_weights
 from guided_distill.training.processes import first_alone, texts_of_all, together
 from guided_distill.training.progress import console
@@ -40,11 +40,12 @@ from guided_distill.training.record import latest_step
 from guided_distill.training.session import save_result, train_in
 
 
-def run(experiment: Experiment, workdir: epath.Path) -> None:
+def run(experiment: Experiment, workdir: epath.Path, monitoring: Monitoring = UNMONITORED) -> None:
     """Train the stages that `experiment.stage` selects; skip finished ones and resume an interrupted one.
 
     Raises UserError if the workdir belongs to another config, a stage lacks its teacher, the disk is full
-    or read-only, or the processes of the run have different configs.
+    or read-only, the processes of the run have different configs, or a trace was requested and no stage
+    has enough updates left for it.
     """
     check_same_config(experiment)
     check_batches(experiment)
@@ -64,8 +65,10 @@ def run(experiment: Experiment, workdir: epath.Path) -> None:
         first_alone(lambda: write_stages(workdir, updates_of(experiment, stages)))
         first_alone(lambda: bring_from_origins(workdir, experiment))
         if own_latents:
-            source = latents_of(source, experiment, workdir)
-        Pipeline(experiment, workdir, source).train(parts)
+            trained = has_autoencoder(workdir)
+            source = latents_of(source, experiment, workdir, monitoring)
+            monitoring = monitoring if trained else replace(monitoring, profile=None)
+        Pipeline(experiment, workdir, source, monitoring).train(parts)
 
 
 def check_same_config(experiment: Experiment) -> None:
@@ -106,10 +109,13 @@ def check_trainable(experiment: Experiment, workdir: epath.Path, source: Source)
 class Pipeline:
     """Trains the stages of one run."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, source: Source) -> None:
+    def __init__(
+        self, experiment: Experiment, workdir: epath.Path, source: Source, monitoring: Monitoring
+    ) -> None:
         self._experiment = experiment
         self._workdir = workdir
         self._source = source
+        self._monitoring = monitoring
         self._mesh = data_mesh(fsdp=experiment.fsdp)
         self._latest: Trained | None = None
 
@@ -124,6 +130,10 @@ class Pipeline:
                     console.print(f"{stage.name} is done", highlight=False)
                 else:
                     self._latest = self._result(chain[: index + 1], start)
+        if self._monitoring.profile is not None:
+            raise UserError(
+                f"--profile is {self._monitoring.profile}, but no stage is left to train: leave it out"
+            )
 
     def _start(self) -> Trained:
         """The model of another run that this one starts from."""
@@ -175,11 +185,13 @@ class Pipeline:
             key=loss_key,
             cadence=self._experiment.cadence,
             mesh=self._mesh,
+            monitoring=self._monitoring,
         )
         if teacher is not None and stage.total_steps == 0:
             save_result(job.directory, teacher.params, about=job.about)
             console.print(f"{stage.name} is its teacher, {teacher.path}", highlight=False)
             return Trained(str(job.directory), 0, teacher.params, about)
+        self._monitoring = replace(self._monitoring, profile=None)
         network = about.network()
         tutor = teacher.description.network() if teacher else network
         shapes = jax.eval_shape(network.init, init_key)

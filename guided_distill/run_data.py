@@ -37,7 +37,7 @@ from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.objectives.autoencoder import NOT_OPTIONS, Autoencoder, autoencoder_loss
 from guided_distill.sampling.latents import BATCH_SIZE, LatentSpace, autoencoder_folder
 from guided_distill.text.registry import copy_text_encoder, load_text_encoder
-from guided_distill.training.job import Job
+from guided_distill.training.job import Job, Monitoring
 from guided_distill.training.mesh import data_mesh
 from guided_distill.training.processes import first_alone
 from guided_distill.training.session import train_in
@@ -119,14 +119,21 @@ def outline_for(experiment: Experiment) -> Outline:
     )
 
 
-def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> Source:
+def has_autoencoder(workdir: epath.Path) -> bool:
+    """Whether the run has trained its autoencoder."""
+    return (workdir / COMPANIONS / MODEL_INDEX).exists()
+
+
+def latents_of(
+    source: Source, experiment: Experiment, workdir: epath.Path, monitoring: Monitoring
+) -> Source:
     """Return the latents that the run's denoisers train on.
 
     Trains the run's autoencoder first unless it is finished, then encodes the data, captions included.
     Raises UserError if the autoencoder is unfinished and config.stage is another stage.
     """
     data = experiment.data
-    if not (workdir / COMPANIONS / MODEL_INDEX).exists():
+    if not has_autoencoder(workdir):
         if experiment.stage not in ("all", AUTOENCODER):
             raise UserError(
                 f"{workdir} has no autoencoder yet, and the next stage needs it: train it with "
@@ -137,7 +144,7 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
                 f"{workdir} has no autoencoder yet, and one process trains it: run one first, with "
                 f"--config.stage={AUTOENCODER}, then go on with {jax.process_count()} processes"
             )
-        train_autoencoder(experiment, source, workdir)
+        train_autoencoder(experiment, source, workdir, monitoring)
     folder = workdir / "latents"
     request = EncodeRequest(
         data=data.name,
@@ -153,7 +160,9 @@ def latents_of(source: Source, experiment: Experiment, workdir: epath.Path) -> S
     return sources.load_source(f"encoded:{folder}")
 
 
-def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Path) -> None:
+def train_autoencoder(
+    experiment: Experiment, source: Source, workdir: epath.Path, monitoring: Monitoring
+) -> None:
     """Train the run's autoencoder on the images of `source`, and write it to its folder.
 
     With its scaling factor, the latents of the training images have a standard deviation of 1. Raises
@@ -174,6 +183,7 @@ def train_autoencoder(experiment: Experiment, source: Source, workdir: epath.Pat
         key=loss_key,
         cadence=experiment.cadence,
         mesh=mesh,
+        monitoring=monitoring,
     )
 
     def initial() -> Params:

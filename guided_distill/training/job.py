@@ -24,11 +24,25 @@ class Cadence:
 
 
 @dataclass(frozen=True)
+class Monitoring:
+    """What a run reports besides its own log, without an effect on its weights.
+
+    profile: the number of updates to trace in the first stage that is trained; None for no trace.
+    """
+
+    profile: kinds.Count | None = None
+
+
+UNMONITORED = Monitoring()
+
+
+@dataclass(frozen=True)
 class Job:
     """A training job of `total_steps` updates, with its own folder.
 
     title: its name in the progress bar and in messages. about: the self-description in its checkpoints.
     seed: of the batches. key: for the random numbers of the loss. mesh: the devices that it runs on.
+    monitoring: what it reports besides its log.
     """
 
     directory: epath.Path
@@ -40,3 +54,4 @@ class Job:
     key: jax.Array
     cadence: Cadence
     mesh: Mesh
+    monitoring: Monitoring = UNMONITORED

@@ -18,6 +18,7 @@ from guided_distill.training.progress import progress
 from guided_distill.training.speed import CHECKPOINT, COMPILE, INPUT, Speedometer
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
+from guided_distill.training.trace import Trace
 
 
 class Batches(Protocol):
@@ -61,6 +62,7 @@ def train(
         progress(title, total=total_steps, unit="steps", done=now) as advance,
         notices() as preempted,
         Speedometer(job, step=now) as speed,
+        Trace(job, step=now) as trace,
     ):
 
         def read(done: int, report: StepReport) -> None:
@@ -92,7 +94,8 @@ def train(
                 compiled.add(count)
                 with speed.spending(COMPILE):
                     speed.compile(step.lower(state, frozen, batch, key))
-            state, report = step(state, frozen, batch, key)
+            with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                state, report = step(state, frozen, batch, key)
             if sums is None and unlogged:
                 sums = _like(report.metrics, unlogged)
                 unlogged = ()
@@ -102,9 +105,13 @@ def train(
             speed.dispatched(report, step=now)
             unread = (now, report)
             ends = preempted()
-            if ends or now % cadence.checkpoint_every == 0 or now == total_steps:
+            saves = ends or now % cadence.checkpoint_every == 0 or now == total_steps
+            if saves or trace.turns(now):
                 read(*unread)
                 unread = None
+            if trace.turns(now):
+                trace.turn(now)
+            if saves:
                 with speed.spending(CHECKPOINT):
                     checkpoints.save(
                         state,

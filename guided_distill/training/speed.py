@@ -12,8 +12,8 @@ from guided_distill.chips import peak_flops
 from guided_distill.training.job import Job
 from guided_distill.training.step import StepReport, loops_are_unrolled
 
-SHARES = INPUT, CHECKPOINT, COMPILE = "input_share", "checkpoint_share", "compile_share"
-"""The shares of the time in which the devices stand still."""
+INPUT, CHECKPOINT, COMPILE = CAUSES = ("input", "checkpoint", "compile")
+"""What the devices stand still for."""
 
 
 class _Dispatch(NamedTuple):
@@ -40,18 +40,19 @@ class Speedometer:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._last: Future[float] | None = None
         self._unlogged: list[_Dispatch] = []
-        self._idle = dict.fromkeys(SHARES, 0.0)
+        self._idle = dict.fromkeys(CAUSES, 0.0)
         self._step, self._start = step, time.monotonic()
 
     @contextlib.contextmanager
-    def spending(self, share: str) -> Iterator[None]:
+    def spending(self, cause: str) -> Iterator[None]:
         """Count the part of the block in which the devices have nothing to do."""
         start = time.monotonic()
-        yield
+        with jax.profiler.TraceAnnotation(cause):
+            yield
         if self._last is None:
-            self._idle[share] += time.monotonic() - start
+            self._idle[cause] += time.monotonic() - start
         elif self._last.done():
-            self._idle[share] += time.monotonic() - max(start, self._last.result())
+            self._idle[cause] += time.monotonic() - max(start, self._last.result())
 
     def compile(self, program: jax.stages.Lowered) -> None:
         """Compile a program and count its FLOPs. JAX keeps it for the next dispatch."""
@@ -63,7 +64,7 @@ class Speedometer:
         """Note a dispatch that ends at `step`, before it finishes."""
         self._last = self._thread.submit(_finish_time, report)
         self._unlogged.append(_Dispatch(step, self._last, self._idle))
-        self._idle = dict.fromkeys(SHARES, 0.0)
+        self._idle = dict.fromkeys(CAUSES, 0.0)
 
     def figures(self, step: int) -> dict[str, float]:
         """Return the figures since the last call, at a step whose dispatch has finished.
@@ -82,7 +83,10 @@ class Speedometer:
             figures["flops_per_second"] = rate * self._update_flops
             if self._peak is not None:
                 figures["flops_utilization"] = rate * self._update_flops / self._peak
-        shares = {name: sum(each.idle[name] for each in dispatches) / seconds for name in SHARES}
+        shares = {
+            f"{cause}_share": sum(each.idle[cause] for each in dispatches) / seconds
+            for cause in CAUSES
+        }
         return {**figures, **shares, "goodput": 1.0 - sum(shares.values())}
 
     def __enter__(self) -> "Speedometer":

@@ -82,6 +82,13 @@ def add_verbs(verbs: Any) -> None:
         type=path,
         help="the run's folder (default: runs/NAME for the config NAME.py)",
     )
+    train.add_argument(
+        "--profile",
+        type=number(kinds.Count),
+        metavar="UPDATES",
+        help="write a trace of so many updates of the first stage that is trained, for TensorBoard and "
+        "Perfetto",
+    )
     train.add_argument("--cache", **CACHE)
     add_process_arguments(train)
 
@@ -199,6 +206,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config, pipeline
+    from guided_distill.training.job import Monitoring
     from guided_distill.training.preemption import stopping_at_once
     from guided_distill.training.processes import connected, together
 
@@ -207,7 +215,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         check_same_options(options)
         with together():
             experiment = config.parse(read_config_file(options.config, overrides))
-        pipeline.run(experiment, options.workdir or _default_workdir(options.config))
+        pipeline.run(
+            experiment,
+            options.workdir or _default_workdir(options.config),
+            Monitoring(profile=options.profile),
+        )
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:

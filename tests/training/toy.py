@@ -12,7 +12,7 @@ from guided_distill.data.source import from_arrays
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.job import Cadence, Job
+from guided_distill.training.job import Cadence, Job, Monitoring
 from guided_distill.training.loop import train
 from guided_distill.training.mesh import data_mesh, replicated
 from guided_distill.training.metrics import MetricsLog
@@ -58,7 +58,7 @@ def source(*, with_nan):
     )
 
 
-def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=3):
+def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=3, profile=None):
     """Return the job of the regression."""
     return Job(
         directory,
@@ -76,10 +76,11 @@ def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=
             max_nonfinite_steps=max_nonfinite_steps,
         ),
         mesh=mesh,
+        monitoring=Monitoring(profile=profile),
     )
 
 
-def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3):
+def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3, profile=None):
     """Train, resuming from a checkpoint if there is one; return the state and the input pipeline's."""
     mesh = data_mesh()
     state = fresh_state(mesh)
@@ -90,6 +91,7 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
         total_steps=total_steps,
         log_every=log_every,
         max_nonfinite_steps=max_nonfinite_steps,
+        profile=profile,
     )
     with contextlib.ExitStack() as stack:
         iterator = data
