@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from guided_distill.data import builtin
 from guided_distill.data.arrayrecord import load_arrayrecord
+from guided_distill.data.datasets_library import load_hf
 from guided_distill.data.encoded import load_encoded
 from guided_distill.data.folder import load_folder
 from guided_distill.data.npz import load_npz
@@ -29,6 +30,7 @@ READERS: dict[str, Callable[..., Source]] = {
     "parquet:PATH": load_parquet,
     "arrayrecord:PATH": load_arrayrecord,
     "webdataset:PATH": load_webdataset,
+    "hf:NAME": load_hf,
 }
 """f(place, split=, image_size=) of each source whose name has a PATH or NAME."""
 

@@ -14,6 +14,17 @@ def own_cache(tmp_path_factory, monkeypatch):
     return folder / "guided_distill"
 
 
+@pytest.fixture
+def own_datasets(tmp_path_factory, monkeypatch):
+    """A cache of the library datasets of its own, for this process and those that it starts."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
 class _Bucket(DirFileSystem):
     """gs://NAME/... is a folder of this machine, given by `root`."""
 

@@ -1,4 +1,4 @@
-"""The same rows of an image, a label and captions, written in each format."""
+"""The same rows of an image, a label and captions, written for each kind of source."""
 
 import io
 import json
@@ -97,15 +97,17 @@ WRITERS = {
     "parquet": (write_parquet, ".parquet"),
     "arrayrecord": (write_arrayrecord, ".array_record"),
     "webdataset": (write_webdataset, ".tar"),
+    "hf": (write_parquet, "/train.parquet"),
 }
 
 
 def write(kind, folder, *, images=None, labels=None, captions=None, stem="all", encode=png):
-    """Writes one file of the kind. Returns its path."""
+    """Writes one file of the kind. Returns the place in its source's name."""
     images = pictures() if images is None else images
     labels = np.arange(len(images)) % 3 if labels is None else labels
     captions = [[f"picture {i}"] for i in range(len(images))] if captions is None else captions
     writer, suffix = WRITERS[kind]
     path = folder / f"{stem}{suffix}"
+    path.parent.mkdir(exist_ok=True)
     writer(path, [encode(image) for image in images], labels, captions)
-    return path
+    return path.parent if kind == "hf" else path
