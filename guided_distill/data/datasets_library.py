@@ -16,7 +16,7 @@ from guided_distill.data.rows import (
     source_of_rows,
     texts_in,
 )
-from guided_distill.data.source import SPLITS, Source
+from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.storage import first_line
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
 _NAME = re.compile(r"(?P<id>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?")
-_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
+_TESTS = ("test", "validation", "valid", "val")
 
 
 def load_hf(name: str, *, split: str, image_size: int | None) -> Source:
@@ -33,7 +33,8 @@ def load_hf(name: str, *, split: str, image_size: int | None) -> Source:
     The library downloads it once and keeps it in its own cache, where every row has random access; then
     it needs no network. The columns are the first ones named in IMAGE, LABEL and CAPTION of
     `data/rows.py`, of the types in `data/arrow.py`. The test split is the set's `test`, or else its
-    `validation`; if there is neither, a tenth of `train`, the same rows as for `npz:`.
+    `validation`, if its labels are known, which the Hub marks by -1 where they aren't; if there is
+    neither, it is a tenth of `train`, the same rows as for `npz:`.
 
     Raises:
       UserError: the library isn't installed, or the set can't be downloaded or doesn't fit this
@@ -48,21 +49,25 @@ def load_hf(name: str, *, split: str, image_size: int | None) -> Source:
     if "://" in name:
         raise UserError(f"hf:{name} is in a bucket, and hf: reads the Hub: give parquet:{name}")
     sets = _loaded(name)
-    found = {each: column(sets, _SPLITS[each]) for each in SPLITS}
-    if found["train"] is None:
+    if "train" not in sets:
         raise UserError(
             f"hf:{name} has no split train, only {', '.join(sorted(sets))}: choose another"
         )
-    rows = {each: _rows_in(sets[key], f"hf:{name}") for each, key in found.items() if key}
-    has_test = "test" in rows
+    train = _rows_in(sets["train"], f"hf:{name}")
+    tests = (_rows_in(sets[each], f"hf:{name}") for each in _TESTS if each in sets)
+    test = next((rows for rows in tests if _has_labels(rows)), None)
+    if test is None:
+        return source_of_rows(f"hf:{name}", train, split=split, image_size=image_size, whole=False)
+    rows, other = (test, train) if split == "test" else (train, test)
     return source_of_rows(
-        f"hf:{name}",
-        rows[split if has_test else "train"],
-        split=split,
-        image_size=image_size,
-        other=rows["train" if split == "test" else "test"] if has_test else None,
-        whole=has_test,
+        f"hf:{name}", rows, split=split, image_size=image_size, other=other, whole=True
     )
+
+
+def _has_labels(rows: Rows) -> bool:
+    """Whether no label is unknown."""
+    labels = rows.labels
+    return labels is None or labels.dtype.kind == "U" or bool((labels != -1).all())
 
 
 def _loaded(name: str) -> "Mapping[str, datasets.Dataset]":

@@ -8,9 +8,7 @@ Images that have no place of their own, such as those in compressed files, are c
 import contextlib
 import fcntl
 import functools
-import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,17 +17,17 @@ import numpy as np
 from etils import epath
 
 from guided_distill.data.contents import shape_in
+from guided_distill.data.kept import keep, kept, packed, place_of, unpacked
 from guided_distill.data.rows import SPLIT, Rows, captions_of, labels_of, source_of_rows
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
 from guided_distill.files import File, regular_file
-from guided_distill.places import cache_folder, path_named
-from guided_distill.storage import npz_bytes, persistently, read_npz, storing, whole
+from guided_distill.places import path_named
+from guided_distill.storage import persistently, storing, whole
 from guided_distill.training.progress import progress
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
 _COPIED = -1
 
 
@@ -110,6 +108,8 @@ def files_named(path: str, suffixes: Sequence[str]) -> list[File]:
     A pattern has *, ? or [...] in its last part.
     """
     place = path_named(path)
+    if not place.is_absolute():
+        place = place.absolute()
     with storing(place, verb="read"):
         if (file := regular_file(place)) is not None:
             return [file]
@@ -132,9 +132,8 @@ def listed(name: str, files: Sequence[File], scan: Scan) -> Rows:
 
 @functools.lru_cache(maxsize=4)
 def _listed(name: str, files: tuple[File, ...], scan: Scan) -> Rows:
-    key = hashlib.sha256("\n".join([name, *(str(file.path) for file in files)]).encode())
-    stem = cache_folder() / "data" / key.hexdigest()[:20]
-    about = json.dumps([_FORMAT, [[str(each), *rest] for each, *rest in files]])
+    stem = place_of("\n".join([name, *(str(file.path) for file in files)]))
+    about = [[str(path), length, modified] for path, length, modified in files]
     with _alone(stem):
         arrays = _read(stem, about, name)
         if arrays is None:
@@ -154,7 +153,7 @@ def _listed(name: str, files: tuple[File, ...], scan: Scan) -> Rows:
         content=content,
         size=len(places),
         labels=arrays.get("label"),
-        captions=None if captions is None else json.loads(captions.tobytes()),
+        captions=None if captions is None else unpacked(captions),
         shapes=arrays["shape"],
     )
 
@@ -167,9 +166,8 @@ def _alone(stem: epath.Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     with lock:
-        with contextlib.suppress(
-            OSError
-        ):  # Some shared disks have no locks; files are still whole.
+        # Some shared disks have no locks. Files are still whole.
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -178,18 +176,14 @@ def _beside(stem: epath.Path, suffix: str) -> epath.Path:
     return stem.parent / f"{stem.name}.{suffix}"
 
 
-def _read(stem: epath.Path, about: str, name: str) -> dict[str, np.ndarray] | None:
+def _read(stem: epath.Path, about: object, name: str) -> dict[str, np.ndarray] | None:
     """The arrays of the list, or None if there is none of these files."""
-    path = _beside(stem, "npz")
-    if not path.exists():
+    arrays = kept(_beside(stem, "npz"), about, name=name)
+    if arrays is None:
         return None
-    arrays = read_npz(path)
     copies = arrays["place"][arrays["place"][:, 0] == _COPIED]
-    if arrays["about"].tobytes() != about.encode():
-        log.warning("%s has changed since it was listed in %s: it is listed again", name, path)
-        return None
     if len(copies) and len(_copied(stem)) != copies[:, 1:].sum(axis=1).max():
-        log.warning("the copies of %s beside %s are incomplete: they are made again", name, path)
+        log.warning("the copies of %s in %s are incomplete: they are made again", name, stem.parent)
         return None
     return arrays
 
@@ -201,7 +195,7 @@ def _copied(stem: epath.Path) -> np.ndarray:
 
 
 def _write(
-    stem: epath.Path, about: str, name: str, files: Sequence[File], scan: Scan
+    stem: epath.Path, about: object, name: str, files: Sequence[File], scan: Scan
 ) -> dict[str, np.ndarray]:
     """Lists the files. Returns the arrays of the list."""
     rows: list[Row] = []
@@ -227,17 +221,14 @@ def _write(
     labels = labels_of([row.label for row in rows], where=name)
     captions = captions_of([row.captions for row in rows], where=name)
     arrays: dict[str, np.ndarray] = {
-        "about": np.frombuffer(about.encode(), np.uint8),
         "shape": np.array([row.shape for row in rows], np.int32),
         "place": np.array([row.place for row in rows], np.int64),
     }
     if labels is not None:
         arrays["label"] = labels
     if captions is not None:
-        arrays["caption"] = np.frombuffer(json.dumps(captions).encode(), np.uint8)
-    path = _beside(stem, "npz")
-    with storing(path), whole(path) as part:
-        part.write_bytes(npz_bytes(**arrays))
+        arrays["caption"] = packed(captions)
+    keep(_beside(stem, "npz"), about, arrays)
     return arrays
 
 

@@ -55,6 +55,13 @@ def test_splits_of_the_hub_are_used_as_they_are(save, other):
         np.testing.assert_array_equal(examples["label"], np.repeat(chosen, 2) % 3)
 
 
+def test_a_test_split_without_labels_is_not_used(save):
+    unknown = rows(30, 40) | {"label": [-1] * 10}
+    name = save(train=rows(0, 20), validation=rows(20, 30), test=unknown)
+    source = sources.load_source(name, split="test")
+    np.testing.assert_array_equal(source.labels, np.repeat(range(20, 30), 2) % 3)
+
+
 def test_arrays_of_pixels_are_read(save):
     features = datasets.Features({"image": datasets.Array3D((6, 6, 3), "uint8")})
     name = save(features, train={"image": pictures()}, test={"image": pictures(5)})

@@ -64,10 +64,11 @@ def test_batches_are_those_of_the_same_images_in_an_npz_file(any_kind, split, tm
     assert_same(take(found), take(expected))
 
 
-def test_batches_from_a_bucket_are_those_from_a_disk(kind, tmp_path, bucket):
+@pytest.mark.parametrize("place", ["gs://bucket", "gs://bucket/al*", "gs://bucket/all{suffix}"])
+def test_batches_from_a_bucket_are_those_from_a_disk(kind, tmp_path, bucket, place):
     write(kind, bucket)
     here = sources.load_source(f"{kind}:{bucket}")
-    there = sources.load_source(f"{kind}:gs://bucket")
+    there = sources.load_source(f"{kind}:{place.format(suffix=WRITERS[kind][1])}")
     assert list(here.captions) == list(there.captions)
     assert_same(take(here), take(there))
 
