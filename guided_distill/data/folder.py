@@ -3,7 +3,8 @@
 import collections
 import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,25 +12,37 @@ import numpy as np
 from etils import epath
 
 from guided_distill.data.images import SUFFIXES, images_in, read_image, upright_size
+from guided_distill.data.kept import keep, kept, packed, place_of, unpacked, warn_of_change
 from guided_distill.data.pixels import crop_and_resize, from_uint8
 from guided_distill.data.source import Examples, Source, split_indices
 from guided_distill.errors import UserError
 from guided_distill.files import File, is_text, read_text, regular_file, warn_once
 from guided_distill.places import path_named
+from guided_distill.training.progress import progress
 
 _HEADER_THREADS = 16
 
 CAPTIONS = "metadata.jsonl"
 
 
+LISTED_ONCE = 10_000
+"""The list of a folder with this many images is kept until an image is added, removed or renamed."""
+
+
 @dataclass(frozen=True)
 class _Listing:
-    """The classes of a folder, its images, their labels [N], and the paths that aren't images."""
+    """The classes of a folder, its images, their labels [N], and the paths that aren't images.
+
+    sizes: (width, height) of every upright image, [N, 2]. times: `_time` of the folder, by the name "",
+    and of its sub-folders.
+    """
 
     class_names: tuple[str, ...]
-    files: tuple[File, ...]
+    files: tuple[epath.Path, ...]
     labels: np.ndarray
+    sizes: np.ndarray
     skipped: tuple[epath.Path, ...]
+    times: Mapping[str, int | None]
 
 
 def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
@@ -39,6 +52,9 @@ def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
     squares and resized; without, all must have the same size. Transparent pixels are composited over
     white. A tenth of each class is the test split. Other files, and folders within a class's folder, are
     skipped with a warning.
+
+    A folder of LISTED_ONCE images is listed once, and its list is kept in the cache folder until the time
+    of the folder or of one of its sub-folders changes. Folders in a bucket have no times.
 
     Captions come from the file CAPTIONS in `path`, in the format of Hugging Face's image folders: each
     line is a JSON object with "file_name", a path below the folder, and "text". An image with several
@@ -50,14 +66,13 @@ def load_folder(path: str, *, split: str, image_size: int | None) -> Source:
         image is read.
     """
     root = path_named(path)
-    listing = _list_images(root)
+    listing = _listing_of(root)
     _warn_of_skipped(root, listing)
-    files, labels = [file.path for file in listing.files], listing.labels
-    sizes = _header_sizes(listing.files)
-    size = (image_size, image_size) if image_size is not None else sizes[0]
-    if image_size is None:
-        for file, found in zip(files, sizes, strict=True):
-            _check_size(file, found, expected=size)
+    files, labels = listing.files, listing.labels
+    width, height = listing.sizes[0].tolist()
+    size = (width, height) if image_size is None else (image_size, image_size)
+    if image_size is None and len(odd := np.flatnonzero(np.any(listing.sizes != size, axis=1))):
+        _check_size(files[odd[0]], listing.sizes[odd[0]], expected=size)
     rows = split_indices(labels, split=split, test_fraction=0.1)
     if not len(rows):
         raise UserError(
@@ -125,9 +140,71 @@ def _caption(line: str, *, where: str) -> tuple[str, str]:
     return row["file_name"], row["text"]
 
 
+def _listing_of(root: epath.Path) -> _Listing:
+    """The listing of a folder, from the cache folder if it is kept there and is still right."""
+    path = place_of(f"folder:{root if root.is_absolute() else root.absolute()}").with_suffix(".npz")
+    if (found := kept(path)) is not None:
+        times, arrays = found
+        if all(_time(root / folder) == time for folder, time in times.items()):
+            _warn_of_bucket(root, path)
+            return _of_arrays(root, times, arrays)
+        warn_of_change(str(root), path)
+    listing = _list_images(root)
+    if len(listing.files) >= LISTED_ONCE:
+        keep(path, listing.times, _as_arrays(listing))
+    return listing
+
+
+def _time(folder: epath.Path) -> int | None:
+    """When an entry of the folder was last added, removed or renamed; 0 in a bucket, None if missing."""
+    if "://" in str(folder):
+        return 0
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _warn_of_bucket(root: epath.Path, path: epath.Path) -> None:
+    if "://" in str(root):
+        warn_once(
+            f"the list of {root} in {path} is used, and folders in a bucket have no times: remove the "
+            f"list if images were added or removed"
+        )
+
+
+def _as_arrays(listing: _Listing) -> dict[str, np.ndarray]:
+    return {
+        "classes": packed(listing.class_names),
+        "names": packed([file.name for file in listing.files]),
+        "labels": listing.labels,
+        "sizes": listing.sizes,
+        "skipped": packed([str(each) for each in listing.skipped]),
+    }
+
+
+def _of_arrays(
+    root: epath.Path, times: Mapping[str, int | None], arrays: Mapping[str, np.ndarray]
+) -> _Listing:
+    class_names, labels = unpacked(arrays["classes"]), arrays["labels"]
+    folders = [root / name for name in class_names] if len(times) > 1 else [root]
+    return _Listing(
+        tuple(class_names),
+        tuple(
+            folders[label] / name
+            for label, name in zip(labels, unpacked(arrays["names"]), strict=True)
+        ),
+        labels,
+        arrays["sizes"],
+        tuple(epath.Path(each) for each in unpacked(arrays["skipped"])),
+        times,
+    )
+
+
 def _list_images(root: epath.Path) -> _Listing:
     if not root.is_dir():
         raise UserError(f"no folder {root}: give folder:PATH with the path of a folder of images")
+    times = {"": _time(root)}
     loose, others = images_in(root)
     folders = [entry for entry in others if entry.is_dir()]
     if loose and folders:
@@ -142,6 +219,8 @@ def _list_images(root: epath.Path) -> _Listing:
     files, labels = [], []
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         for label, folder in enumerate(classes):
+            if folder != root:
+                times[folder.name] = _time(folder)
             named, others = (loose, []) if folder == root else images_in(folder)
             found = list(pool.map(regular_file, named))
             images = [file for file in found if file is not None]
@@ -152,7 +231,9 @@ def _list_images(root: epath.Path) -> _Listing:
             files += images
             labels += [label] * len(images)
     names = tuple(folder.name for folder in classes)
-    return _Listing(names, tuple(files), np.array(labels, np.int32), tuple(skipped))
+    sizes = np.array(_header_sizes(tuple(files)), np.int32)
+    paths = tuple(file.path for file in files)
+    return _Listing(names, paths, np.array(labels, np.int32), sizes, tuple(skipped), times)
 
 
 def _warn_of_skipped(root: epath.Path, listing: _Listing) -> None:
@@ -170,8 +251,16 @@ def _warn_of_skipped(root: epath.Path, listing: _Listing) -> None:
 @functools.lru_cache(maxsize=4)
 def _header_sizes(files: tuple[File, ...]) -> list[tuple[int, int]]:
     """(width, height) of each upright image; cached, because both splits need them."""
+    sizes = []
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return list(pool.map(upright_size, files))
+        found = pool.map(upright_size, files)
+        if len(files) < LISTED_ONCE:
+            return list(found)
+        with progress("listing images", total=len(files), unit="images") as advance:
+            for size in found:
+                sizes.append(size)
+                advance(len(sizes), "")
+    return sizes
 
 
 def _decode(file: epath.Path, size: Sequence[int], *, resize: bool) -> np.ndarray:

@@ -23,26 +23,28 @@ def place_of(name: str) -> epath.Path:
     return cache_folder() / "data" / hashlib.sha256(name.encode()).hexdigest()[:20]
 
 
-def kept(path: epath.Path, about: object, *, name: str) -> dict[str, np.ndarray] | None:
-    """The arrays kept at the path, or None if there are none, or, with a warning, if `about` differs.
-
-    about: a JSON value that identifies the files and their state. name: what the arrays describe, for
-    the warning. Raises UserError if the arrays are damaged.
-    """
+def kept(path: epath.Path) -> tuple[Any, dict[str, np.ndarray]] | None:
+    """What `keep` has kept at the path, if anything. Raises UserError if it is damaged."""
     if not path.exists():
         return None
     arrays = read_npz(path)
-    if unpacked(arrays.pop(_ABOUT)) != json.loads(json.dumps([_FORMAT, about])):
-        log.warning("%s has changed since it was listed in %s: it is listed again", name, path)
-        return None
-    return arrays
+    version, about = unpacked(arrays.pop(_ABOUT))
+    return (about, arrays) if version == _FORMAT else None
 
 
-def keep(path: epath.Path, about: object, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keeps arrays for `kept`. Raises UserError if they can't be written."""
+def keep(path: epath.Path, about: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Keeps arrays, with a JSON value that identifies the state of the files that they describe.
+
+    Raises UserError if they can't be written.
+    """
     content = npz_bytes(**{_ABOUT: packed([_FORMAT, about])}, **arrays)
     with storing(path), whole(path) as part:
         part.write_bytes(content)
+
+
+def warn_of_change(what: str, path: epath.Path) -> None:
+    """Logs that the files have changed since their list was kept at the path."""
+    log.warning("%s has changed since it was listed in %s: it is listed again", what, path)
 
 
 def packed(value: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from guided_distill.data.contents import shape_in
-from guided_distill.data.kept import keep, kept, packed, place_of, unpacked
+from guided_distill.data.kept import keep, kept, packed, place_of, unpacked, warn_of_change
 from guided_distill.data.rows import SPLIT, Rows, captions_of, labels_of, source_of_rows
 from guided_distill.data.source import SPLITS, Source
 from guided_distill.errors import UserError
@@ -161,7 +161,7 @@ def _listed(name: str, files: tuple[File, ...], scan: Scan) -> Rows:
 @contextlib.contextmanager
 def _alone(stem: epath.Path) -> Iterator[None]:
     """Let no other process of this machine list the same data meanwhile."""
-    path = _beside(stem, "lock")
+    path = stem.with_suffix(".lock")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -172,14 +172,14 @@ def _alone(stem: epath.Path) -> Iterator[None]:
         yield
 
 
-def _beside(stem: epath.Path, suffix: str) -> epath.Path:
-    return stem.parent / f"{stem.name}.{suffix}"
-
-
 def _read(stem: epath.Path, about: object, name: str) -> dict[str, np.ndarray] | None:
     """The arrays of the list, or None if there is none of these files."""
-    arrays = kept(_beside(stem, "npz"), about, name=name)
-    if arrays is None:
+    path = stem.with_suffix(".npz")
+    if (found := kept(path)) is None:
+        return None
+    state, arrays = found
+    if state != about:
+        warn_of_change(name, path)
         return None
     copies = arrays["place"][arrays["place"][:, 0] == _COPIED]
     if len(copies) and len(_copied(stem)) != copies[:, 1:].sum(axis=1).max():
@@ -189,7 +189,7 @@ def _read(stem: epath.Path, about: object, name: str) -> dict[str, np.ndarray] |
 
 
 def _copied(stem: epath.Path) -> np.ndarray:
-    path = _beside(stem, "images")
+    path = stem.with_suffix(".images")
     file = regular_file(path)
     return np.memmap(path, np.uint8, "r") if file and file.length else np.zeros(0, np.uint8)
 
@@ -199,7 +199,7 @@ def _write(
 ) -> dict[str, np.ndarray]:
     """Lists the files. Returns the arrays of the list."""
     rows: list[Row] = []
-    images = _beside(stem, "images")
+    images = stem.with_suffix(".images")
     with contextlib.ExitStack() as written:
         with storing(images):
             stream = written.enter_context(written.enter_context(whole(images)).open("wb"))
@@ -228,7 +228,7 @@ def _write(
         arrays["label"] = labels
     if captions is not None:
         arrays["caption"] = packed(captions)
-    keep(_beside(stem, "npz"), about, arrays)
+    keep(stem.with_suffix(".npz"), about, arrays)
     return arrays
 
 

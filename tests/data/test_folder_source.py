@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_distill.data import sources
+from guided_distill.data import folder, sources
 from guided_distill.data.pixels import to_uint8
 from guided_distill.errors import UserError
 
@@ -264,3 +264,67 @@ def test_captions_are_utf_8(colour_folder):
         UserError, match=r"metadata\.jsonl can't be read as text .*: save it in UTF-8"
     ):
         load(colour_folder)
+
+
+@pytest.fixture
+def listed_once(monkeypatch):
+    """Folders of 40 images are large enough to be listed once."""
+    monkeypatch.setattr(folder, "LISTED_ONCE", 40)
+
+
+@pytest.mark.usefixtures("listed_once")
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_large_folder_is_listed_once(colour_folder, tmp_path, monkeypatch, flat):
+    root = colour_folder
+    if flat:
+        root = tmp_path / "flat"
+        root.mkdir()
+        for i in range(40):
+            Image.new("L", (6, 6), 5 * i).save(root / f"{i}.png")
+    before = [load(root, split=split) for split in sources.SPLITS]
+    folder._header_sizes.cache_clear()
+    monkeypatch.setattr(folder, "_list_images", None)
+    for split, expected in zip(sources.SPLITS, before, strict=True):
+        found = load(root, split=split)
+        assert (found.class_names, found.shape) == (expected.class_names, expected.shape)
+        for name, values in expected.arrays().items():
+            np.testing.assert_array_equal(found.arrays()[name], values)
+
+
+@pytest.mark.usefixtures("listed_once")
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "add a class"])
+def test_a_large_folder_that_has_changed_is_listed_again(colour_folder, caplog, change):
+    def names():
+        found = [load(colour_folder, split=split) for split in sources.SPLITS]
+        return sum(map(len, found)), found[0].num_classes
+
+    assert names() == (40, 3)
+    assert len(caplog.messages) == 1  # A file is skipped.
+    image = colour_folder / "red" / "0.png"
+    if change == "add":
+        Image.new("RGB", (6, 6)).save(colour_folder / "red" / "new.png")
+    elif change == "remove":
+        image.unlink()
+    elif change == "rename":
+        image.rename(image.with_name("other.png"))
+    else:
+        (colour_folder / "white").mkdir()
+        image.rename(colour_folder / "white" / "0.png")
+    assert names() == {"add": (41, 3), "remove": (39, 3), "rename": (40, 3)}.get(change, (40, 4))
+    assert sum("has changed since it was listed" in line for line in caplog.messages) >= 1
+
+
+@pytest.mark.usefixtures("listed_once")
+def test_the_list_of_a_bucket_says_that_it_may_be_old(colour_folder, bucket, monkeypatch, caplog):
+    for name in COLOURS:
+        (colour_folder / name).rename(bucket / name)
+    before = load("gs://bucket").arrays()["image"]
+    monkeypatch.setattr(folder, "_list_images", None)
+    folder._header_sizes.cache_clear()
+    np.testing.assert_array_equal(load("gs://bucket").arrays()["image"], before)
+    assert "folders in a bucket have no times: remove the list if" in caplog.text
+
+
+def test_a_small_folder_leaves_no_list(colour_folder, own_cache):
+    load(colour_folder)
+    assert not own_cache.exists()
