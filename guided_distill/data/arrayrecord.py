@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guided_distill.data.listing import Copy, Place, Row, listed, load_files, shape_of
+from guided_distill.data.listing import Copy, Place, Row, listed, load_files, reading, shape_of
 from guided_distill.data.rows import CAPTION, LABEL, Rows, column, image_column, texts_in
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.files import File
-from guided_distill.storage import first_line
 
 if TYPE_CHECKING:
     from grain.sources import ArrayRecordDataSource
@@ -64,7 +63,7 @@ def _is_remote(file: File) -> bool:
 
 
 def _scan(number: int, file: File, copy: Copy) -> Iterator[Row]:
-    with _reading(file), _on_disk(file) as path:
+    with reading(file, "ArrayRecord"), _on_disk(file) as path:
         records = _open([str(path)])
         for first in range(0, len(records), _RECORDS):
             chosen = range(first, min(first + _RECORDS, len(records)))
@@ -137,16 +136,3 @@ def _as_text(value: Any, where: str) -> Any:
         return value.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{where} has a text that isn't UTF-8: write it in UTF-8") from error
-
-
-@contextlib.contextmanager
-def _reading(file: File) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # ArrayRecord and clients of buckets raise errors of many types.
-        raise UserError(
-            f"{file.path} can't be read as an ArrayRecord file ({first_line(error)}): download or write "
-            f"it again"
-        ) from error

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,17 +19,19 @@ from etils import epath
 
 from guided_distill.data.contents import shape_in
 from guided_distill.data.kept import keep, kept, packed, place_of, unpacked, warn_of_change
-from guided_distill.data.rows import SPLIT, Rows, captions_of, labels_of, source_of_rows
-from guided_distill.data.source import SPLITS, Source
+from guided_distill.data.rows import Rows, captions_of, labels_of, source_of_rows
+from guided_distill.data.source import SPLIT, SPLITS, Source
 from guided_distill.errors import UserError
 from guided_distill.files import File, regular_file
 from guided_distill.places import path_named
-from guided_distill.storage import persistently, storing, whole
+from guided_distill.storage import first_line, persistently, storing, whole
 from guided_distill.training.progress import progress
 
 log = logging.getLogger(__name__)
 
 _COPIED = -1
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
+_MOST_FILES = 1_000_000
 
 
 class Place(NamedTuple):
@@ -105,11 +108,12 @@ def load_files(
 def files_named(path: str, suffixes: Sequence[str]) -> list[File]:
     """The files at a path, sorted by name: a file, a folder's files with a suffix, or a pattern's.
 
-    A pattern has *, ? or [...] in its last part.
+    A pattern has *, ? or [...] in its last part, or a range such as {000..146}. Raises UserError if a
+    file of a range is missing.
     """
-    place = path_named(path)
-    if not place.is_absolute():
-        place = place.absolute()
+    if (numbers := _RANGE.search(path)) is not None:
+        return _numbered(path, numbers)
+    place = _place(path)
     with storing(place, verb="read"):
         if (file := regular_file(place)) is not None:
             return [file]
@@ -119,6 +123,42 @@ def files_named(path: str, suffixes: Sequence[str]) -> list[File]:
             named = list(place.parent.glob(place.name))
         found = [regular_file(each) for each in sorted(named)]
     return [file for file in found if file is not None]
+
+
+def _place(path: str) -> epath.Path:
+    place = path_named(path)
+    return place if place.is_absolute() else place.absolute()
+
+
+def _numbered(path: str, numbers: re.Match[str]) -> list[File]:
+    """The files of a path with a range of numbers, which are as wide as its first one."""
+    first, last = int(numbers[1]), int(numbers[2])
+    if not 0 <= last - first < _MOST_FILES:
+        raise UserError(
+            f"{path} names {last - first + 1} files: give a range of 1 to {_MOST_FILES}"
+        )
+    files = []
+    for number in range(first, last + 1):
+        name = f"{number:0{len(numbers[1])}}"
+        place = _place(path[: numbers.start()] + name + path[numbers.end() :])
+        if (file := regular_file(place)) is None:
+            raise UserError(f"no file {place}, which {path} names: add it, or change the range")
+        files.append(file)
+    return files
+
+
+@contextlib.contextmanager
+def reading(file: File, kind: str) -> Iterator[None]:
+    """Turns errors of the block, which reads a file of this kind, into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Damaged bytes raise errors of many types, and so do buckets.
+        raise UserError(
+            f"{file.path} can't be read as {'an' if kind[0] in 'AEIO' else 'a'} {kind} file "
+            f"({first_line(error)}): download or write it again"
+        ) from error
 
 
 def listed(name: str, files: Sequence[File], scan: Scan) -> Rows:

@@ -12,7 +12,9 @@ from guided_distill.data.fields import Fields, check_fits, read_fields
 from guided_distill.data.images import decode_image
 from guided_distill.data.pixels import crop_and_resize
 from guided_distill.data.source import (
+    SPLIT,
     SPLITS,
+    TEST_FRACTION,
     Source,
     from_arrays,
     split_indices,
@@ -21,9 +23,6 @@ from guided_distill.data.source import (
 from guided_distill.errors import UserError
 from guided_distill.files import is_text, regular_file, warn_once
 from guided_distill.places import path_named
-
-SPLIT = "{split}"
-TEST_FRACTION = 0.1
 
 _KINDS = ("image", "label", "caption")
 _NAMES = frozenset(

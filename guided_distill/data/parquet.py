@@ -1,16 +1,14 @@
 """The source `parquet:`, images in columns of Parquet files, as data sets on the Hugging Face Hub are."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 from guided_distill.data.arrow import class_names_in, contents
-from guided_distill.data.listing import Copy, Row, listed, load_files, shape_of
+from guided_distill.data.listing import Copy, Row, listed, load_files, reading, shape_of
 from guided_distill.data.rows import CAPTION, LABEL, Rows, column, image_column, texts_in
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.files import File
-from guided_distill.storage import first_line
 
 _ROWS = 64
 """The number of rows that are in memory at once."""
@@ -43,7 +41,7 @@ def _rows_in(name: str, files: Sequence[File]) -> Rows:
     from pyarrow import parquet
 
     rows = listed(name, files, _scan)
-    with _reading(files[0]), files[0].path.open("rb") as stream:
+    with reading(files[0], "Parquet"), files[0].path.open("rb") as stream:
         schema = parquet.read_schema(stream)
     label = column(schema.names, LABEL)
     names = None if label is None else class_names_in(schema, label)
@@ -54,7 +52,7 @@ def _scan(_: int, file: File, copy: Copy) -> Iterator[Row]:
     from pyarrow import parquet
 
     where = str(file.path)
-    with _reading(file), file.path.open("rb") as stream:
+    with reading(file, "Parquet"), file.path.open("rb") as stream:
         table = parquet.ParquetFile(stream)
         names = table.schema_arrow.names
         image = image_column(names, where=where)
@@ -74,16 +72,3 @@ def _scan(_: int, file: File, copy: Copy) -> Iterator[Row]:
                     copy(content),
                 )
             first += len(batch)
-
-
-@contextlib.contextmanager
-def _reading(file: File) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # Damaged bytes raise many types of error in pyarrow.
-        raise UserError(
-            f"{file.path} can't be read as a Parquet file ({first_line(error)}): download or write it "
-            f"again"
-        ) from error

@@ -11,7 +11,13 @@ import numpy as np
 from guided_distill.data.classes import checked_labels, names_of_classes
 from guided_distill.data.contents import pixels_in
 from guided_distill.data.pixels import from_uint8
-from guided_distill.data.source import Examples, Source, check_image_size, split_indices
+from guided_distill.data.source import (
+    TEST_FRACTION,
+    Examples,
+    Source,
+    check_image_size,
+    split_indices,
+)
 from guided_distill.errors import UserError
 from guided_distill.files import is_text
 
@@ -19,9 +25,6 @@ IMAGE = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "npy")
 LABEL = ("label", "labels", "cls", "class", "fine_label")
 CAPTION = ("caption", "captions", "text", "texts", "txt")
 """Names of the columns of a row; the first one that there is counts."""
-
-SPLIT = "{split}"
-TEST_FRACTION = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +149,12 @@ def _differ(rows: Rows, row: int, found: Sequence[int], expected: Sequence[int])
 def _classes(rows: Rows, other: Rows | None) -> tuple[np.ndarray, list[str]]:
     """The labels, int32 [N], and the names of their classes."""
     both = [rows] if other is None else [rows, other]
-    if rows.labels is None:
-        return np.zeros(rows.size, np.int32), ["0"]
-    if any(each.labels is None for each in both):
-        raise UserError(f"{rows.where} has labels, but the other split has none: add them")
     labels = [each.labels for each in both if each.labels is not None]
+    if not labels:
+        return np.zeros(rows.size, np.int32), ["0"]
+    if len(labels) < len(both):
+        lacking = next(each for each in both if each.labels is None)
+        raise UserError(f"{lacking.where} has no labels, but the other split has: add them")
     if all(each.dtype.kind == "U" for each in labels):
         names, numbers = np.unique(np.concatenate(labels), return_inverse=True)
         return numbers[: rows.size].astype(np.int32), [str(name) for name in names]

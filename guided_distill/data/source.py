@@ -11,6 +11,11 @@ from guided_distill.data.pixels import from_uint8
 from guided_distill.errors import UserError
 
 SPLITS = ("train", "test")
+SPLIT = "{split}"
+"""Stands for the name of a split in the path of a source."""
+
+TEST_FRACTION = 0.1
+"""The share of the examples that the test split of files without one holds."""
 
 Examples = dict[str, np.ndarray]
 """Arrays [n, ...] by name: "image" and those of the condition."""

@@ -4,7 +4,6 @@ The members 0001.jpg, 0001.cls and 0001.txt are an image, its label and its capt
 first dot, and what follows is the part. An uncompressed tar file has random access to its members.
 """
 
-import contextlib
 import gzip
 import io
 import itertools
@@ -15,12 +14,11 @@ from typing import IO, Any, NamedTuple
 
 from guided_distill.data.contents import shape_in
 from guided_distill.data.images import SUFFIXES
-from guided_distill.data.listing import Copy, Place, Row, listed, load_files
+from guided_distill.data.listing import Copy, Place, Row, listed, load_files, reading
 from guided_distill.data.rows import CAPTION, LABEL, Rows, column, texts_in
 from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.files import File
-from guided_distill.storage import first_line
 
 IMAGES = (*(suffix.removeprefix(".") for suffix in SUFFIXES), "npy")
 
@@ -64,7 +62,7 @@ class _Part(NamedTuple):
 
 
 def _scan(number: int, file: File, copy: Copy) -> Iterator[Row]:
-    with _reading(file), file.path.open("rb") as stream:
+    with reading(file, "tar"), file.path.open("rb") as stream:
         compressed = stream.read(len(_GZIP)) == _GZIP
         stream.seek(0)
         for name, group in itertools.groupby(_parts(stream, compressed), lambda part: part.row):
@@ -145,15 +143,3 @@ def _text(part: _Part, what: str, *, is_label: bool) -> int | str:
     except UnicodeDecodeError as error:
         raise UserError(f"{what}.{part.part} isn't UTF-8: save it in UTF-8") from error
     return int(text) if is_label and text.removeprefix("-").isdecimal() else text
-
-
-@contextlib.contextmanager
-def _reading(file: File) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # Damaged bytes raise errors of many types, and so do buckets.
-        raise UserError(
-            f"{file.path} can't be read as a tar file ({first_line(error)}): download or write it again"
-        ) from error

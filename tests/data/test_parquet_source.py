@@ -92,6 +92,16 @@ def test_strings_as_labels_are_the_same_classes_in_both_splits(tmp_path):
     assert [list(source.arrays()["label"]) for source in found] == [[2, 0], [1, 2]]
 
 
+@pytest.mark.parametrize("split", sources.SPLITS)
+def test_labels_of_one_split_alone_are_refused(tmp_path, split):
+    pq.write_table(pa.table({"image": FILES, "label": [0] * 20}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": FILES}), tmp_path / "test.parquet")
+    with pytest.raises(
+        UserError, match=r"test\.parquet has no labels, but the other split has: add"
+    ):
+        sources.load_source(f"parquet:{tmp_path}/{{split}}.parquet", split=split)
+
+
 def test_images_alone_are_one_class_without_captions(save):
     source = sources.load_source(save({"image": FILES}))
     assert (source.class_names, source.captions) == (("0",), None)

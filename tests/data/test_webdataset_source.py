@@ -113,6 +113,21 @@ def test_a_compressed_archive_that_ends_early_is_refused(tmp_path):
         sources.load_source(f"webdataset:{path}")
 
 
+def test_shards_may_be_a_range_of_numbers(tmp_path):
+    for shard in range(8, 12):
+        write_tar(
+            tmp_path / f"a-{shard:03}.tar", {f"{shard}.png": FILE, f"{shard}.txt": b"%d" % shard}
+        )
+    name = f"webdataset:{tmp_path}/a-{{008..010}}.tar"
+    found = [sources.load_source(name, split=split) for split in sources.SPLITS]
+    assert sorted(text for source in found for text in source.captions) == ["10", "8", "9"]
+    with pytest.raises(UserError, match=r"no file \S*a-012\.tar, which \S* names: add it"):
+        sources.load_source(f"webdataset:{tmp_path}/a-{{008..012}}.tar")
+    for numbers, count in (("5..4", "0"), ("0..999999999", "1000000000")):
+        with pytest.raises(UserError, match=rf"names {count} files: give a range of 1 to"):
+            sources.load_source(f"webdataset:{tmp_path}/a-{{{numbers}}}.tar")
+
+
 def test_a_file_that_is_cut_off_later_is_named(tmp_path):
     path = tmp_path / "images.tar"
     write_tar(path, {f"{i}.png": FILE for i in range(9)})
