@@ -148,7 +148,7 @@ def held(folder: epath.Path) -> Iterator[None]:
 
 def _locked(file: epath.Path) -> tuple[int | None, bool]:
     """Return a locked descriptor, or None without locks, and whether no other process has the lock."""
-    if _is_remote(file):
+    if is_remote(file):
         return None, True
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -185,7 +185,7 @@ def is_held(folder: epath.Path) -> bool:
 def age(file: epath.Path) -> float:
     """Return the seconds since the file was written."""
     # For a local file, epath's stat looks up the owner's name and fails if the owner has none.
-    modified = file.stat().mtime if _is_remote(file) else os.stat(file).st_mtime
+    modified = file.stat().mtime if is_remote(file) else os.stat(file).st_mtime
     return time.time() - modified
 
 
@@ -219,7 +219,7 @@ def _beating(file: epath.Path) -> Iterator[None]:
     def beat() -> None:
         while not ended.wait(_BEAT):
             with contextlib.suppress(Exception):  # The disk may be unavailable for a while.
-                file.write_text(text) if _is_remote(file) else os.utime(file)
+                file.write_text(text) if is_remote(file) else os.utime(file)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -280,7 +280,8 @@ def storing(path: epath.Path, *, verb: str = "written") -> Iterator[None]:
         raise storage_error(path, error, verb=verb) from error
 
 
-def _is_remote(path: epath.Path) -> bool:
+def is_remote(path: epath.Path) -> bool:
+    """Whether the path is in a bucket."""
     return "://" in str(path)
 
 
@@ -290,7 +291,7 @@ def _of_storage(error: Exception, path: epath.Path) -> bool:
 
     if isinstance(error, JaxRuntimeError | UserError):
         return False
-    return isinstance(error, OSError | ValueError) or _is_remote(path)
+    return isinstance(error, OSError | ValueError) or is_remote(path)
 
 
 def is_transient(error: Exception, path: epath.Path) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -23,14 +23,23 @@ class Cadence:
     max_nonfinite_steps: kinds.Count
 
 
+class Project(NamedTuple):
+    """A project of Weights & Biases, and the mode: online, offline or disabled."""
+
+    name: str
+    mode: str
+
+
 @dataclass(frozen=True)
 class Monitoring:
     """What a run reports besides its own log, without an effect on its weights.
 
     profile: the number of updates to trace in the first stage that is trained; None for no trace.
+    wandb: the project that receives the log; None for no project.
     """
 
     profile: kinds.Count | None = None
+    wandb: Project | None = None
 
 
 UNMONITORED = Monitoring()

@@ -150,6 +150,13 @@ class MetricsLog:
             writer.close()
 
 
+def rows_until(directory: epath.Path, step: int) -> list[tuple[int, Figures, Figures]]:
+    """Return the rows of a stage's log up to a step: the step, the metrics and the speed of each."""
+    speeds = {row.pop("step"): row for row in read_rows(directory / SPEED)}
+    rows = [(row.pop("step"), row) for row in read_rows(directory / METRICS)]
+    return [(at, metrics, speeds.get(at, {})) for at, metrics in rows if at <= step]
+
+
 def _finite(figures: Mapping[str, float]) -> Figures:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 

@@ -15,10 +15,11 @@ from guided_distill.storage import write_text
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
 from guided_distill.training.job import Job
 from guided_distill.training.loop import train
-from guided_distill.training.metrics import MetricsLog, parameter_table
-from guided_distill.training.processes import process_order
+from guided_distill.training.metrics import MetricsLog, Writer, parameter_table
+from guided_distill.training.processes import is_first, process_order
 from guided_distill.training.state import TrainState, split_initial_state
 from guided_distill.training.step import TrainStep
+from guided_distill.training.wandb_log import WeightsAndBiases
 
 
 def save_result(directory: epath.Path, params: Any, *, about: Mapping[str, Any]) -> None:
@@ -42,7 +43,7 @@ def train_in(
     program: the train step and its optimizer. initial: returns the weights at step 0, with these shapes
     and placed on the mesh. A resumed job never calls it, so the devices hold no state but the restored
     one. frozen: the teacher's weights, as in `make_train_step`. flip: mirror half of the images. Writes
-    checkpoints/, metrics.jsonl, tensorboard/ and parameters.txt to the job's folder. Raises UserError if
+    checkpoints/, the log and parameters.txt to the job's folder. Raises UserError if
     the disk is full or too many losses in a row aren't finite, and Interrupted, after a save, if the job
     is preempted.
     """
@@ -76,7 +77,12 @@ def train_in(
             state, data_state, _, unlogged = restored
             del restored  # So that the first update can reuse the state's memory.
             iterator.set_state(data_state)
-        log = MetricsLog(job.directory, step=int(state.step), unlogged=unlogged)
+        log = MetricsLog(
+            job.directory,
+            step=int(state.step),
+            unlogged=unlogged,
+            writers=further_writers(job, int(state.step)),
+        )
         with contextlib.closing(log):
             return train(
                 job,
@@ -87,3 +93,11 @@ def train_in(
                 checkpoints=checkpoints,
                 log=log,
             )
+
+
+def further_writers(job: Job, step: int) -> list[Writer]:
+    """Return the writers that a job, which resumes at `step`, adds to those of every log."""
+    project = job.monitoring.wandb
+    if project is None or not is_first():
+        return []
+    return [WeightsAndBiases(project, job.directory, about=job.about, step=step)]

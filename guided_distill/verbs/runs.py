@@ -89,6 +89,11 @@ def add_verbs(verbs: Any) -> None:
         help="write a trace of so many updates of the first stage that is trained, for TensorBoard and "
         "Perfetto",
     )
+    train.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        help="send the log to a project of Weights & Biases; without a key, it is kept to be sent later",
+    )
     train.add_argument("--cache", **CACHE)
     add_process_arguments(train)
 
@@ -208,17 +213,19 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from guided_distill import config, pipeline
     from guided_distill.training.job import Monitoring
     from guided_distill.training.preemption import stopping_at_once
-    from guided_distill.training.processes import connected, together
+    from guided_distill.training.processes import connected, is_first, together
+    from guided_distill.training.wandb_log import sign_in
 
     keep_compiled_programs(options.cache)
     with connected(timeout=options.start_timeout), stopping_at_once():
         check_same_options(options)
         with together():
             experiment = config.parse(read_config_file(options.config, overrides))
+            project = sign_in(options.wandb) if options.wandb is not None and is_first() else None
         pipeline.run(
             experiment,
             options.workdir or _default_workdir(options.config),
-            Monitoring(profile=options.profile),
+            Monitoring(profile=options.profile, wandb=project),
         )
 
 

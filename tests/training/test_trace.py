@@ -15,6 +15,7 @@ from toy import source, train_toy
 from guided_distill import cli
 from guided_distill.data.pipeline import batches
 from guided_distill.errors import Interrupted, UserError
+from guided_distill.training.job import Monitoring
 
 LOG = "metrics.jsonl"
 
@@ -40,7 +41,9 @@ def test_a_trace_holds_its_updates_and_changes_nothing(
     tmp_path, capfd, plain, assert_same_weights, updates, dispatches
 ):
     """Dispatches make two updates each, and the first one compiles."""
-    state, _ = train_toy(epath.Path(tmp_path), data=source(with_nan=False), profile=updates)
+    state, _ = train_toy(
+        epath.Path(tmp_path), data=source(with_nan=False), monitoring=Monitoring(profile=updates)
+    )
     assert_same_weights(state, plain[0])
     assert (tmp_path / LOG).read_text() == plain[1]
     found = events(tmp_path)
@@ -54,7 +57,7 @@ def test_a_trace_holds_its_updates_and_changes_nothing(
 
 def test_tensorboard_finds_the_trace(tmp_path):
     """Its profiler reads plugins/profile/NAME/*.xplane.pb below the folder of the log."""
-    train_toy(epath.Path(tmp_path), data=source(with_nan=False), profile=4)
+    train_toy(epath.Path(tmp_path), data=source(with_nan=False), monitoring=Monitoring(profile=4))
     (file,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
     names = {
         event.name
@@ -69,7 +72,10 @@ def test_tensorboard_finds_the_trace(tmp_path):
 def test_more_updates_than_remain_are_refused(tmp_path, updates, total, remedy):
     with pytest.raises(UserError, match=rf"--profile is {updates}, but toy has .* left.*{remedy}"):
         train_toy(
-            epath.Path(tmp_path), data=source(with_nan=False), total_steps=total, profile=updates
+            epath.Path(tmp_path),
+            data=source(with_nan=False),
+            total_steps=total,
+            monitoring=Monitoring(profile=updates),
         )
     assert not (tmp_path / LOG).exists()
 
@@ -89,10 +95,12 @@ def test_a_preempted_trace_is_discarded(tmp_path, monkeypatch, plain, assert_sam
             return next(iterator)
 
     with pytest.raises(Interrupted):
-        train_toy(epath.Path(tmp_path / "run"), data=Terminated(), profile=8)
+        train_toy(epath.Path(tmp_path / "run"), data=Terminated(), monitoring=Monitoring(profile=8))
     assert not (tmp_path / "run" / "profile").exists()
     assert not list((tmp_path / "temporary").iterdir())
-    state, _ = train_toy(epath.Path(tmp_path / "run"), data=source(with_nan=False), profile=2)
+    state, _ = train_toy(
+        epath.Path(tmp_path / "run"), data=source(with_nan=False), monitoring=Monitoring(profile=2)
+    )
     assert_same_weights(state, plain[0])
     assert [int(each["args"]["step_num"]) for each in events(tmp_path / "run")["train"]] == [8]
 

@@ -12,10 +12,11 @@ from guided_distill.data.source import from_arrays
 from guided_distill.objectives.stage import Optimization
 from guided_distill.objectives.weighting import Loss
 from guided_distill.training.checkpoints import StageCheckpoints, abstract
-from guided_distill.training.job import Cadence, Job, Monitoring
+from guided_distill.training.job import UNMONITORED, Cadence, Job
 from guided_distill.training.loop import train
 from guided_distill.training.mesh import data_mesh, replicated
 from guided_distill.training.metrics import MetricsLog
+from guided_distill.training.session import further_writers
 from guided_distill.training.state import initial_state, make_optimizer
 from guided_distill.training.step import make_train_step
 
@@ -58,7 +59,9 @@ def source(*, with_nan):
     )
 
 
-def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=3, profile=None):
+def job_in(
+    directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=3, monitoring=UNMONITORED
+):
     """Return the job of the regression."""
     return Job(
         directory,
@@ -76,11 +79,13 @@ def job_in(directory, *, mesh, total_steps=12, log_every=2, max_nonfinite_steps=
             max_nonfinite_steps=max_nonfinite_steps,
         ),
         mesh=mesh,
-        monitoring=Monitoring(profile=profile),
+        monitoring=monitoring,
     )
 
 
-def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3, profile=None):
+def train_toy(
+    directory, *, data, total_steps=12, log_every=2, max_nonfinite_steps=3, monitoring=UNMONITORED
+):
     """Train, resuming from a checkpoint if there is one; return the state and the input pipeline's."""
     mesh = data_mesh()
     state = fresh_state(mesh)
@@ -91,7 +96,7 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
         total_steps=total_steps,
         log_every=log_every,
         max_nonfinite_steps=max_nonfinite_steps,
-        profile=profile,
+        monitoring=monitoring,
     )
     with contextlib.ExitStack() as stack:
         iterator = data
@@ -106,7 +111,10 @@ def train_toy(directory, *, data, total_steps=12, log_every=2, max_nonfinite_ste
             state = restored.state
             iterator.set_state(restored.data_state)
         log = MetricsLog(
-            directory, step=int(state.step), unlogged=restored.unlogged if restored else ()
+            directory,
+            step=int(state.step),
+            unlogged=restored.unlogged if restored else (),
+            writers=further_writers(job, int(state.step)),
         )
         stack.enter_context(contextlib.closing(log))
         # The loop makes no implicit transfers between host and device.
