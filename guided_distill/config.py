@@ -22,6 +22,7 @@ from guided_distill.diffusion.schedules import (
 )
 from guided_distill.errors import UserError
 from guided_distill.objectives.autoencoder import Autoencoder
+from guided_distill.objectives.consistency import Consistency, ConsistencyStage
 from guided_distill.objectives.guidance import Guidance, GuidanceStage
 from guided_distill.objectives.halving import Halving, HalvingStage
 from guided_distill.objectives.stage import SecondStage, Stage, check_optimization
@@ -98,6 +99,9 @@ class Evaluation:
     """The samplers to measure the teacher with."""
     teacher_num_steps: tuple[kinds.NumSteps, ...] = (1, 2, 4, 8, 16, 64)
     """The numbers of steps to measure the teacher with."""
+    against_teacher: kinds.NumSteps | None = None
+    """The teacher's DDIM steps for the columns fd_teacher, kid_teacher and rmse_teacher, which need as
+    many samples of the teacher; None leaves them empty."""
     seed: kinds.Seed = 0
     """The seed of the samples."""
 
@@ -108,6 +112,9 @@ class Stages:
 
     teacher: Teacher = field(default_factory=Teacher, metadata={"stage": TeacherStage})
     guidance: Guidance = field(default_factory=Guidance, metadata={"stage": GuidanceStage})
+    consistency: Consistency = field(
+        default_factory=Consistency, metadata={"stage": ConsistencyStage}
+    )
     halving: Halving = field(default_factory=Halving, metadata={"stage": HalvingStage})
 
 

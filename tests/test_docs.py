@@ -1,6 +1,7 @@
 """The documents are correct: commands parse, patches apply and train, links resolve."""
 
 import argparse
+import csv
 import functools
 import json
 import os
@@ -216,12 +217,12 @@ def made_small(words, workdir):
 
 def test_what_extends_the_program_trains(patched, tmp_path):
     copy = patched("extend.md")
-    commands = [
-        made_small(words, tmp_path / str(index))
-        for index, (_, *words) in enumerate(block_commands(DOCS / "extend.md"))
-    ]
+    blocks = [words for _, *words in block_commands(DOCS / "extend.md")]
     # The last command needs both last patches.
-    assert len(commands) == len(patches("extend.md")) - 1 == 4
+    assert len(blocks) == len(patches("extend.md")) - 1 == 5
+    evaluate = blocks.pop(3)
+    commands = [made_small(words, tmp_path / str(index)) for index, words in enumerate(blocks)]
+    commands.append([*made_small(evaluate, tmp_path / "0"), "--num_samples=32", "--w=1"])
     # Networks and stages are also conditioned on w; the other patches take effect in the first stage.
     for index in (0, 2):
         commands[index].append("--config.stage=teacher")
@@ -243,6 +244,11 @@ def test_what_extends_the_program_trains(patched, tmp_path):
     for index, stage in enumerate(("teacher", "halving_ddim_1", "teacher", "direct_ddim_1")):
         steps = latest_step(epath.Path(tmp_path / str(index) / stage))
         assert steps == configs[index][stage.partition("_")[0]]["steps"] * (2 if index == 1 else 1)
+    with (tmp_path / "0" / "results.csv").open() as table:
+        coverages = [float(row["coverage"]) for row in csv.DictReader(table)]
+    assert len(coverages) > 1
+    assert all(0 <= each <= 1 for each in coverages)
+    assert max(coverages) > 0
 
 
 def test_sweeps_of_the_page_fit_their_config(patched, monkeypatch):

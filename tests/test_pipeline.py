@@ -476,8 +476,9 @@ def test_evaluate_and_report(finished, capsys):
         text.splitlines()[0]
         == ",".join(COLUMNS)
         == (
-            "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
-            "network_calls,extractor,inception_score,alignment,caption_recall,checkpoint,against,kid_std"
+            "stage,sampler,num_steps,w,fd,fd_se,kid,kid_std,precision,recall,accuracy,inception_score,"
+            "alignment,caption_recall,fd_teacher,fd_teacher_se,kid_teacher,rmse_teacher,n,seconds,seed,"
+            "network_calls,extractor,checkpoint,against,teacher"
         )
     )
     results = read_results(epath.Path(finished) / "results.csv")

@@ -76,10 +76,12 @@ class Sampler:
     """A function from z at t = first/N to data at t = 0, which repeats a step.
 
     step: f(predict, schedule, keys, num_steps) -> Step. begin: f(z) -> the state of the first step.
+    deterministic: whether the sample depends on z alone.
     """
 
     step: Callable[..., Step]
     begin: Callable[[jax.Array], State] = _z_alone
+    deterministic: bool = True
 
     def __call__(
         self,
@@ -135,7 +137,7 @@ def ddim(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.A
     return step
 
 
-@Sampler
+@functools.partial(Sampler, deterministic=False)
 def ancestral(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array) -> Step:
     """Ancestral (DDPM) sampling, equation (4) in each step."""
 
@@ -155,7 +157,7 @@ def ancestral(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: 
     return step
 
 
-@Sampler
+@functools.partial(Sampler, deterministic=False)
 def stochastic(predict: Predict, schedule: Schedule, keys: jax.Array, num_steps: jax.Array) -> Step:
     """The paper's stochastic N-step sampler (Meng et al. 2023).
 

@@ -3,15 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 
+from guided_distill.evaluation.metrics.registry import METRICS
 from guided_distill.evaluation.results import Result
 
-_NAMES = {
-    "fd": "Fréchet distance",
-    "kid": "kernel distance",
-    "inception_score": "class score",
-    "accuracy": "class accuracy",
-    "alignment": "alignment",
+_TITLES = {
+    column.name: column.metadata.get("title", column.name)
+    for metric in METRICS
+    for column in fields(metric)
 }
 _FAMILIES = {
     "lite0": {
@@ -32,7 +32,7 @@ def family(extractor: str) -> str:
 
 def metric_name(column: str, extractor: str) -> str:
     """The usual name of a column's measure when it was computed with this extractor."""
-    return (_NAMES | _FAMILIES.get(family(extractor), {}))[column]
+    return (_TITLES | _FAMILIES.get(family(extractor), {}))[column]
 
 
 def comparable(results: Sequence[Result], extractor: str) -> list[Result]:

@@ -10,6 +10,7 @@ from guided_distill.config import Evaluation
 from guided_distill.data.source import Source
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.evaluation.captions import captions_of
+from guided_distill.evaluation.results import Row
 from guided_distill.evaluation.tasks import Task
 from guided_distill.runs.trained import Trained
 from guided_distill.sampling.labels import cycling_labels, of_labels
@@ -73,29 +74,29 @@ class Drawing:
     settings: Evaluation
     to_pixels: Callable[[np.ndarray], np.ndarray]
 
-    def draw(self, trained: Trained, task: Task, start: int) -> Iterator[np.ndarray]:
-        """The task's samples from index `start` on, in batches. Compiles before it returns."""
-        request = self._request(task)
+    def draw(self, trained: Trained, row: Row, start: int) -> Iterator[np.ndarray]:
+        """The row's samples from index `start` on, in batches. Compiles before it returns."""
+        request = self._request(row)
         short = dataclasses.replace(request, condition=self.subjects.first(1), num_steps=1)
         self.to_pixels(next(sample_batches(trained, short)))
         return map(
             self.to_pixels, sample_batches(trained, dataclasses.replace(request, start=start))
         )
 
-    def path(self, trained: Trained, task: Task) -> bytes:
+    def path(self, trained: Trained, row: Row) -> bytes:
         """An npz file of the x [k, n, ...] predicted at times t [k] for n samples with labels [n].
 
         t decreases from 1; the last x is the sample.
         """
         points = len(trained.description.data_shape) == 1
         count = min(PATH_POINTS if points else PATH_IMAGES, len(self.subjects.labels))
-        request = dataclasses.replace(self._request(task), condition=self.subjects.first(count))
+        request = dataclasses.replace(self._request(row), condition=self.subjects.first(count))
         x = predictions(trained, request)
         kept = np.unique(np.linspace(0, len(x) - 1, PATH_STEPS).round().astype(int))
         pixels = self.to_pixels(x[kept].reshape(-1, *x.shape[2:]))
         return npz_bytes(
             x=pixels.reshape(len(kept), count, *pixels.shape[1:]),
-            t=1 - kept / task.num_steps,
+            t=1 - kept / len(x),
             label=self.subjects.labels[:count],
         )
 
@@ -110,13 +111,14 @@ class Drawing:
             return task.num_steps == max(self.settings.teacher_num_steps)
         return task.stage.num_steps is not None and task.num_steps <= PATH_STEPS
 
-    def _request(self, task: Task) -> Request:
+    def _request(self, row: Row) -> Request:
+        assert row.w is not None
         return Request(
             condition=self.subjects.condition,
             null=self.subjects.null,
-            w=task.w,
-            num_steps=task.num_steps,
-            sampler=task.sampler,
+            w=row.w,
+            num_steps=row.num_steps,
+            sampler=row.sampler,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,
             allow_untrained=True,

@@ -1,22 +1,24 @@
 """Measure every stage of a run against the training data, the teacher at several numbers of steps."""
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple
 
 import numpy as np
 from etils import epath
 
 from guided_distill.config import Evaluation, Experiment
 from guided_distill.data.source import Source
+from guided_distill.diffusion.samplers import SAMPLERS
 from guided_distill.evaluation.captions import caption_alignment
 from guided_distill.evaluation.comparison import metric_name
 from guided_distill.evaluation.drawing import Drawing, subjects
 from guided_distill.evaluation.events import forget, log_rows
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.extractors.registry import load_extractor
-from guided_distill.evaluation.measures import Measures, Yardstick, caveats, measure, shortages
+from guided_distill.evaluation.measures import Yardstick, caveats, measure, shortages
+from guided_distill.evaluation.metrics.registry import Measures
 from guided_distill.evaluation.outputs import Outputs, row_outputs
 from guided_distill.evaluation.reference import (
     MAX_EXAMPLES,
@@ -24,9 +26,10 @@ from guided_distill.evaluation.reference import (
     read_reference,
     training_reference,
 )
-from guided_distill.evaluation.results import Result, add_result, read_results
+from guided_distill.evaluation.results import Result, Row, add_result, read_results
 from guided_distill.evaluation.round_trip import evaluate_round_trips
-from guided_distill.evaluation.tasks import Row, Selection, Task, effective_settings, tasks_of
+from guided_distill.evaluation.tasks import Selection, Task, effective_settings, tasks_of
+from guided_distill.evaluation.teacher import Comparison
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.runs.folder import read_config
 from guided_distill.runs.trained import Trained, load_finished
@@ -59,7 +62,9 @@ def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Re
     _print(shortages(train=train.size, test=test.size))
     yardstick = _yardstick(workdir, settings, selection.reference, (train, test), encoder)
     _print(caveats(settings.num_samples, yardstick))
-    table = Table(workdir, yardstick, settings.seed, again=selection.again)
+    compared = settings.against_teacher
+    comparison = None if compared is None else Comparison(workdir, experiment, compared)
+    table = Table(workdir, yardstick, settings.seed, comparison, again=selection.again)
     _measure_real_images(test, table)
 
     drawing = Drawing(
@@ -78,32 +83,44 @@ def evaluate(workdir: epath.Path, selection: Selection | None = None) -> list[Re
 class Table:
     """`results.csv`, to which rows with one yardstick and one seed are added.
 
-    again: whether to measure again the rows that the file already holds.
+    comparison: the teacher that samples are also compared with. again: whether to measure again the rows
+    that the file already holds.
     """
 
     def __init__(
-        self, workdir: epath.Path, yardstick: Yardstick, seed: int, *, again: bool = False
+        self,
+        workdir: epath.Path,
+        yardstick: Yardstick,
+        seed: int,
+        comparison: Comparison | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         self.workdir = workdir
         self.yardstick = yardstick
+        self.comparison = comparison
         self.results = read_results(workdir / "results.csv")
         self._seed = seed
         self._again = again
 
     def lacks(self, row: Row, count: int, checkpoint: str | None = None) -> bool:
         """Whether the row still has to be measured on `count` samples of the checkpoint."""
-        key = (*row, count, self._seed, self.yardstick.name)
-        against = self.yardstick.reference.fingerprint
+        key = (row, count, self._seed, self.yardstick.name)
+        against, teacher = self.yardstick.reference.fingerprint, self._teacher(row)
         return self._again or not any(
-            each.key == key and each.made_of(checkpoint, against) for each in self.results
+            each.key == key and each.made_of(checkpoint, against, teacher) for each in self.results
         )
+
+    def _teacher(self, row: Row) -> str | None:
+        return self.comparison.id if self.comparison and row != REAL else None
 
     def parts(self, task: Task, count: int, checkpoint: str) -> epath.Path:
         """The folder of the extractor's outputs for exactly these samples."""
         yardstick = self.yardstick
         against = yardstick.reference.fingerprint
-        of = (*task.row, count, self._seed, yardstick.name, checkpoint, against)
-        name = f"{task.file_stem}_{hashlib.sha256(repr(of).encode()).hexdigest()[:8]}"
+        made_of = (*astuple(task.row), count, self._seed, yardstick.name, checkpoint, against)
+        made_of += (self._teacher(task.row),)
+        name = f"{task.row.file_stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
         return self.workdir / "evaluation" / yardstick.extractor.name / name
 
     def add(
@@ -116,13 +133,14 @@ class Table:
     ) -> Result:
         """Write a measured row. With several processes, process 0 writes it."""
         result = Result(
-            **row._asdict(),
-            **dataclasses.asdict(measures),
+            **asdict(row),
+            **asdict(measures),
             seed=self._seed,
             network_calls=network_calls,
             extractor=self.yardstick.name,
             checkpoint=checkpoint,
             against=self.yardstick.reference.fingerprint,
+            teacher=self._teacher(row),
         )
         self.results = [each for each in self.results if each.key != result.key] + [result]
         if is_first():
@@ -139,22 +157,25 @@ def _measure_task(
     folder, count = workdir / task.stage.name, len(subjects.labels)
     checkpoint = checkpoint_id(folder)
     lacking = table.lacks(task.row, count, checkpoint)
-    path = workdir / "samples" / f"{task.file_stem}_path.npz"
+    path = workdir / "samples" / f"{task.row.file_stem}_path.npz"
     if drawing.has_path(task) and (lacking or not path.exists()):
-        write_bytes(path, drawing.path(load(folder), task))
+        write_bytes(path, drawing.path(load(folder), task.row))
     if not lacking:
         return ""
-    parts = table.parts(task, count, checkpoint)
+    parts, extractor = table.parts(task, count, checkpoint), table.yardstick.extractor
+    comparison = table.comparison
+    teacher = comparison.samples(task.w, drawing, extractor) if comparison else None
     outputs = row_outputs(
-        functools.partial(drawing.draw, load(folder), task),
+        functools.partial(drawing.draw, load(folder), task.row),
         subjects.labels,
-        table.yardstick.extractor,
+        extractor,
         parts=parts,
-        pictures=workdir / "samples" / f"{task.file_stem}.npz",
+        pictures=workdir / "samples" / f"{task.row.file_stem}.npz",
+        teacher=teacher.samples if teacher and SAMPLERS[task.sampler].deterministic else None,
     )
     result = table.add(
         task.row,
-        measure(outputs, table.yardstick, count=count, captions=subjects.captions),
+        measure(outputs, table.yardstick, count=count, captions=subjects.captions, teacher=teacher),
         network_calls=task.network_calls,
         checkpoint=checkpoint,
     )

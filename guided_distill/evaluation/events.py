@@ -6,22 +6,21 @@ sampling steps. Each row has its own file, so that none is written twice.
 
 import io
 from collections.abc import Sequence
+from dataclasses import fields
 
 from etils import epath
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from guided_distill.evaluation.results import Result, file_stem
+from guided_distill.evaluation.metrics.registry import METRICS
+from guided_distill.evaluation.results import Result, Row
 from guided_distill.pictures import grid_or_plot, png
 from guided_distill.storage import read_npz
 from guided_distill.training.metrics import EventFile
 from guided_distill.training.processes import is_first
 
-MEASURES = (
-    *("fd", "kid", "precision", "recall", "accuracy", "inception_score"),
-    *("alignment", "caption_recall", "seconds_per_sample"),
-)
+LOGGED = (*(column.name for metric in METRICS for column in fields(metric)), "seconds_per_sample")
 COLUMNS_OF_IMAGES = 8
 
 
@@ -59,10 +58,10 @@ def _files(workdir: epath.Path, result: Result) -> list[epath.Path]:
 
 
 def _log(folder: epath.Path, result: Result, picture: bytes | None) -> None:
-    curve = file_stem(result.stage, result.sampler, None, result.w)
+    curve = Row(result.stage, result.sampler, None, result.w).file_stem
     values = [
         Summary.Value(tag=f"{name}/{curve}", simple_value=value)
-        for name in MEASURES
+        for name in LOGGED
         if (value := getattr(result, name)) is not None
     ]
     if picture is not None:

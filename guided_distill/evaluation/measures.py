@@ -1,46 +1,25 @@
 """All measures of a set of samples against a reference, computed from a stream of outputs."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.captions import Align
 from guided_distill.evaluation.extractors.extractor import Extractor
-from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
-from guided_distill.evaluation.metrics.inception_score import SPLITS, InceptionScore
-from guided_distill.evaluation.metrics.kid import kernel_distance
-from guided_distill.evaluation.metrics.precision_recall import (
-    FEWEST_SAMPLES,
-    Manifold,
-    precision_recall,
-)
+from guided_distill.evaluation.metrics.frechet import FeatureStatistics
+from guided_distill.evaluation.metrics.inception_score import SPLITS
+from guided_distill.evaluation.metrics.metric import Samples
+from guided_distill.evaluation.metrics.precision_recall import FEWEST_SAMPLES
+from guided_distill.evaluation.metrics.registry import METRICS, Measures
 from guided_distill.evaluation.outputs import Outputs
-from guided_distill.evaluation.reference import MAX_FEATURES, Reference
+from guided_distill.evaluation.reference import Reference
+from guided_distill.evaluation.teacher import TeacherSamples
 
 PUBLISHED_COUNT = 50_000
 """The number of samples in the FID literature."""
-
-
-@dataclass(frozen=True)
-class Measures:
-    """The columns of `results.csv` that are measured on n samples; None if one doesn't apply.
-
-    seconds: the time to draw them, see `Outputs`; None for real images.
-    """
-
-    fd: float
-    kid: float | None
-    precision: float | None
-    recall: float | None
-    accuracy: float | None
-    n: int
-    seconds: float | None
-    inception_score: float | None
-    alignment: float | None
-    caption_recall: float | None
-    kid_std: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,55 +46,48 @@ def measure(
     *,
     count: int,
     captions: np.ndarray | None = None,
+    teacher: TeacherSamples | None = None,
 ) -> Measures:
-    """Measure `count` samples from a stream of the extractor's outputs.
+    """Measure `count` samples from a stream of the extractor's outputs with all METRICS.
 
-    KID, precision and recall are None if the reference holds only a mean and a covariance. Precision and
-    recall use the first 10,000 samples, and are None if samples or reference features are fewer than
-    FEWEST_SAMPLES. accuracy is the share of samples classified as their label, None unless the
-    extractor's classes are the data's own; inception_score is None if the extractor has no classes.
-    captions: [count] texts that the samples were drawn for.
-
-    Raises UserError if the stream holds more or fewer samples.
+    captions, teacher: as in `Samples`. Raises UserError if the stream holds more or fewer samples.
     """
-    extractor, reference = yardstick.extractor, yardstick.reference
+    extractor = yardstick.extractor
     statistics = FeatureStatistics.empty(extractor.width)
-    score: InceptionScore | None = None
-    features, correct, total_seconds = np.empty((count, extractor.width), np.float32), 0, 0.0
-    for some, logits, labels, seconds in outputs:
+    errors, total_seconds = np.full(count, np.nan), 0.0
+    features = np.empty((count, extractor.width), np.float32)
+    logits: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for each in outputs:
         done = statistics.count
-        if done + len(some) > count:
-            raise _miscounted(done + len(some), count)
-        features[done : done + len(some)] = some
-        statistics = statistics.accumulate(some)
-        total_seconds += seconds
-        if num_classes := logits.shape[1]:
-            score = (score or InceptionScore.empty(count, num_classes)).accumulate(logits)
-            correct += int((logits.argmax(axis=1) == labels).sum())
+        rows = slice(done, done + len(each.features))
+        if rows.stop > count:
+            raise _miscounted(rows.stop, count)
+        features[rows] = each.features
+        if each.squared_errors is not None:
+            errors[rows] = each.squared_errors
+        logits.append(each.logits)
+        labels.append(each.labels)
+        statistics = statistics.accumulate(each.features)
+        total_seconds += each.seconds
     if statistics.count < count:
         raise _miscounted(statistics.count, count)
-    kid = nearness = alignment = None
-    if reference.features is not None:
-        kid = kernel_distance(reference.features, features)
-        if min(count, len(reference.features)) >= FEWEST_SAMPLES:
-            nearness = precision_recall(
-                reference.manifold, Manifold.from_features(features[:MAX_FEATURES])
-            )
-    if yardstick.align is not None and captions is not None:
-        alignment = yardstick.align(features, captions)
-    return Measures(
-        fd=frechet_distance(reference.statistics, statistics),
-        kid=kid.mean if kid else None,
-        precision=nearness.precision if nearness else None,
-        recall=nearness.recall if nearness else None,
-        accuracy=correct / count if extractor.own_classes else None,
-        n=count,
-        seconds=total_seconds or None,
-        inception_score=score.score() if score else None,
-        alignment=alignment.cosine if alignment else None,
-        caption_recall=alignment.recall_at_10 if alignment else None,
-        kid_std=kid.std if kid else None,
+    samples = Samples(
+        features=features,
+        logits=np.concatenate(logits),
+        statistics=statistics,
+        labels=np.concatenate(labels),
+        own_classes=extractor.own_classes,
+        reference=yardstick.reference,
+        captions=captions,
+        align=yardstick.align,
+        teacher=teacher,
+        squared_errors=errors,
     )
+    columns: dict[str, Any] = {}
+    for metric in METRICS:
+        columns |= asdict(metric.of(samples))
+    return Measures(**columns, n=count, seconds=total_seconds or None)
 
 
 def _miscounted(found: int, count: int) -> UserError:

@@ -23,43 +23,62 @@ class Outputs(NamedTuple):
     """Features [n, D] and logits [n, K] of n samples, and the labels [n] that they were drawn for.
 
     seconds: the wall-clock time to draw them, without compilation and without the extractor; 0 for real
-    images.
+    images. squared_errors: as in `Samples`; None if there is nothing to compare with.
     """
 
     features: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
     seconds: float = 0.0
+    squared_errors: np.ndarray | None = None
 
 
 def row_outputs(
-    draw: Draw, labels: np.ndarray, extractor: Extractor, *, parts: epath.Path, pictures: epath.Path
+    draw: Draw,
+    labels: np.ndarray,
+    extractor: Extractor,
+    *,
+    parts: epath.Path,
+    pictures: epath.Path | None = None,
+    teacher: np.ndarray | None = None,
 ) -> Iterator[Outputs]:
     """Yield the outputs for all samples of a row in order: first those saved in `parts`, then new ones.
 
     labels: one for each sample. parts: a folder for this row only; remove it when the row is measured.
-    pictures: the npz file for the first KEPT_SAMPLES samples.
+    pictures: the npz file for the first KEPT_SAMPLES samples. teacher: the teacher's samples [k, ...] of
+    the same noise as the first k of the row.
     """
     done = 0
-    for features, logits, seconds in _saved_parts(parts):
-        yield Outputs(features, logits, labels[done : done + len(features)], seconds)
+    for features, logits, seconds, errors in _saved_parts(parts):
+        yield Outputs(features, logits, labels[done : done + len(features)], seconds, errors)
         done += len(features)
 
     first_samples: list[np.ndarray] = []
     unsaved: list[Outputs] = []
     begin, last_save = done, time.monotonic()
     for samples, seconds in _timed(draw(done)):
-        if done < KEPT_SAMPLES:
+        if pictures and done < KEPT_SAMPLES:
             first_samples.append(samples)
             shown = np.concatenate(first_samples)[:KEPT_SAMPLES]
             write_bytes(pictures, npz_bytes(image=shown, label=labels[: len(shown)]))
-        unsaved.append(Outputs(*extractor(samples), labels[done : done + len(samples)], seconds))
+        rows = slice(done, done + len(samples))
+        errors = squared_errors(samples, samples[:0] if teacher is None else teacher[rows])
+        unsaved.append(Outputs(*extractor(samples), labels[rows], seconds, errors))
         yield unsaved[-1]
         done += len(samples)
         # No part ends before the pictures are complete, because a resumed row couldn't complete them.
         if done >= KEPT_SAMPLES and time.monotonic() - last_save > SECONDS_BETWEEN_PARTS:
             _save_part(parts, begin, unsaved)
             unsaved, begin, last_save = [], done, time.monotonic()
+
+
+def squared_errors(samples: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Mean squared differences [n] of samples [n, ...] and the teacher's [k, ...]; NaN after k."""
+    errors = np.full(len(samples), np.nan)
+    k = min(len(samples), len(teacher))
+    differences = samples[:k].astype(np.float64) - teacher[:k]
+    errors[:k] = np.square(differences).mean(axis=tuple(range(1, samples.ndim)))
+    return errors
 
 
 def _timed(batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
@@ -72,21 +91,27 @@ def _timed(batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
 
 def _save_part(folder: epath.Path, begin: int, outputs: list[Outputs]) -> None:
     """Write the outputs for the samples from index `begin` on."""
-    features, logits, _, seconds = zip(*outputs, strict=True)
-    arrays = {"features": np.concatenate(features), "logits": np.concatenate(logits)}
-    write_bytes(_part(folder, begin), npz_bytes(**arrays, seconds=np.asarray(sum(seconds))))
+    arrays = {
+        name: np.concatenate([getattr(each, name) for each in outputs])
+        for name in ("features", "logits", "squared_errors")
+    }
+    seconds = np.asarray(sum(each.seconds for each in outputs))
+    write_bytes(_part(folder, begin), npz_bytes(**arrays, seconds=seconds))
 
 
-def _saved_parts(folder: epath.Path) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Yield (features, logits, seconds) of each part in order, up to a missing or damaged one."""
+def _saved_parts(
+    folder: epath.Path,
+) -> Iterator[tuple[np.ndarray, np.ndarray, float, np.ndarray]]:
+    """Yield (features, logits, seconds, squared_errors) of each part, up to a missing or damaged one."""
     done = 0
     while (file := _part(folder, done)).exists():
         try:
             part = read_npz(file)
-            features, logits, seconds = part["features"], part["logits"], float(part["seconds"])
+            features, logits = part["features"], part["logits"]
+            seconds, errors = float(part["seconds"]), part["squared_errors"]
         except (UserError, KeyError):
             return
-        yield features, logits, seconds
+        yield features, logits, seconds, errors
         done += len(features)
 
 

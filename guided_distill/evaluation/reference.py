@@ -24,16 +24,13 @@ from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.metrics.frechet import FeatureStatistics
-from guided_distill.evaluation.metrics.precision_recall import Manifold
+from guided_distill.evaluation.metrics.precision_recall import MAX_SAMPLES, Manifold
 from guided_distill.files import regular_file
 from guided_distill.places import local_path_named
 from guided_distill.storage import write_bytes
 from guided_distill.training.progress import progress
 
 MAX_EXAMPLES = 50_000
-MAX_FEATURES = 10_000
-"""The number of features that are kept, for the measures that compare pairs."""
-
 FINGERPRINT_EXAMPLES = 1000
 
 
@@ -150,7 +147,7 @@ def _compute(source: Source, extractor: Extractor) -> tuple[FeatureStatistics, n
     count = min(source.size, MAX_EXAMPLES)
     # Examples come in the source's order, which may be by class: the subset is drawn at random.
     chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng(0).permutation(count)[:MAX_FEATURES]] = True
+    chosen[np.random.default_rng(0).permutation(count)[:MAX_SAMPLES]] = True
     statistics = FeatureStatistics.empty(extractor.width)
     kept = []
     with progress("reference", total=count, unit="images") as advance:

@@ -7,88 +7,84 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from etils import epath
 
 from guided_distill import kinds
 from guided_distill.errors import UserError
+from guided_distill.evaluation.metrics.registry import Measures
 from guided_distill.storage import first_line, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Row = TypeVar("Row", bound="DataclassInstance")
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
-class Result:
-    """A row. Fields that don't apply (real images have no sampler) are None, and written empty.
+class Row:
+    """The first columns of a row, which say what was measured.
 
-    fd: Fréchet distance between the features of samples and of the training data. kid: kernel distance
-    (unbiased, so it may be below 0); kid_std: its standard deviation over subsets. accuracy: share of
-    samples that the classifier assigns to their label. n: number of samples. seconds: wall-clock time to
-    draw all n in batches, without compilation. network_calls: calls of the network for one sample.
-    extractor: the feature space, with @FILE if the reference is a file instead of the training data.
-    alignment, caption_recall: cosine, and recall at 10, of samples with their captions; with CLIP
-    features the cosine is the CLIP score. checkpoint: `checkpoint_id` of the stage. against: fingerprint
-    of the extractor's weights and of the reference. Earlier versions wrote neither of these two, nor
-    kid_std.
+    Fields that don't apply (real images have no sampler) are None, and written empty.
     """
 
     stage: str
     sampler: str | None
     num_steps: int | None
     w: float | None
-    fd: float
-    kid: float | None
-    precision: float | None
-    recall: float | None
-    accuracy: float | None
-    n: int
-    seed: int
-    seconds: float | None
-    network_calls: int | None
-    extractor: str
-    inception_score: float | None = None
-    alignment: float | None = None
-    caption_recall: float | None = None
-    checkpoint: str | None = None
-    against: str | None = None
-    kid_std: float | None = None
 
     @property
-    def key(self) -> tuple[str, str | None, int | None, float | None, int, int, str]:
-        """What identifies the row: a new row replaces an older one with the same key."""
-        return (
-            self.stage,
-            self.sampler,
-            self.num_steps,
-            self.w,
-            self.n,
-            self.seed,
-            self.extractor,
-        )
+    def file_stem(self) -> str:
+        """The stem of the names of the row's files in the run's folder."""
+        w = None if self.w is None else f"w{self.w:g}"
+        parts = (self.stage, self.sampler, self.num_steps, w)
+        return "_".join(str(part) for part in parts if part is not None)
 
-    def made_of(self, checkpoint: str | None, against: str) -> bool:
-        """Whether the row is of this checkpoint and reference; a field that it lacks matches any."""
-        return self.checkpoint in (None, checkpoint) and self.against in (None, against)
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measures, Row):
+    """A row of the file: what was measured, its measures, and how it was measured.
+
+    network_calls: calls of the network for one sample. extractor: the feature space, with @FILE if the
+    reference is a file instead of the training data. checkpoint: `checkpoint_id` of the stage. against:
+    fingerprint of the extractor's weights and of the reference. teacher: the teacher's checkpoint and
+    steps behind fd_teacher, kid_teacher and rmse_teacher, as in "0123abcd@256". Columns that an earlier
+    version didn't write are None.
+    """
+
+    seed: int
+    network_calls: int | None
+    extractor: str
+    checkpoint: str | None = None
+    against: str | None = None
+    teacher: str | None = None
+
+    @property
+    def row(self) -> Row:
+        """What was measured."""
+        return Row(self.stage, self.sampler, self.num_steps, self.w)
+
+    @property
+    def key(self) -> tuple[Row, int, int, str]:
+        """What identifies the row: a new row replaces an older one with the same key."""
+        return self.row, self.n, self.seed, self.extractor
+
+    def made_of(self, checkpoint: str | None, against: str, teacher: str | None = None) -> bool:
+        """Whether the row is of this checkpoint, reference and teacher.
+
+        A checkpoint or reference that the row lacks matches any, as does a teacher that isn't asked for.
+        """
+        return (
+            self.checkpoint in (None, checkpoint)
+            and self.against in (None, against)
+            and teacher in (None, self.teacher)
+        )
 
     @property
     def seconds_per_sample(self) -> float | None:
         """Seconds for one sample within a batch; a sample drawn alone takes longer."""
         return None if self.seconds is None else self.seconds / self.n
-
-    @property
-    def file_stem(self) -> str:
-        """The stem of the names of the row's files, without n, seed and extractor."""
-        return file_stem(self.stage, self.sampler, self.num_steps, self.w)
-
-
-def file_stem(stage: str, sampler: str | None, num_steps: int | None, w: float | None) -> str:
-    """The stem of the names of a row's files in the run's folder."""
-    parts = (stage, sampler, num_steps, None if w is None else f"w{w:g}")
-    return "_".join(str(part) for part in parts if part is not None)
 
 
 COLUMNS = tuple(field.name for field in fields(Result))
@@ -123,7 +119,7 @@ def read_results(path: epath.Path) -> list[Result]:
     return results
 
 
-def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
+def write_rows(path: epath.Path, kind: type[Entry], rows: Sequence[Entry]) -> None:
     """Write dataclass instances as csv, one column per field, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
@@ -138,7 +134,7 @@ def write_rows(path: epath.Path, kind: type[Row], rows: Sequence[Row]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
+def read_rows(path: epath.Path, kind: type[Entry]) -> list[Entry]:
     """Read the rows that `write_rows` wrote; none if there is no file. A missing column is read as None.
 
     Raises UserError for a damaged file.
@@ -155,14 +151,14 @@ def read_rows(path: epath.Path, kind: type[Row]) -> list[Row]:
         ) from error
 
 
-def _row(kind: type[Row], texts: Mapping[str, str]) -> Row:
+def _row(kind: type[Entry], texts: Mapping[str, str]) -> Entry:
     values: dict[str, Any] = {}
-    for field in fields(kind):
-        text = texts.get(field.name, "")
-        if not text and kinds.without_none(field.type) is field.type:
-            raise ValueError(f"a row has no {field.name}")
+    for name, column in get_type_hints(kind, include_extras=True).items():
+        text = texts.get(name, "")
+        if not text and kinds.without_none(column) is column:
+            raise ValueError(f"a row has no {name}")
         try:
-            values[field.name] = kinds.read_number(text, field.type) if text else None
+            values[name] = kinds.read_number(text, column) if text else None
         except ValueError as error:
-            raise ValueError(f"{field.name} {error}") from None
+            raise ValueError(f"{name} {error}") from None
     return kind(**values)

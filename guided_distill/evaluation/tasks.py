@@ -2,14 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
 from guided_distill.config import Evaluation, Experiment, check_extractor
 from guided_distill.errors import UserError
 from guided_distill.evaluation.metrics.precision_recall import FEWEST_SAMPLES
-from guided_distill.evaluation.results import file_stem
+from guided_distill.evaluation.results import Row
 from guided_distill.objectives.stage import Stage
 from guided_distill.stages import all_stages
 
@@ -18,9 +18,9 @@ from guided_distill.stages import all_stages
 class Selection:
     """The command line's settings of `evaluate`; None keeps the config's.
 
-    stages: folders of the workdir; None for all. num_steps: of the teacher. reference: a file of
-    statistics; None for those of the training data. again: whether to measure again the rows that were
-    measured already.
+    stages: folders of the workdir; None for all. num_steps, against_teacher: the teacher's. reference: a
+    file of statistics; None for those of the training data. again: whether to measure again the rows
+    that were measured already.
     """
 
     extractor: str | None = None
@@ -28,17 +28,9 @@ class Selection:
     weights: tuple[float, ...] | None = None
     stages: tuple[str, ...] | None = None
     num_steps: tuple[int, ...] | None = None
+    against_teacher: int | None = None
     reference: epath.Path | None = None
     again: bool = False
-
-
-class Row(NamedTuple):
-    """The first columns of `results.csv`, which say what was measured."""
-
-    stage: str
-    sampler: str | None
-    num_steps: int | None
-    w: float | None
 
 
 @dataclass(frozen=True)
@@ -56,11 +48,6 @@ class Task:
         return Row(self.stage.kind, self.sampler, self.num_steps, self.w)
 
     @property
-    def file_stem(self) -> str:
-        """The stem of the names of the row's files."""
-        return file_stem(*self.row)
-
-    @property
     def network_calls(self) -> int:
         """Network calls for one sample; a network that isn't conditioned on w needs two per step."""
         return self.num_steps * (1 if self.stage.takes_w else 2)
@@ -73,6 +60,7 @@ def effective_settings(experiment: Experiment, request: Selection) -> Evaluation
         "num_samples": request.num_samples,
         "weights": request.weights,
         "teacher_num_steps": request.num_steps,
+        "against_teacher": request.against_teacher,
     }
     settings = dataclasses.replace(
         experiment.evaluation,

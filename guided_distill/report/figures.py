@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from guided_distill.config import KINDS, SECOND_STAGES
 from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
-from guided_distill.evaluation.results import Result
+from guided_distill.evaluation.results import COLUMNS, Result
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pictures import image_grid
 
@@ -32,16 +32,36 @@ def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:
 
 def mean_over_w(results: Sequence[Result], column: str) -> dict[tuple[str, str], dict[int, float]]:
     """{(stage, sampler): {num_steps: mean of a column over the measured w}}."""
+    return {
+        name: {n: float(np.mean(each)) for n, each in curve.items()}
+        for name, curve in _over_w(results, column).items()
+    }
+
+
+def error_of_mean(
+    results: Sequence[Result], column: str
+) -> dict[tuple[str, str], dict[int, float]]:
+    """The standard errors of `mean_over_w`: NaN if unknown; {} if the column has none."""
+    error = f"{column}_se"
+    if error not in COLUMNS:
+        return {}
+    return {
+        name: {n: float(np.linalg.norm(each)) / len(each) for n, each in curve.items()}
+        for name, curve in _over_w(results, error).items()
+    }
+
+
+def _over_w(
+    results: Sequence[Result], column: str
+) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """{(stage, sampler): {num_steps: the values at the measured w}}; None becomes NaN."""
     values: dict[tuple[str, str], dict[int, list[float]]] = {}
     for result in results:
         if result.sampler is not None and result.num_steps is not None:
             curve = values.setdefault((result.stage, result.sampler), {})
             value = getattr(result, column)
             curve.setdefault(result.num_steps, []).append(np.nan if value is None else value)
-    return {
-        name: {n: float(np.mean(each)) for n, each in sorted(curve.items())}
-        for name, curve in values.items()
-    }
+    return {name: dict(sorted(curve.items())) for name, curve in values.items()}
 
 
 def words_of_weights(weights: Collection[float]) -> str:
@@ -54,6 +74,7 @@ def words_of_weights(weights: Collection[float]) -> str:
 
 WORDS = {name: kind.words for name, kind in KINDS.items()}
 _STYLES = {"teacher": "s--", "guidance": "D"} | dict.fromkeys(SECOND_STAGES, "o-")
+DISTANCES = ("fd", "fd_teacher", "rmse_teacher")
 _FAITHFULNESS = ("accuracy", "alignment", "inception_score")
 _PANEL = (5.0, 4.3)
 
@@ -98,9 +119,13 @@ def _draw_panel(axes: Axes, results: Sequence[Result], column: str, *, against: 
     results = at_weights(results, weights)
     curves = mean_over_w(results, column)
     places = mean_over_w(results, against)
+    bands = error_of_mean(results, column)
     for (stage, sampler), curve in curves.items():
         x, y = list(places[stage, sampler].values()), list(curve.values())
         axes.plot(x, y, _STYLES[stage], label=f"{WORDS[stage]}, {sampler}")
+        if band := bands.get((stage, sampler)):
+            low, high = (np.add(y, sign * np.array(list(band.values()))) for sign in (-2, 2))
+            axes.fill_between(x, low, high, alpha=0.2, linewidth=0)
         for n, place in zip(curve, zip(x, y, strict=True), strict=True):
             if against != "num_steps" and np.isfinite(place).all():
                 axes.annotate(str(n), place, (4, 4), textcoords="offset points", fontsize=8)
@@ -113,12 +138,13 @@ def _draw_panel(axes: Axes, results: Sequence[Result], column: str, *, against: 
         axes.set_xscale("log")
         axes.margins(x=0.1)
         axes.set_xlabel("seconds per sample; points are labelled with sampling steps")
-    better = " (lower is better)" if column == "fd" else ""
+    distance = column in DISTANCES
+    better = " (lower is better)" if distance else ""
     axes.set_ylabel(
         f"{metric_name(column, results[0].extractor)}{better}\n{words_of_weights(weights)}"
     )
     axes.grid(alpha=0.3)
-    if column == "fd":
+    if distance:
         plain_log_axis(axes)
 
 

@@ -162,7 +162,7 @@ def _sentence(words: str) -> str:
 
 
 def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
-    """The panels: distance and faithfulness against steps, and distance against seconds if known."""
+    """The panels: distances and faithfulness against steps, and distance against seconds if known."""
     if middle_weight(results) is None:
         return []
     panels = [("fd", "num_steps", "Distance to the training data against sampling steps")]
@@ -172,6 +172,12 @@ def _panels(results: Sequence[Result]) -> list[dict[str, str]]:
     if column := faithfulness_column(results):
         words = f"{metric_name(column, results[0].extractor)} against sampling steps"
         panels.append((column, "num_steps", _sentence(words)))
+    for column, words in (
+        ("fd_teacher", "Distance to the teacher's other samples against sampling steps"),
+        ("rmse_teacher", "Difference from the teacher's samples of the same noise"),
+    ):
+        if any(getattr(each, column) is not None for each in results):
+            panels.append((column, "num_steps", words))
     return [
         {"image": data_url(panel_figure(results, column, against=against)), "alt": words}
         for column, against, words in panels

@@ -63,10 +63,10 @@ def _unmeasured(
 ) -> Iterator[str]:
     if not finished:
         return
-    measured = {(each.stage, each.sampler, each.num_steps, each.w) for each in results}
+    measured = {each.row for each in results}
     missing: dict[str, list[str]] = {}
     for task in tasks_of(experiment, experiment.evaluation, Selection(), workdir):
-        if task.stage.name in finished and tuple(task.row) not in measured:
+        if task.stage.name in finished and task.row not in measured:
             name = f"{WORDS[task.stage.kind]}, {task.num_steps} steps ({task.sampler})"
             missing.setdefault(name, []).append(f"{task.w:g}")
     for name, weights in missing.items():

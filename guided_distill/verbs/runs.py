@@ -130,6 +130,13 @@ def add_verbs(verbs: Any) -> None:
         help="the teacher's numbers of steps, separated by commas (default: as in the run's config)",
     )
     evaluate.add_argument(
+        "--against_teacher",
+        type=number(kinds.NumSteps),
+        metavar="NUM_STEPS",
+        help="compare with the teacher's samples in this many DDIM steps too, in the columns fd_teacher, "
+        "kid_teacher and rmse_teacher (default: as in the run's config)",
+    )
+    evaluate.add_argument(
         "--reference",
         type=path,
         help="an .npz file of the statistics to compare with (default: those of the training data)",
@@ -244,6 +251,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
             weights=options.w,
             stages=options.stages,
             num_steps=options.num_steps,
+            against_teacher=options.against_teacher,
             reference=options.reference,
             again=options.again,
         )

@@ -3,7 +3,11 @@ import pytest
 from scipy.linalg import sqrtm
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from guided_distill.evaluation.metrics.frechet import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_standard_error,
+)
 
 
 def statistics(mean, covariance):
@@ -175,3 +179,22 @@ def test_sets_that_cannot_be_compared():
         a.merge(b)
     with pytest.raises(UserError, match="at least 2 rows"):
         frechet_distance(a, FeatureStatistics.from_features(np.ones((1, 2))))
+
+
+def test_the_standard_error_is_the_deviation_between_draws():
+    rng = np.random.default_rng(3)
+    shape = rng.normal(size=(3, 3))
+    other = statistics(rng.normal(size=3), random_covariance(rng, 3))
+    distances, errors = [], []
+    for _ in range(400):
+        drawn = rng.normal(size=(500, 3)) @ shape
+        own = FeatureStatistics.from_features(drawn)
+        distances.append(frechet_distance(own, other))
+        errors.append(frechet_standard_error(drawn, own, other))
+    assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.1)
+
+
+def test_the_standard_error_needs_more_rows_than_dimensions():
+    features = np.random.default_rng(4).normal(size=(5, 5))
+    own = FeatureStatistics.from_features(features)
+    assert frechet_standard_error(features, own, statistics(np.zeros(5), np.eye(5))) is None

@@ -73,7 +73,7 @@ def test_it_is_of_all_images_and_computed_once(folder):
 
 
 def test_features_are_a_drawn_subset(folder, monkeypatch):
-    monkeypatch.setattr(reference, "MAX_FEATURES", 20)
+    monkeypatch.setattr(reference, "MAX_SAMPLES", 20)
     monkeypatch.setattr(data_source, "_CHUNK", 16)
     found = training_reference(source_of(), extractor_of(), folder)
     rows = [np.abs(expected() - each).max(axis=1).argmin() for each in found.features]

@@ -8,6 +8,7 @@ from etils import epath
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.comparison import at_weights, comparable, metric_name, shared_weights
+from guided_distill.evaluation.metrics.registry import METRICS
 from guided_distill.evaluation.results import (
     COLUMNS,
     Result,
@@ -46,22 +47,25 @@ def test_rows_are_read_as_written(tmp_path):
     assert read_results(epath.Path(tmp_path / "results.csv")) == [RESULT, empty]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
-def test_files_without_the_newest_columns_are_read(tmp_path, count):
-    newest = {
-        "inception_score": 3.5,
-        "alignment": 0.5,
-        "caption_recall": 0.25,
-        "checkpoint": "0123abcd",
-        "against": "4567cdef",
-        "kid_std": 0.125,
-    }
-    assert COLUMNS[-6:] == tuple(newest)
+FIRST_COLUMNS = (
+    "stage,sampler,num_steps,w,fd,kid,precision,recall,accuracy,n,seed,seconds,"
+    "network_calls,extractor"
+)
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path):
     file = epath.Path(tmp_path / "results.csv")
-    write_results(file, [row(**newest)])
-    lines = [line.rsplit(",", count)[0] for line in file.read_text().splitlines()]
-    file.write_text("\n".join(lines) + "\n")
-    assert read_results(file) == [row(**newest | dict.fromkeys(list(newest)[-count:]))]
+    file.write_text(
+        f"{FIRST_COLUMNS}\nhalving,ddim,4,0.5,1.25,-0.5,0.5,0.25,0.75,1024,0,2.5,4,lite0\n"
+    )
+    assert read_results(file) == [row(extractor="lite0", inception_score=None)]
+
+
+def test_a_row_begins_with_what_was_measured_and_holds_all_metrics():
+    assert COLUMNS[:5] == ("stage", "sampler", "num_steps", "w", "fd")
+    measured = {column.name for metric in METRICS for column in dataclasses.fields(metric)}
+    assert measured < set(COLUMNS)
+    assert {"fd", "kid", "precision", "inception_score", "caption_recall", "fd_teacher"} <= measured
 
 
 @pytest.mark.parametrize("w", [1 / 3, 0.1 + 0.2, 1e-17, np.float64(2 / 3), 123456.789])
@@ -77,6 +81,11 @@ def test_a_row_is_of_its_checkpoint_and_reference():
     assert not whole.made_of("ffffffff", "4567cdef")
     assert not whole.made_of("0123abcd", "ffffffff")
     assert RESULT.made_of("0123abcd", "4567cdef"), "earlier versions didn't write them"
+    assert not whole.made_of("0123abcd", "4567cdef", "89abcdef@256")
+    compared = dataclasses.replace(whole, teacher="89abcdef@256")
+    assert compared.made_of("0123abcd", "4567cdef", "89abcdef@256")
+    assert not compared.made_of("0123abcd", "4567cdef", "89abcdef@64")
+    assert compared.made_of("0123abcd", "4567cdef"), "a comparison that wasn't asked for may stay"
 
 
 def test_a_row_replaces_the_older_one_and_no_others(tmp_path):

@@ -9,13 +9,15 @@ which it isn't comparable, if there are no CLIP weights; for those, see `clip.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.metrics.frechet import check_same_width, feature_matrix
+from guided_distill.evaluation.metrics.metric import Metric, Samples
 
 RIDGE = 300.0
 """The penalty on the squared weights, chosen for Lite0's features."""
@@ -105,6 +107,25 @@ def retrieval(guesses: np.ndarray, embeddings: np.ndarray, captions: np.ndarray)
         recall_at_10=float((nearer < TOP).mean()),
         cosine=float(own.mean()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionAlignment(Metric):
+    """alignment, caption_recall: cosine, and recall at 10, of samples with their captions.
+
+    With CLIP's features the cosine is the CLIP score. Both are None without captions.
+    """
+
+    alignment: float | None = field(default=None, metadata={"title": "alignment"})
+    caption_recall: float | None = field(default=None, metadata={"title": "caption recall"})
+
+    @classmethod
+    def of(cls, samples: Samples) -> Self:
+        """The alignment of the samples."""
+        if samples.align is None or samples.captions is None:
+            return cls()
+        found = samples.align(samples.features, samples.captions)
+        return cls(alignment=found.cosine, caption_recall=found.recall_at_10)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -7,12 +7,14 @@ rank-deficient covariances that arise from fewer samples than dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from guided_distill.errors import UserError
+from guided_distill.evaluation.metrics.metric import Metric, Samples
 
 
 def feature_matrix(features: ArrayLike, *, min_rows: int) -> np.ndarray:
@@ -133,3 +135,47 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     )
     # A squared Wasserstein distance is never negative: values below zero are rounding errors.
     return max(float(distance), 0.0)
+
+
+def frechet_standard_error(
+    features: np.ndarray, own: FeatureStatistics, other: FeatureStatistics
+) -> float | None:
+    """The standard error of `frechet_distance(own, other)` that sampling `features` [n, D] causes.
+
+    By the delta method: to first order a sample x changes the distance by its influence,
+    2 (m - m') . (x - m) + (x - m)^T (I - T) (x - m), where T is the matrix of the optimal map between the
+    two normal distributions. The bias of the distance, which falls as 1/n, isn't part of it. None if n
+    doesn't exceed D, for which the covariance has no inverse.
+    """
+    count, width = features.shape
+    if count <= width:
+        return None
+    variances, directions = np.linalg.eigh(own.covariance)
+    kept = variances > variances[-1] * width * np.finfo(np.float64).eps
+    roots, directions = np.sqrt(variances[kept]), directions[:, kept]
+    cross = roots[:, None] * (directions.T @ other.covariance @ directions) * roots
+    cross_variances, turned = np.linalg.eigh(cross)
+    transport = (turned * np.sqrt(np.maximum(cross_variances, 0.0))) @ turned.T
+    transport /= roots[:, None] * roots
+    centred = features - own.mean
+    inside = centred @ directions
+    influence = 2 * centred @ (own.mean - other.mean) + np.square(centred).sum(axis=1)
+    influence -= np.einsum("ni,ij,nj->n", inside, transport, inside, optimize=True)
+    return float(influence.std() / np.sqrt(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frechet(Metric):
+    """fd: Fréchet distance to the reference. fd_se: its standard error, for the given reference."""
+
+    fd: float = field(metadata={"title": "Fréchet distance"})
+    fd_se: float | None = None
+
+    @classmethod
+    def of(cls, samples: Samples) -> Self:
+        """The distance of the samples to the reference."""
+        own, other = samples.statistics, samples.reference.statistics
+        return cls(
+            fd=frechet_distance(other, own),
+            fd_se=frechet_standard_error(samples.features, own, other),
+        )

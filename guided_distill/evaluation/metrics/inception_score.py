@@ -2,58 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax, xlogy
 
-from guided_distill.errors import UserError
+from guided_distill.evaluation.metrics.metric import Metric, Samples
 
 SPLITS = 10
 
 
-@dataclass(frozen=True, eq=False)
-class InceptionScore:
-    """The score of a stream of `count` predictions over K classes, in float64.
+def inception_score(logits: ArrayLike) -> float:
+    """The score of logits [n, K], a number in [1, K], in float64.
 
-    As in the literature, the stream is cut into 10 equal consecutive splits (or `count` if that is
-    fewer), and the score is the mean of the splits' scores, a number in [1, K]. A split of m samples
-    can't score above m, so few samples score low.
-
-    taken: the number of predictions so far. sums [splits, K]: sums of p(y|x). negative_entropies
-    [splits]: sums of p(y|x) log p(y|x) over x and y.
+    As in the literature, the predictions are cut into 10 equal consecutive splits (n if that is fewer),
+    and the score is the mean of the splits' scores. A split of m samples can't score above m, so few
+    samples score low.
     """
+    logits = np.asarray(logits)
+    splits = min(SPLITS, len(logits))
+    ends = -(-len(logits) * np.arange(splits + 1) // splits)
+    return float(np.mean([_split_score(logits[i:j]) for i, j in itertools.pairwise(ends)]))
 
-    count: int
-    taken: int
-    sums: np.ndarray
-    negative_entropies: np.ndarray
+
+def _split_score(logits: np.ndarray) -> float:
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
+    p = np.exp(log_p)
+    marginal = p.mean(axis=0)
+    return float(np.exp((p * log_p).sum(axis=1).mean() - xlogy(marginal, marginal).sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore(Metric):
+    """inception_score: that of the extractor's logits; None if it has no classes."""
+
+    inception_score: float | None = field(default=None, metadata={"title": "class score"})
 
     @classmethod
-    def empty(cls, count: int, num_classes: int) -> InceptionScore:
-        """The start of a stream of `count` predictions."""
-        splits = min(SPLITS, count)
-        return cls(count, 0, np.zeros((splits, num_classes)), np.zeros(splits))
-
-    def accumulate(self, logits: ArrayLike) -> InceptionScore:
-        """The score updated with the next predictions, logits [n, K]."""
-        log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
-        p = np.exp(log_p)
-        sums, negative_entropies = self.sums.copy(), self.negative_entropies.copy()
-        indices = np.arange(self.taken, self.taken + len(p))
-        split = indices * len(sums) // self.count
-        np.add.at(sums, split, p)
-        np.add.at(negative_entropies, split, (p * log_p).sum(axis=1))
-        return InceptionScore(self.count, self.taken + len(p), sums, negative_entropies)
-
-    def score(self) -> float:
-        """The mean over splits. Raises UserError unless all `count` predictions were accumulated."""
-        if self.taken != self.count or not self.count:
-            raise UserError(
-                f"an Inception Score of {self.count} samples was given {self.taken}: give all of them"
-            )
-        sizes = np.bincount(np.arange(self.count) * len(self.sums) // self.count)
-        marginal = self.sums / sizes[:, None]
-        divergence = self.negative_entropies / sizes - xlogy(marginal, marginal).sum(axis=1)
-        return float(np.exp(divergence).mean())
+    def of(cls, samples: Samples) -> Self:
+        """The score of the samples."""
+        if not samples.logits.shape[1]:
+            return cls()
+        return cls(inception_score=inception_score(samples.logits))

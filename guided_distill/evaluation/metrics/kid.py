@@ -1,12 +1,14 @@
 """Kernel distance between two sets of features: KID (Bińkowski et al. 2018, arXiv:1801.01401)."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.metrics.frechet import check_same_width, feature_matrix
+from guided_distill.evaluation.metrics.metric import Metric, Samples
 
 _BLOCK_ROWS = 512
 
@@ -110,3 +112,22 @@ def _membership(rows: np.ndarray, count: int) -> np.ndarray:
     found = np.zeros((len(rows), count))
     np.put_along_axis(found, rows, 1.0, axis=1)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Metric):
+    """kid: kernel distance to the reference's features. kid_std: its deviation over subsets.
+
+    Both are None for a reference without features. kid is unbiased, so it may be below 0.
+    """
+
+    kid: float | None = field(default=None, metadata={"title": "kernel distance"})
+    kid_std: float | None = None
+
+    @classmethod
+    def of(cls, samples: Samples) -> Self:
+        """The distance of the samples to the reference."""
+        if samples.reference.features is None:
+            return cls()
+        found = kernel_distance(samples.reference.features, samples.features)
+        return cls(kid=found.mean, kid_std=found.std)

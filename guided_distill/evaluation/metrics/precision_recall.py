@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,13 @@ from numpy.typing import ArrayLike
 
 from guided_distill.errors import UserError
 from guided_distill.evaluation.metrics.frechet import check_same_width, feature_matrix
+from guided_distill.evaluation.metrics.metric import Metric, Samples
 from guided_distill.training.mesh import data_mesh, replicated, split_batch
 from guided_distill.training.processes import on_all_processes
 
 _BLOCK_ROWS = 512
 _SPARE_NEIGHBOURS = 6
+MAX_SAMPLES = 10_000
 FEWEST_SAMPLES = 4
 """A ball reaches to the third nearest of the other samples."""
 
@@ -114,6 +116,26 @@ def precision_recall(
             is_realistic[one[squared <= real.squared_radii[other]]] = True
             is_covered[other[squared <= generated.squared_radii[one]]] = True
     return PrecisionRecall(precision=float(is_realistic.mean()), recall=float(is_covered.mean()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearness(Metric):
+    """Precision and recall of the first 10,000 samples.
+
+    Both are None for a reference without features, or if either set has fewer than FEWEST_SAMPLES.
+    """
+
+    precision: float | None = field(default=None, metadata={"title": "precision"})
+    recall: float | None = field(default=None, metadata={"title": "recall"})
+
+    @classmethod
+    def of(cls, samples: Samples) -> Self:
+        """Precision and recall of the samples against the reference."""
+        real, features = samples.reference.features, samples.features[:MAX_SAMPLES]
+        if real is None or min(len(real), len(features)) < FEWEST_SAMPLES:
+            return cls()
+        found = precision_recall(samples.reference.manifold, Manifold.from_features(features))
+        return cls(precision=found.precision, recall=found.recall)
 
 
 def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
