@@ -163,6 +163,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         first //= 2
     config.halving.first_num_steps = first
     config.halving.round_steps = ()
+    config.consistency.num_steps = config.consistency.num_steps[-2:]
     config.steps_per_dispatch = 1
     config.log_every = config.checkpoint_every = 2
     lowest = config.guidance.w_min

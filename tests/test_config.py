@@ -42,7 +42,7 @@ def values(section, **changes):
         (values("teacher", steps="many"), ["config.teacher.steps", "whole number"]),
         (values("teacher", steps=0), ["config.teacher.steps"]),
         (values("teacher", weighting="snrr"), ["config.teacher.weighting", "truncated_snr"]),
-        (values("halving", weighting="snr"), ["config.halving.weighting", "last_num_steps 2"]),
+        (values("halving", weighting="snr"), ["config.halving.weighting", "last_num_steps is 1"]),
         (values("teacher", label_dropout=1.5), ["config.teacher.label_dropout"]),
         (values("teacher", warmup_steps=5000), ["config.teacher.warmup_steps"]),
         (values("guidance", w_min=3.0, w_max=1.0), ["w_min", "w_max"]),
@@ -166,6 +166,12 @@ def test_eps_is_learnt_by_weightings_that_bear_its_errors(schedule, alpha_square
         for weighting in ("truncated_snr", "snr_plus_one"):
             bad = {"model": {"parameterization": "eps", "schedule": schedule}, **bearing}
             bad["halving"] = {"weighting": "snr", "last_num_steps": 2}
+            bad["consistency"] = {
+                "weighting": "snr",
+                "num_steps": (2,),
+                "last_teacher_num_steps": 512,
+            }
+            bad["second_stage"] = stage if stage in config.SECOND_STAGES else "halving"
             config.parse(bad)
             bad[stage] = {**bad[stage], "weighting": weighting}
             if unbearable:

@@ -35,7 +35,6 @@ from guided_distill.diffusion.schedules import (
     NUM_TIMESTEPS,
     Schedule,
     arrival,
-    loses_x,
 )
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
@@ -45,6 +44,7 @@ from guided_distill.objectives.stage import (
     LossFunction,
     Optimization,
     SecondStage,
+    check_one_step,
 )
 from guided_distill.objectives.teacher import drop_conditions
 from guided_distill.objectives.weighting import Loss, Weighting, prediction_loss
@@ -212,6 +212,11 @@ class HalvingStage(SecondStage):
             for sampler in settings.samplers
         ]
 
+    @property
+    def teacher_num_steps(self) -> int | None:
+        """Twice its own N."""
+        return None if self.num_steps is None else 2 * self.num_steps
+
     @classmethod
     def check(cls, experiment: "Experiment") -> None:
         """Raises UserError also for rounds that don't halve, or that the model can't be trained for."""
@@ -282,18 +287,8 @@ def _check_model(experiment: "Experiment") -> None:
             f"config.halving.first_num_steps is {first}, whose teacher takes {2 * first} steps, but "
             f"config.model.schedule is {model.schedule}, a chain of {NUM_TIMESTEPS}: make it smaller"
         )
-    to_one_step = settings.last_num_steps == 1 and set(settings.samplers) != {ENCODE}
-    if model.parameterization == "eps" and loses_x(model.schedule, model.schedule_options):
-        if to_one_step:
-            raise UserError(
-                "config.halving.last_num_steps is 1, but a student of one step sees only t = 1, where "
-                "eps hardly determines x: make it 2, or config.model.parameterization v"
-            )
-    elif settings.weighting == "snr" and model.schedule not in CHAINS and to_one_step:
-        raise UserError(
-            "config.halving.weighting is snr, which is 0 at t = 1, the only time that a student of one "
-            "step sees: choose another, or make config.halving.last_num_steps 2"
-        )
+    if settings.last_num_steps == 1 and set(settings.samplers) != {ENCODE}:
+        check_one_step(experiment, settings.weighting, "config.halving.last_num_steps is 1")
     if model.parameterization == "x" and ENCODE in settings.samplers:
         raise UserError(
             f"config.halving.samplers holds {ENCODE}, but config.model.parameterization is x, which "

@@ -11,7 +11,7 @@ import jax
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
-from guided_distill.diffusion.schedules import loses_x
+from guided_distill.diffusion.schedules import CHAINS, loses_x
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network
 from guided_distill.objectives.weighting import Loss
@@ -82,6 +82,21 @@ def check_optimization(section: str, settings: Optimization) -> None:
         raise UserError(
             f"config.{section}.warmup_steps is {settings.warmup_steps}, but the stage has only "
             f"{settings.fewest_updates} updates by config.{section}: make the warm-up shorter"
+        )
+
+
+def check_one_step(experiment: "Experiment", weighting: str, cause: str) -> None:
+    """Raises UserError, beginning with `cause`, if a student of one step can't be trained this way."""
+    model = experiment.model
+    if model.parameterization == "eps" and loses_x(model.schedule, model.schedule_options):
+        raise UserError(
+            f"{cause}, but a student of one step sees only t = 1, where eps hardly determines x: make it "
+            f"2, or config.model.parameterization v"
+        )
+    if weighting == "snr" and model.schedule not in CHAINS:
+        raise UserError(
+            f"{cause}, but config.{experiment.second_stage}.weighting is snr, which is 0 at t = 1, the "
+            f"only time that a student of one step sees: choose another, or make it 2"
         )
 
 
@@ -156,8 +171,8 @@ class Stage(abc.ABC):
     def loss(self, student: Network, teacher: Network) -> LossFunction:
         """The loss that trains `student`.
 
-        Its frozen argument holds the teacher's rounded "params", the stage's "num_steps", an int32, and
-        the "null" condition.
+        Its frozen argument holds the teacher's rounded "params", the stage's "num_steps", an int32, the
+        "null" condition, and the number of updates before this one, "update", an int32.
         """
 
     def samplings(self, experiment: "Experiment") -> list[tuple[str, int]]:
@@ -185,6 +200,11 @@ class SecondStage(Stage):
     @abc.abstractmethod
     def students(cls, experiment: "Experiment") -> list[list[Self]]:
         """For each sampler, the stages that train its students, each the teacher of the next."""
+
+    @property
+    def teacher_num_steps(self) -> int | None:
+        """The N that a student must have to be its teacher, with the same sampler; None for any."""
+        return None
 
     @classmethod
     def is_used(cls, experiment: "Experiment") -> bool:

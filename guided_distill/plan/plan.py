@@ -173,6 +173,9 @@ def make_plans(
     plans, student = [], student_of(experiment, outline)
     # Students that aren't conditioned on w need guidance when they are sampled: two calls per step.
     calls_a_step = 2 if experiment.method == "two_student" else 1
+    students = sorted(
+        {n for stage in all_stages(experiment) if (n := stage.num_steps)}, reverse=True
+    )
     with progress(f"plan for {topology.name}", total=len(wanted), unit="programs") as advance:
         for done, (name, stages) in enumerate(wanted.items(), start=1):
             first = stages[0] if stages else None
@@ -195,9 +198,7 @@ def make_plans(
                     chip=topology.chip,
                     parameters=parameter_count(network),
                     kept=kept_bytes(network),
-                    calls={}
-                    if first
-                    else {each: each * calls_a_step for each in experiment.halving.rounds()},
+                    calls={} if first else {n: n * calls_a_step for n in students},
                     **run_compiler(task, cache=cache)._asdict(),
                 )
             )

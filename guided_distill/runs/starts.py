@@ -9,7 +9,7 @@ from guided_distill.data.source import Source
 from guided_distill.errors import UserError
 from guided_distill.formats.companions import bring_companions
 from guided_distill.models.registry import Network
-from guided_distill.objectives.stage import Stage
+from guided_distill.objectives.stage import SecondStage, Stage
 from guided_distill.places import path_named
 from guided_distill.runs.folder import is_finished, unbegun
 from guided_distill.runs.trained import Description, read_finished
@@ -67,8 +67,8 @@ def chains_to_train(workdir: epath.Path, experiment: Experiment) -> list[tuple[l
 
 def _left_after(kind: str, chain: list[Stage]) -> list[Stage]:
     """The stages of a chain that follow a stage of another run; all students follow any student."""
-    after = STAGES.index(kind) + (kind not in SECOND_STAGES)
-    return [stage for stage in chain if STAGES.index(stage.kind) >= after]
+    after = SECOND_STAGES if kind in SECOND_STAGES else STAGES[STAGES.index(kind) + 1 :]
+    return [stage for stage in chain if stage.kind in after]
 
 
 def _differences(about: Description, source: Source, network: Network) -> _Pairs:
@@ -100,9 +100,11 @@ def _distilled(about: Description, ours: Experiment, chain: list[Stage]) -> _Pai
     if about.w_min is not None:
         same["w range"] = ((about.w_min, about.w_max), ours.guidance.w_range)
         same["w_embedding"] = (theirs.guidance.w_embedding, ours.guidance.w_embedding)
-    if about.stage == "halving":
-        first = chain[-1].sampler, 2 * ours.halving.first_num_steps
-        same["sampler and num_steps"] = ((about.sampler, about.num_steps), first)
+    if about.stage in SECOND_STAGES:
+        first = _left_after(about.stage, chain)[0]
+        if isinstance(first, SecondStage) and first.teacher_num_steps:
+            needed = first.sampler, first.teacher_num_steps
+            same["sampler and num_steps"] = ((about.sampler, about.num_steps), needed)
     return same
 
 

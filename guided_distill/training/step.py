@@ -68,7 +68,8 @@ def make_train_step(
     """Return a compiled function that makes K updates in one call.
 
     It takes (state, frozen, batches, key) and donates the state. `frozen` holds the teacher's weights;
-    they are an argument so that they don't become constants of the program. batches: arrays [K, B, ...].
+    they are an argument so that they don't become constants of the program. The loss also finds there the
+    number of updates so far, "update". batches: arrays [K, B, ...].
     key: the stage's key; example b of update n uses key b of split(fold_in(key, n), B). Updates whose
     loss or gradient isn't finite are skipped and counted. accumulation: the number of sequential parts in
     which a batch's gradient is computed; it must divide the number of examples per device.
@@ -108,7 +109,8 @@ def make_train_step(
         state: TrainState, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, clu.metrics.Collection]:
         keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["image"]))
-        gradient, figures = mean_gradient(whole(rounded(state.params)), whole(frozen), batch, keys)
+        known = whole({**frozen, "update": state.step})
+        gradient, figures = mean_gradient(whole(rounded(state.params)), known, batch, keys)
         figures["gradient_norm"] = optax.tree.norm(gradient)
         finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["gradient_norm"])
         new_state = updated(state, gradient, optimizer, finite=finite, ema_decay=ema_decay)
