@@ -1,6 +1,8 @@
 """The two exceptions that end a command without a traceback."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -19,3 +21,19 @@ class Interrupted(BaseException):
     """
 
     STATUS = getattr(os, "EX_TEMPFAIL", 75)
+
+
+@contextlib.contextmanager
+def needing(package: str, *, extra: str, by: str) -> Iterator[None]:
+    """Import a package of an extra in this block. If it isn't installed, raises UserError.
+
+    by: what needs the package, the subject of the message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise UserError(
+            f"{by} needs the package {package}: pip install {package} (the extra `{extra}`)"
+        ) from None

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from guided_distill.data.pixels import to_uint8
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from guided_distill.plotting import Figure
 
 GAP = 8
 """Pixels between the images of a grid."""
@@ -41,7 +41,7 @@ def point_plot(points: np.ndarray, labels: np.ndarray) -> Figure:
 
 def point_plots(points: np.ndarray, labels: np.ndarray, *, size: float) -> Figure:
     """Plots of k sets of points [k, n, 2] side by side, `size` inches each, coloured by label [n]."""
-    from matplotlib.figure import Figure  # Slow to import, and not needed for images.
+    from guided_distill.plotting import Figure  # Slow to import, and not needed for images.
 
     figure = Figure(figsize=(size * len(points), size), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]

@@ -165,7 +165,7 @@ install() {
   on_hosts all "(cd guided-distill 2>/dev/null && rm -rf ${parts[*]}); \
 tar xzf $archive && python3 -m pip install --user --quiet uv && \
 python3 -m uv venv --quiet --clear --python 3.12 environment && \
-python3 -m uv pip install --quiet --python environment/bin/python './guided-distill[tpu]'"
+python3 -m uv pip install --quiet --python environment/bin/python './guided-distill[tpu,report,text]'"
 }
 
 case $action in

@@ -183,6 +183,26 @@ def test_what_takes_long_to_import_waits_until_it_is_needed():
     assert not {"matplotlib", "grain", "scipy", "tensorboardX", "array_record"} & loaded
 
 
+def test_the_main_job_needs_no_extra_and_a_report_names_the_one_it_needs():
+    program = """
+import sys
+for package in ("matplotlib", "tokenizers", "sklearn", "skimage", "gradio", "pyarrow"):
+    sys.modules[package] = None  # As if it weren't installed.
+from guided_distill import api, doctor, pipeline
+from guided_distill.cli import main
+from guided_distill.evaluation import evaluate
+from guided_distill.formats import exporting, import_model
+from guided_distill.report import samples
+sys.exit(main(["report", "--workdir", "none"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "guided-distill: a figure needs the package matplotlib: pip install matplotlib "
+        "(the extra `report`)"
+    )
+
+
 @pytest.mark.parametrize("arguments", ["--version", "--help", "train --help", "sample --num x"])
 def test_the_command_line_runs_without_jax(arguments):
     program = f"""

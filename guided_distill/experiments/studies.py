@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from guided_distill.config import SECOND_STAGES
 from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
 from guided_distill.evaluation.results import Result
+from guided_distill.plotting import Figure, colormaps
 from guided_distill.report.figures import (
     mean_over_w,
     plain_log_axis,
@@ -29,7 +28,7 @@ def study_figure(results: Mapping[str, Sequence[Result]]) -> Figure:
     figure = Figure(figsize=(6.5, 4.2 + 0.2 * len(results)), layout="constrained")
     axes = figure.subplots()
     # The upper end of the colour map is too bright for lines on white.
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(results)))
+    colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(results)))
     steps: set[int] = set()
     for index, (name, rows) in enumerate(results.items()):
         marker = _MARKERS[index % len(_MARKERS)]

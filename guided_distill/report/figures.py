@@ -4,15 +4,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from guided_distill.config import KINDS, SECOND_STAGES
 from guided_distill.evaluation.comparison import at_weights, metric_name, shared_weights
 from guided_distill.evaluation.results import COLUMNS, Result
 from guided_distill.evaluation.round_trip import RoundTrip
 from guided_distill.pictures import image_grid
+from guided_distill.plotting import Axes, Figure, FuncFormatter, LogLocator, NullLocator
 
 
 def image_rows(rows: Mapping[str, np.ndarray], *, scale: int = 8) -> Figure:

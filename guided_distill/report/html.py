@@ -4,10 +4,10 @@ import base64
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 from PIL import Image
 
 from guided_distill.pictures import png
+from guided_distill.plotting import Figure
 
 DPI = 150
 

@@ -4,19 +4,22 @@ Both follow the rules that their published vocabularies were made with (Radford 
 al. 2019), as the library `tokenizers` implements them.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tokenizers
 from etils import epath
-from tokenizers import models, normalizers, pre_tokenizers
 
-from guided_distill.errors import UserError
+from guided_distill.errors import UserError, needing
 from guided_distill.files import is_text
 from guided_distill.formats.json_files import read_json, read_model_text
+
+if TYPE_CHECKING:
+    import tokenizers
 
 log = logging.getLogger(__name__)
 
@@ -111,19 +114,27 @@ def wordpiece_tokenizer(file: epath.Path, length: int) -> Tokenizer:
 
     Raises UserError if the file can't be read or lacks BERT's special tokens.
     """
+    tokenizers = _library()
     words = read_model_text(file).splitlines()
     numbers = {word: number for number, word in enumerate(words)}
     vocabulary = tokenizers.Tokenizer(
-        models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=100)
+        tokenizers.models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=100)
     )
-    vocabulary.normalizer = normalizers.BertNormalizer(lowercase=True)
-    vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    vocabulary.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     start, end, pad, *_ = (_number(vocabulary, mark, file) for mark in _BERT_MARKS)
     vocabulary.add_special_tokens(list(_BERT_MARKS))
     return Tokenizer(vocabulary, length, start=start, end=end, pad=pad)
 
 
+def _library() -> Any:
+    with needing("tokenizers", extra="text", by="a text encoder"):
+        import tokenizers
+    return tokenizers
+
+
 def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
+    tokenizers = _library()
     if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
         try:
             vocabulary = tokenizers.Tokenizer.from_str(read_model_text(folder / "tokenizer.json"))
@@ -139,7 +150,7 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     try:
         merges = [(first, second) for first, second in pairs]
-        model = models.BPE(
+        model = tokenizers.models.BPE(
             numbers, merges, end_of_word_suffix="</w>", unk_token=_CLIP_END, fuse_unk=False
         )
     except Exception as error:  # As above.
@@ -148,17 +159,19 @@ def _clip_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
             f"folder again"
         ) from error
     vocabulary = tokenizers.Tokenizer(model)
-    vocabulary.normalizer = normalizers.Sequence(
+    vocabulary.normalizer = tokenizers.normalizers.Sequence(
         [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
+            tokenizers.normalizers.NFC(),
+            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            tokenizers.normalizers.Lowercase(),
         ]
     )
-    vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORD), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.pre_tokenizers.Split(
+                tokenizers.Regex(_CLIP_WORD), behavior="removed", invert=True
+            ),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
     return vocabulary
@@ -178,7 +191,7 @@ def _added_tokens(
     if (where := folder / "added_tokens.json").exists():
         for token, number in read_json(where).items():
             is_mark = token in marks
-            added[_whole(number, where)] = tokenizers.AddedToken(
+            added[_whole(number, where)] = _library().AddedToken(
                 token, normalized=not is_mark, special=is_mark
             )
     return added
@@ -203,7 +216,7 @@ def _token(token: Any, where: epath.Path) -> tokenizers.AddedToken:
         raise UserError(
             f"{where}: the added token {content} must have true or false for {', '.join(flags)}"
         )
-    return tokenizers.AddedToken(content, **flags)
+    return _library().AddedToken(content, **flags)
 
 
 def _object(value: Any, where: epath.Path) -> dict[str, Any]:

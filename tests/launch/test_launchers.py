@@ -72,7 +72,7 @@ def test_a_queued_resource_is_requested_awaited_installed_and_started():
     assert copy[5].startswith("FOLDER/")
     for command in (look, copy, install, start):
         assert command[command.index("--worker") + 1] == "all"
-    assert "guided-distill[tpu]" in install[-1]
+    assert "guided-distill[tpu,report,text]" in install[-1]
     # The hosts' shell parses it once more.
     program = shlex.split(start[-1].split("nohup", 1)[1].split(">>")[0])
     assert program == ["env", TFDS, "../environment/bin/guided-distill", *VERB]
@@ -218,7 +218,7 @@ def test_the_image_is_built_from_what_the_package_is_built_from():
     root = LAUNCH.parent
     copies = re.findall(r"^COPY (.+) \S+$", (root / "Dockerfile").read_text(), re.MULTILINE)
     copied = {name for line in copies for name in line.split()}
-    assert copied == PARTS | {"requirements.lock"}
+    assert copied == PARTS | {"requirements-dev.lock"}
     sent = re.findall(r"^!/(.+)$", (root / ".dockerignore").read_text(), re.MULTILINE)
     assert copied == set(sent)
 

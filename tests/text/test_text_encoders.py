@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -199,3 +200,9 @@ def test_a_tokenizer_in_one_file_is_the_same(tmp_path):
     together = clip_tokenizer(epath.Path(tmp_path))
     for one, other in zip(apart(["A red  apple!"]), together(["A red  apple!"]), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_extra_is_named_if_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install tokenizers \(the extra `text`\)"):
+        wordpiece_tokenizer(epath.Path(tmp_path / "vocab.txt"), LENGTH)
