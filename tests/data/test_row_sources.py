@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -183,6 +186,23 @@ def test_a_change_of_the_files_does_not_reach_an_open_source(tmp_path):
     second = sources.load_source(f"parquet:{path}").arrays()["image"]
     assert not np.array_equal(before, second)
     np.testing.assert_array_equal(first.arrays()["image"], before)
+
+
+def test_files_that_are_opened_twice_at_once_are_listed_once(tmp_path, monkeypatch):
+    path = write("parquet", tmp_path)
+    whole, begun = listing._write, threading.Semaphore(0)
+
+    def slow(*args):
+        begun.release()
+        time.sleep(0.5)
+        return whole(*args)
+
+    monkeypatch.setattr(listing, "_write", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(sources.load_source, [f"parquet:{path}"] * 2)
+    assert begun.acquire(blocking=False)
+    assert not begun.acquire(blocking=False)
+    assert_same(take(first, 3), take(second, 3))
 
 
 def test_copies_that_are_cut_off_are_made_again(tmp_path, own_cache, caplog):
