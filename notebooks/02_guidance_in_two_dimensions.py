@@ -25,10 +25,11 @@ try:
     importlib.metadata.version("guided_distill")
 except importlib.metadata.PackageNotFoundError:
     # From the clone that this notebook lies in, or from PyPI. GUIDED_DISTILL_SOURCE can name something else
-    # that pip installs: a folder, or git+https://...
+    # that pip installs, such as "guided_distill[report,text] @ git+https://..."
     around = [Path.cwd(), *Path.cwd().parents]
     clones = [str(each) for each in around if (each / "guided_distill/__init__.py").is_file()]
-    source = os.environ.get("GUIDED_DISTILL_SOURCE") or (clones or ["guided_distill"])[0]
+    default = f"{(clones or ['guided_distill'])[0]}[report,text]"
+    source = os.environ.get("GUIDED_DISTILL_SOURCE") or default
     # %pip install --quiet "{source}"
 
 importlib.metadata.version("guided_distill")

@@ -90,20 +90,20 @@ def without_the_package(monkeypatch):
 
 def test_the_first_cell_installs_the_clone_around_the_notebook(without_the_package, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
-    assert without_the_package() == [str(ROOT)]
+    assert without_the_package() == [f"{ROOT}[report,text]"]
 
 
 def test_the_first_cell_installs_from_pypi_outside_a_clone(
     without_the_package, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert without_the_package() == ["guided_distill"]
+    assert without_the_package() == ["guided_distill[report,text]"]
 
 
 def test_the_first_cell_installs_what_the_variable_names(without_the_package, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
-    monkeypatch.setenv("GUIDED_DISTILL_SOURCE", "git+https://example.org/clone")
-    assert without_the_package() == ["git+https://example.org/clone"]
+    monkeypatch.setenv("GUIDED_DISTILL_SOURCE", "a.whl[report,text]")
+    assert without_the_package() == ["a.whl[report,text]"]
 
 
 def test_the_first_cell_fails_if_the_installation_failed(without_the_package):
