@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _hush_threads()
     try:
-        parser = _parser()
-        options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        verbs = parser()
+        options, rest = verbs.parse_known_args(sys.argv[1:] if argv is None else argv)
         unknown = [each for each in rest if not each.startswith("--config.")]
         if unknown or (rest and options.verb not in ("plan", "train", "sweep", "config")):
-            parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+            verbs.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
         options.run(options, rest)
     except UserError as error:
         print(f"guided-distill: {_one_line(error)}", file=sys.stderr)
@@ -78,7 +78,7 @@ def _hush_threads() -> None:
     sys.unraisablehook = lambda error: None if error.object is None else report(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The parser of every verb. For a shell's completion, the process ends here."""
     # Imported here because a signal can arrive before everything is imported.
     from importlib.metadata import version

@@ -157,7 +157,7 @@ SCALED = np.prod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ("schedule", "alpha_squared"),
     [("cosine", 1.0 / (1.0 + np.exp(20.0))), ("linear", LINEAR), ("scaled_linear", SCALED)],
 )
-def test_eps_is_learnt_by_weightings_that_bear_its_errors(schedule, alpha_squared):
+def test_eps_is_trained_with_weightings_that_bound_its_errors(schedule, alpha_squared):
     assert 1.0 / (1.0 + np.exp(-last_log_snr(schedule, {}))) == pytest.approx(alpha_squared)
     # What an error of 0.01 costs in x, whose data are of about 1.
     unbearable = 0.01**2 / alpha_squared > 1.0

@@ -62,7 +62,7 @@ def inline_commands(page):
 
 def check_guided_distill(arguments, *, check_values=True):
     """Fail unless the verb has these flags, and the config these keys with values that fit."""
-    options, rest = cli._parser().parse_known_args(arguments)
+    options, rest = cli.parser().parse_known_args(arguments)
     assert not [word for word in rest if not word.startswith("--config.")]
     if rest or "config" in options:
         values = read_config_file(options.config, rest)
@@ -89,7 +89,7 @@ def test_commands_exist(page):
         if program == "make":
             assert words[0] in targets
         elif program == "guided-distill" and [program, *words] in inline and len(words) == 1:
-            verbs, _ = leaves(cli._parser())
+            verbs, _ = leaves(cli.parser())
             assert words[0] in {name.split()[1] for name in verbs}
         elif program == "guided-distill":
             check_guided_distill(words, check_values=whole)
@@ -124,7 +124,7 @@ def leaves(parser):
     return (found, holders) if holders else ({parser.prog: parser}, [])
 
 
-VERBS, _ = leaves(cli._parser())
+VERBS, _ = leaves(cli.parser())
 
 
 @pytest.mark.usefixtures("at_root")
@@ -256,7 +256,7 @@ def test_sweeps_of_the_page_fit_their_config(patched, monkeypatch):
     found = set()
     for program, *words in block_commands(DOCS / "sweeps.md"):
         if program == "guided-distill":
-            options, overrides = cli._parser().parse_known_args(words)
+            options, overrides = cli.parser().parse_known_args(words)
             studies._shard(options.shard)
             base = read_config_file(options.config, overrides)
             points = studies._points_of(options, base)

@@ -79,7 +79,7 @@ def assert_same_runs(one, other):
         assert logs[0] == logs[1]
 
 
-def test_every_stage_says_what_it_is(finished):
+def test_every_stage_describes_itself(finished):
     previous = None
     for name in STAGES[:5]:
         about = weights(finished, name).description
@@ -108,7 +108,9 @@ def test_the_stochastic_student_of_one_step_is_its_teacher(finished):
     assert UNTRAINED in runs.finished_stages(epath.Path(finished))
 
 
-def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished, tmp_path, capsys):
+def test_a_start_that_does_not_fit_is_reported_before_the_folder_is_claimed(
+    finished, tmp_path, capsys
+):
     for start, more, words in (
         (
             "guidance",
@@ -125,7 +127,7 @@ def test_a_start_that_does_not_fit_is_told_before_the_folder_is_claimed(finished
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_whose_start_has_moved(finished, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_start_has_moved_resumes(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished / "teacher", "first/teacher")
     shutil.copytree(finished / "teacher", "other/teacher")
@@ -174,7 +176,7 @@ def test_a_finished_run_is_left_alone(finished, capsys):
     assert (finished / "teacher" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_another_config_is_told_what_differs(finished, capsys):
+def test_a_changed_config_is_refused_with_the_keys_that_differ(finished, capsys):
     assert train(finished, "--config.teacher.learning_rate=0.5") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "config.teacher.learning_rate is 0.001 there and 0.5 here" in said
@@ -445,7 +447,7 @@ def test_transfer_refuses_in_one_sentence(finished, tmp_path, capsys, flags, sai
     assert not list(tmp_path.iterdir())
 
 
-def test_transfer_wants_runs_of_one_shape(finished, tmp_path, capsys, monkeypatch):
+def test_transfer_requires_runs_of_one_shape(finished, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(finished / "halving_ddim_4", other / "halving_ddim_4")
     shutil.copy(finished / "config.json", other)

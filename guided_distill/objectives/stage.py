@@ -203,7 +203,7 @@ class SecondStage(Stage):
 
     @property
     def teacher_num_steps(self) -> int | None:
-        """The N that a student must have to be its teacher, with the same sampler; None for any."""
+        """The N of a student of the same sampler that can be its teacher; None if only stage one can."""
         return None
 
     @classmethod

@@ -102,8 +102,9 @@ def _distilled(about: Description, ours: Experiment, chain: list[Stage]) -> _Pai
         same["w_embedding"] = (theirs.guidance.w_embedding, ours.guidance.w_embedding)
     if about.stage in SECOND_STAGES:
         first = _left_after(about.stage, chain)[0]
-        if isinstance(first, SecondStage) and first.teacher_num_steps:
-            needed = first.sampler, first.teacher_num_steps
+        if isinstance(first, SecondStage):
+            steps = first.teacher_num_steps
+            needed = (first.sampler, steps) if steps else "a stage trained at every t"
             same["sampler and num_steps"] = ((about.sampler, about.num_steps), needed)
     return same
 

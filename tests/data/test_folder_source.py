@@ -315,7 +315,7 @@ def test_a_large_folder_that_has_changed_is_listed_again(colour_folder, caplog, 
 
 
 @pytest.mark.usefixtures("listed_once")
-def test_the_list_of_a_bucket_says_that_it_may_be_old(colour_folder, bucket, monkeypatch, caplog):
+def test_the_list_of_a_bucket_warns_that_it_may_be_old(colour_folder, bucket, monkeypatch, caplog):
     for name in COLOURS:
         (colour_folder / name).rename(bucket / name)
     before = load("gs://bucket").arrays()["image"]

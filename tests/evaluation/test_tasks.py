@@ -23,7 +23,7 @@ OF_TEACHERS = [("ddim", 2), ("ddim", 16), ("ancestral", 2), ("ancestral", 16)]
         ({"num_steps": 2, "sampler": "ddim"}, [("ddim", 2)]),
     ],
 )
-def test_a_stage_of_any_kind_says_how_it_is_sampled(fields, expected):
+def test_a_stage_of_any_kind_lists_its_samplings(fields, expected):
     class Rectified(Stage):
         kind = "rectified"
 

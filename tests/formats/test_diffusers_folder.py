@@ -66,7 +66,7 @@ def test_one_file(folder):
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o077], ids=oct)
-def test_files_are_as_open_as_the_umask_says(folder, umask):
+def test_files_follow_the_umask(folder, umask):
     before = os.umask(umask)
     try:
         write_component(folder, {"x": 1}, TENSORS, WEIGHTS)

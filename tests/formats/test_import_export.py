@@ -93,7 +93,7 @@ def test_what_has_no_effect_here_goes_out_as_it_came_in(source, tmp_path, caplog
     assert scheduler["clip_sample"] is False
 
 
-def test_a_model_told_by_minilm_comes_back(source, tmp_path):
+def test_a_model_conditioned_by_minilm_comes_back(source, tmp_path):
     write_minilm(tmp_path / "minilm", hidden_size=tiny.WIDTH, num_attention_heads=1)
     folder = tmp_path / "own"
     shutil.copytree(source, folder)
@@ -253,7 +253,7 @@ def test_stages_without_a_place_are_refused(run, changes, model, words):
         check_exportable(replace(about, experiment=experiment, **changes), "S")
 
 
-def test_export_wants_one_stage_a_format_and_an_empty_folder(run, tmp_path, capsys):
+def test_export_requires_one_stage_a_format_and_an_empty_folder(run, tmp_path, capsys):
     assert export(run, "teacher,teacher", tmp_path / "out") == 2
     assert "--stages" in said(capsys)
     arguments = ["export", "--workdir", str(run), "--out", str(tmp_path), "--format", "onnx"]
@@ -312,7 +312,7 @@ def test_a_stage_is_a_name_and_a_folder_is_given(run, tmp_path, capsys):
     assert "--out is empty" in said(capsys)
 
 
-def test_a_run_without_companions_is_told_so(run, tmp_path, capsys):
+def test_a_run_without_companions_is_refused(run, tmp_path, capsys):
     (tmp_path / "alone").mkdir()
     shutil.copy(run / "config.json", tmp_path / "alone")
     assert export(tmp_path / "alone", "teacher", tmp_path / "out") == 2

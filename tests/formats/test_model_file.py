@@ -131,7 +131,7 @@ def test_it_is_sampled_as_its_stage_is(run, student):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_weights_are_split_as_a_mesh_says(student, mesh_of, assert_same_weights):
+def test_weights_are_split_over_a_mesh(student, mesh_of, assert_same_weights):
     whole = load_finished(student).params
     split = load_finished(student, mesh_of(8, fsdp=4)).params
     assert_same_weights(split, whole)
@@ -322,7 +322,7 @@ def test_exports_that_cannot_be_say_why(run, tmp_path, monkeypatch, capsys, flag
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_a_file_is_not_for_says_why(student, tmp_path, monkeypatch, capsys, arguments, said):
+def test_other_uses_of_a_file_are_refused(student, tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     status = cli.main([str(student) if word == "FILE" else word for word in arguments])
     assert said.replace("FILE", str(student)) in refused(capsys, status)
@@ -347,7 +347,7 @@ def test_a_stage_that_was_cut_is_not_exported(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o077], ids=oct)
-def test_finished_files_are_as_open_as_the_umask_says(run, text_run, tmp_path, umask):
+def test_finished_files_follow_the_umask(run, text_run, tmp_path, umask):
     before = os.umask(umask)
     try:
         for form, out in (("safetensors", "x.safetensors"), ("checkpoint", "run")):

@@ -35,7 +35,7 @@ def leaves(parser, words=()):
     return found or {words: parser}
 
 
-VERBS = leaves(cli._parser())
+VERBS = leaves(cli.parser())
 
 NUMBERS = (
     *(
@@ -275,7 +275,7 @@ def test_command_lines(case: Case, no_work, places, monkeypatch) -> None:
         if line.startswith("/") and verb != ("plan",):
             assert epath.Path(line).exists(), f"{line} was printed, but doesn't exist"
     if verb == ("sample",) and found:
-        options = cli._parser().parse_args(arguments)
+        options = cli.parser().parse_args(arguments)
         with np.load(found.splitlines()[1]) as arrays:
             assert len(arrays["image"]) == options.num
             labels = [int(each) for each in options.labels or range(10)]
