@@ -37,7 +37,10 @@ def test_the_wheel_carries_configs_and_templates(tmp_path):
         assert str(path if path.parts[0] == "guided_distill" else "guided_distill" / path) in names
     assert {
         "guided_distill/data/digits.npz",
-        "guided_distill/formats/model_card.md.jinja",
+        *(
+            f"guided_distill/formats/{name}.md.jinja"
+            for name in ("model_card", "stablehlo_card", "own_card", "evidence")
+        ),
         *(
             f"guided_distill/report/{name}.html.jinja"
             for name in ("base", "parts", "page", "compare")

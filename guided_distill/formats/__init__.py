@@ -16,7 +16,8 @@ The files, by the layout that each handles:
 
 `import_model.py` imports, from a diffusers folder, a single file or a hub. The exporters are
 `own_export.py` (a run or a model file of this package), `diffusers_export.py` and
-`stablehlo_export.py`; they share `exporting.py`. `companions.py` keeps the other components of an
+`stablehlo_export.py`; they share `exporting.py` and `card.py`, which writes model cards. `hub.py`
+downloads from a hub and uploads to it. `companions.py` keeps the other components of an
 imported latent model. Two files are copied into exports and import nothing from this package:
 `scheduling_guided_distill.py` and `run_stablehlo.py`.
 """

@@ -10,6 +10,7 @@ from etils import epath
 from guided_distill.diffusion.guidance import guidance_scale
 from guided_distill.diffusion.samplers import ENCODE
 from guided_distill.errors import UserError
+from guided_distill.formats.card import evidence_of, write_card
 from guided_distill.formats.companions import COMPANIONS
 from guided_distill.formats.diffusers_configs import (
     PARAMETERIZATIONS,
@@ -34,27 +35,31 @@ from guided_distill.formats.diffusers_folder import (
     weights_files,
     write_component,
 )
-from guided_distill.formats.exporting import load_one_stage, new_folder, render_card
+from guided_distill.formats.exporting import load_one_stage, new_folder
 from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.formats.safetensors_file import is_floating, read_dtypes
 from guided_distill.formats.torch_layout import to_tensors
 from guided_distill.places import local_path_named
 from guided_distill.runs.folder import folder_of
 from guided_distill.runs.trained import Description, Trained
-from guided_distill.storage import write_bytes, write_text
+from guided_distill.storage import write_bytes
 
 STOCHASTIC_SCHEDULER = "scheduling_guided_distill"
 _LABELS = "class_embedder."
 
 
 def export_diffusers(
-    workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
+    workdir: epath.Path,
+    out: epath.Path,
+    *,
+    stages: Sequence[str] | None = None,
+    repository: str | None = None,
 ) -> list[epath.Path]:
     """Write one finished stage to the new folder `out`, with the run's companions and a model card.
 
-    stages: the folder of the stage; None for the last finished one. Returns `out` in a list. Raises
-    UserError for a model that no pipeline of diffusers can load, see `check_exportable`, and as
-    `load_one_stage`.
+    stages: the folder of the stage; None for the last finished one. repository: the one on a hub that the
+    folder is for, from which its card loads it. Returns `out` in a list. Raises UserError for a model
+    that no pipeline of diffusers can load, see `check_exportable`, and as `load_one_stage`.
     """
     local_path_named(str(out), "diffusers folders")
     companions = _companions(folder_of(workdir))
@@ -62,11 +67,13 @@ def export_diffusers(
     about = trained.description
     check_exportable(about, trained.name)
     with new_folder(out) as folder:
-        _write(trained, companions, folder)
+        index = _write(trained, companions, folder)
+        _write_card(trained, folder, index, repository)
     return [out]
 
 
-def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
+def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> dict[str, Any]:
+    """Write everything but the card, and return model_index.json."""
     about = trained.description
     copy_folder(companions, out, leave_out=(MODEL_INDEX, *DENOISERS))
     _load_in_float32(out / "text_encoder")
@@ -82,7 +89,7 @@ def _write(trained: Trained, companions: epath.Path, out: epath.Path) -> None:
         inpaint = "inpaint" in about.condition_shapes
         index["_class_name"] = f"StableDiffusion{'Inpaint' if inpaint else ''}Pipeline"
     write_json(out / MODEL_INDEX, index)
-    write_text(out / "README.md", model_card(about, index=index, vae=_vae_config(out)))
+    return index
 
 
 def check_exportable(about: Description, stage: str) -> None:
@@ -201,19 +208,20 @@ def _write_denoiser(
     write_component(out / "unet", config, tensors, WEIGHTS)
 
 
-def _vae_config(folder: epath.Path) -> dict[str, Any]:
-    return read_json(folder / "vae" / "config.json")
-
-
-def model_card(about: Description, *, index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
-    """The README.md of an exported folder. index, vae: its model_index.json and vae/config.json."""
+def _write_card(
+    trained: Trained, out: epath.Path, index: Mapping[str, Any], repository: str | None
+) -> None:
+    about, vae = trained.description, read_json(out / "vae" / "config.json")
     scales = None
     if about.w_min is not None and about.w_max is not None:
         scales = (guidance_scale(about.w_min), guidance_scale(about.w_max))
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return render_card(
+    write_card(
+        out,
         "model_card",
+        evidence_of([epath.Path(trained.path)]),
         about=about,
+        repository=repository,
         pipeline=index["_class_name"],
         scheduler=index["scheduler"][1],
         scaling_factor=vae.get("scaling_factor", 0.18215),

@@ -1,10 +1,8 @@
-"""Functions that the exporters share: the stages to export, the new folder, its model card."""
+"""Functions that the exporters share: the stages to export, and the new folder."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jinja2
 from etils import epath
 
 from guided_distill.errors import UserError
@@ -63,18 +61,3 @@ def load_one_stage(workdir: epath.Path, out: epath.Path, stages: Sequence[str] |
         )
     _check_empty(out)
     return load_finished(paths[0])
-
-
-def render_card(template: str, **values: Any) -> str:
-    """The README.md of an exported folder: the template TEMPLATE.md.jinja beside this file, filled.
-
-    Raises an error of jinja2 if the template names a value that isn't among `values`.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guided_distill.formats", ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(f"{template}.md.jinja").render(**values)

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +33,7 @@ from guided_distill.formats.diffusers_folder import (
     read_weights,
     weights_files,
 )
+from guided_distill.formats.hub import HUB, download
 from guided_distill.formats.json_files import read_json, write_json
 from guided_distill.formats.safetensors_file import read_metadata
 from guided_distill.formats.single_file import read_single_file, write_folder
@@ -50,25 +50,11 @@ from guided_distill.training.checkpoints import StageCheckpoints
 
 log = logging.getLogger(__name__)
 
-HUB = "hub:"
 IMPORTED_STEPS = 1
 """The number of updates that an imported teacher records, so that its stage counts as finished."""
 
-_WITH_WEIGHTS = (*DENOISERS, "vae", "text_encoder", CLASS_EMBEDDER)
 _UNREAD = ("feature_extractor", "image_encoder", "safety_checker")
 """Components of a pipeline that neither training nor sampling uses."""
-
-# The files to download; a hub's repository often holds the same weights several times.
-_HUB_FILES = (
-    MODEL_INDEX,
-    *(
-        f"{part}/*.{ending}"
-        for part in (*_WITH_WEIGHTS, "scheduler", "tokenizer")
-        for ending in ("json", "txt", "safetensors")
-    ),
-)
-_HUB_HALVES = ("*fp16*", "*bf16*")
-_HUB_COPIES = (*_HUB_HALVES, "*non_ema*", "*openvino*", "*flax*")
 
 
 @dataclass(frozen=True)
@@ -147,9 +133,10 @@ def _as_folder(source: str, single: SingleFile) -> Iterator[tuple[epath.Path, st
                 f"--{field.name}"
             )
     if source.startswith(HUB):
-        folder = _fetched(source.removeprefix(HUB))
+        folder = download(source.removeprefix(HUB))
         repository, _, _ = source.partition("@")
-        yield folder, f"{repository}@{folder.name}"
+        with _named(folder, source):
+            yield folder, f"{repository}@{folder.name}"
     elif not is_file:
         yield path_named(source), path_named(source).name or source
     else:
@@ -183,49 +170,17 @@ def _unpacked(source: str, single: SingleFile) -> Iterator[epath.Path]:
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(checkpoint, epath.Path(scratch), single.tokenizer)
         del checkpoint
-        try:
+        with _named(scratch, source):
             yield epath.Path(scratch)
-        except UserError as error:
-            raise UserError(str(error).replace(scratch, source)) from error
 
 
-def _fetched(name: str) -> epath.Path:
-    """The folder of a hub's repository, ID or ID@REVISION, downloaded unless the hub's cache has it.
-
-    The folder's name is the commit's hash. Raises UserError if the download fails.
-    """
+@contextlib.contextmanager
+def _named(folder: epath.Path | str, source: str) -> Iterator[None]:
+    """Name the source in errors of the block in place of the folder that was made from it."""
     try:
-        hub: Any = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise UserError(
-            f"--from {HUB}{name} needs the package huggingface_hub: pip install it "
-            f"(the extra `hub`), or give the path of a folder"
-        ) from None
-    repository, _, revision = name.partition("@")
-
-    def fetch(revision: str | None, patterns: Sequence[str], copies: Sequence[str]) -> epath.Path:
-        return epath.Path(
-            hub.snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(copies),
-            )
-        )
-
-    try:
-        folder = fetch(revision or None, _HUB_FILES, _HUB_COPIES)
-        parts = [part for part in _WITH_WEIGHTS if (folder / part).is_dir()]
-        lacking = [part for part in parts if not weights_files(folder / part)]
-        if lacking:
-            halves = [f"{part}/{half}" for part in lacking for half in _HUB_HALVES]
-            fetch(folder.name, halves, ("*.bin", "*.msgpack", *_HUB_COPIES[len(_HUB_HALVES) :]))
-    except Exception as error:  # The hub's client raises errors of many classes.
-        words = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--from {HUB}{name} can't be downloaded ({words}): check the name and the network"
-        ) from error
-    return folder
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), source)) from error
 
 
 def _read_model(folder: epath.Path, index: Mapping[str, Any]) -> _Model:

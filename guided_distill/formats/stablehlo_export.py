@@ -15,8 +15,9 @@ from jax import export
 from guided_distill.diffusion import samplers
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.errors import UserError
-from guided_distill.formats.exporting import load_one_stage, new_folder, render_card
-from guided_distill.runs.trained import Description
+from guided_distill.formats.card import evidence_of, write_card
+from guided_distill.formats.exporting import load_one_stage, new_folder
+from guided_distill.runs.trained import Description, Trained
 from guided_distill.sampling.programs import Inputs, run_sampler
 from guided_distill.storage import write_bytes, write_text
 
@@ -25,7 +26,11 @@ SCRIPT = "run_stablehlo.py"
 
 
 def export_stablehlo(
-    workdir: epath.Path, out: epath.Path, *, stages: Sequence[str] | None = None
+    workdir: epath.Path,
+    out: epath.Path,
+    *,
+    stages: Sequence[str] | None = None,
+    repository: str | None = None,
 ) -> list[epath.Path]:
     """Write a student's N-step sampler to the new folder `out`, serialized by jax.export.
 
@@ -33,6 +38,7 @@ def export_stablehlo(
     any B on PLATFORMS. Row i equals row i of `sample` with that seed; a latent model's rows are latents.
     weights.safetensors: the first argument. about.json: what the student was trained for. SCRIPT draws
     samples, and README.md explains it. stages: the folder of the stage; None for the last finished one.
+    repository: the one on a hub that the folder is for.
 
     Returns `out` in a list. Raises UserError for a stage that isn't a student conditioned on w, for an
     encoder, and as `load_one_stage`.
@@ -54,7 +60,7 @@ def export_stablehlo(
         write_bytes(folder / "weights.safetensors", safetensors.numpy.save(weights))
         write_text(folder / "about.json", json.dumps(_facts(about), indent=2))
         write_bytes(folder / SCRIPT, script.read_bytes())
-        write_text(folder / "README.md", _card(about))
+        _write_card(trained, folder, repository)
     return [out]
 
 
@@ -94,12 +100,16 @@ def export_sampler(about: Description, weights: Mapping[str, np.ndarray]) -> exp
     return export.export(jax.jit(draw), platforms=PLATFORMS)(shapes, seed, condition, w)
 
 
-def _card(about: Description) -> str:
+def _write_card(trained: Trained, folder: epath.Path, repository: str | None) -> None:
+    about = trained.description
     assert about.w_min is not None
     assert about.w_max is not None
-    return render_card(
+    write_card(
+        folder,
         "stablehlo_card",
+        evidence_of([epath.Path(trained.path)]),
         about=about,
+        repository=repository,
         labels=list(about.condition_shapes) == ["label"],
         platforms=PLATFORMS,
         script=SCRIPT,

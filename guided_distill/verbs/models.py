@@ -1,6 +1,7 @@
 """The verbs that import and export models."""
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -66,11 +67,18 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument(
         "--dtype", help="with safetensors, float32 or float16 (default: float32, which is exact)"
     )
+    place = export.add_mutually_exclusive_group(required=True)
+    place.add_argument(
+        "--out", type=path, help="new folder to write to; with safetensors, a new file"
+    )
+    place.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="repository on the Hugging Face Hub to upload to, with a model card; a new one is private. "
+        "Without a token, prints what would be uploaded",
+    )
     export.add_argument(
-        "--out",
-        required=True,
-        type=path,
-        help="new folder to write to; with safetensors, a new file",
+        "--public", action="store_true", help="with --push, make a new repository public"
     )
 
 
@@ -103,5 +111,25 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
         if options.format != "safetensors":
             raise UserError("--dtype is for --format safetensors: leave it out")
         more["dtype"] = options.dtype
-    for each in formats[options.format](options.workdir, options.out, **more):
+    export = formats[options.format]
+    if options.push is not None:
+        _push(options, export, **more)
+        return
+    if options.public:
+        raise UserError("--public is for --push: leave it out")
+    for each in export(options.workdir, options.out, **more):
         print(each)
+
+
+def _push(options: argparse.Namespace, export: Callable[..., Any], **more: Any) -> None:
+    """Export to a temporary folder, print its files with their sizes, and upload it."""
+    from guided_distill.formats.hub import check_repository, files_to_upload, upload
+
+    check_repository(options.push)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = epath.Path(scratch) / "export"
+        out = folder / "model.safetensors" if options.format == "safetensors" else folder
+        export(options.workdir, out, repository=options.push, **more)
+        for name, size in files_to_upload(folder):
+            print(f"{size:>14,}  {name}")
+        print(upload(folder, options.push, public=options.public))

@@ -266,7 +266,7 @@ def test_export_requires_one_stage_a_format_and_an_empty_folder(run, tmp_path, c
 
 @pytest.mark.parametrize(
     ("format_", "last"),
-    [("checkpoint", "own_export.read_metrics"), ("diffusers", "diffusers_export.model_card")],
+    [("checkpoint", "own_export.read_metrics"), ("diffusers", "diffusers_export.write_card")],
 )
 def test_an_export_that_is_cut_leaves_nothing(run, tmp_path, monkeypatch, format_, last):
     arguments = [
