@@ -17,7 +17,7 @@ from guided_distill.data import sources
 from guided_distill.data.source import Examples
 from guided_distill.diffusion.guidance import Condition
 from guided_distill.diffusion.samplers import ENCODE
-from guided_distill.evaluation.results import read_rows, write_rows
+from guided_distill.evaluation.tables import read_rows, write_rows
 from guided_distill.runs.folder import read_config
 from guided_distill.runs.trained import Trained, load_finished
 from guided_distill.sampling.request import Request

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from etils import epath
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from guided_distill.errors import UserError
-from guided_distill.evaluation.comparison import metric_name
-from guided_distill.evaluation.results import Result, read_rows
+from guided_distill.evaluation.tables import read_rows
 from guided_distill.runs.files import CONFIG, read_config_values, read_stages
 from guided_distill.storage import age, is_held, is_there, storing
 from guided_distill.training.record import latest_step, read_metrics
@@ -21,6 +21,19 @@ DEPTH = 3
 """How many levels of folders below the given one can hold runs."""
 
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some columns of a row of results.csv; `Result` has all, and imports JAX."""
+
+    stage: str
+    sampler: str | None
+    num_steps: int | None
+    w: float | None
+    fd: float
+    n: int
+    extractor: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Overview:
     done: Mapping[str, int]
     left: Sequence[str]
     loss: float | None
-    measured: Result | None
+    measured: Measured | None
     seconds: float
     training: bool
 
@@ -94,7 +107,7 @@ def _overview(workdir: epath.Path) -> Overview | None:
     log = [row for name in shown for row in read_metrics(workdir / name)]
     if log:
         done[shown[0]] = min(totals[shown[0]], max(done[shown[0]], log[-1]["step"]))
-    results = read_rows(workdir / "results.csv", Result)
+    results = read_rows(workdir / "results.csv", Measured)
     files = (CONFIG, "results.csv", *(f"{name}/metrics.jsonl" for name in shown))
     return Overview(
         data=data["name"].rstrip("/").rpartition("/")[2],
@@ -128,8 +141,8 @@ def runs_table(runs: Mapping[str, Overview]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "data", "stages", "now", "updates", "loss", "measured last", "written"):
         right = name in ("stages", "updates", "loss", "written")
-        wraps = name in ("run", "data", "measured last")
-        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps)
+        side: JustifyMethod = "right" if right else "left"
+        table.add_column(name, justify=side, no_wrap=right, overflow="fold")
     for name, run in runs.items():
         table.add_row(name, *_cells(run))
     return table
@@ -156,11 +169,11 @@ def _now(run: Overview) -> str:
     return f"training {place}" if run.training else f"stopped at {place}"
 
 
-def _figures(row: Result) -> str:
+def _figures(row: Measured) -> str:
     of = (row.stage, row.sampler, row.num_steps and f"N={row.num_steps}")
     w = None if row.w is None else f"w={row.w:g}"
     words = " ".join(str(each) for each in (*of, w) if each)
-    return f"{metric_name('fd', row.extractor)} {row.fd:.3g}: {words}, n={row.n}"
+    return f"fd {row.fd:.3g}: {words}, n={row.n}, {row.extractor}"
 
 
 def _ago(seconds: float) -> str:

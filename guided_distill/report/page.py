@@ -10,8 +10,9 @@ from etils import epath
 from guided_distill.config import SECOND_STAGES, Experiment
 from guided_distill.errors import UserError
 from guided_distill.evaluation.comparison import at_weights, comparable, metric_name, shared_weights
-from guided_distill.evaluation.results import COLUMNS, Result, read_results, read_rows
+from guided_distill.evaluation.results import COLUMNS, Result, read_results
 from guided_distill.evaluation.round_trip import RoundTrip
+from guided_distill.evaluation.tables import read_rows
 from guided_distill.report.figures import (
     faithfulness_column,
     loss_figure,

@@ -280,7 +280,8 @@ def _runs(options: argparse.Namespace, _: list[str]) -> None:
         except UserError as error:
             broken.append(f"{name}: {' '.join(str(error).split())}")
     if runs:
-        console = Console(width=max(140, Console().width))
+        # Rows that another program reads have one line each.
+        console = Console(width=None if sys.stdout.isatty() else 1000)
         console.print(runs_table(runs), highlight=False, markup=False)
     for line in broken or ([] if runs else [f"no runs below {options.folder}"]):
         print(line)

@@ -14,9 +14,9 @@ from guided_distill.evaluation.results import (
     Result,
     add_result,
     read_results,
-    read_rows,
     write_results,
 )
+from guided_distill.evaluation.tables import read_rows
 
 RESULT = Result(
     stage="halving",
