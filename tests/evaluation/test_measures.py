@@ -1,5 +1,6 @@
 """All measures of a stream of outputs, and their caveats."""
 
+import errno
 import itertools
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from guided_distill.evaluation.metrics.kid import kernel_distance
 from guided_distill.evaluation.metrics.precision_recall import Manifold, precision_recall
 from guided_distill.evaluation.outputs import Outputs, row_outputs
 from guided_distill.evaluation.reference import Reference
+from guided_distill.evaluation.results import Row, read_results
 from guided_distill.evaluation.tasks import Task
 from guided_distill.stages import all_stages
 
@@ -130,6 +132,29 @@ def test_parts_belong_to_one_row_only(tmp_path):
     ]
     assert len({str(folder) for folder in folders}) == len(folders)
     assert folders[0] == tables[0].parts(task, 80, "0123abcd")
+
+
+def test_a_row_measured_again_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
+    yardstick, file = yardstick_of(reference_of()), epath.Path(tmp_path) / "results.csv"
+    rows = [Row("halving", "ddim", 4, w) for w in (0.0, 1.0)]
+    old = measure(in_chunks(80, yardstick.extractor), yardstick, count=80)
+    for row in rows:
+        Table(file.parent, yardstick, 0).add(row, old, checkpoint="0123abcd")
+    before = file.read_bytes()
+    assert not Table(file.parent, yardstick, 0).lacks(rows[0], 80, "0123abcd")
+    table, new = Table(file.parent, yardstick, 0, again=True), replace(old, fd=7.0)
+    assert table.lacks(rows[0], 80, "0123abcd")
+    with monkeypatch.context() as patch:
+        patch.setattr("guided_distill.storage.whole", full_disk)
+        with pytest.raises(UserError, match=r"results\.csv can't be written"):
+            table.add(rows[0], new, checkpoint="0123abcd")
+    assert file.read_bytes() == before
+    table.add(rows[0], new, checkpoint="0123abcd")
+    assert {each.row: each.fd for each in read_results(file)} == {rows[0]: 7.0, rows[1]: old.fd}
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_caveats_are_those_that_apply():

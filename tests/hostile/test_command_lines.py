@@ -17,7 +17,7 @@ from guided_distill.applications import text_to_image
 from guided_distill.data import encode
 from guided_distill.evaluation import evaluate
 from guided_distill.experiments import study
-from guided_distill.formats import stablehlo_export
+from guided_distill.formats import hub, stablehlo_export
 from guided_distill.plan import topologies
 from guided_distill.prepare import minilm, packages
 from guided_distill.report import grids, page, prompted
@@ -180,6 +180,7 @@ def good_values(verb, places, folder):
         "labels": ["1", "0,5"],
         "mask": [str(places / "mask.png")],
         "out": [str(folder / "out")],
+        "push": ["me/digits"],
         "prompt": ["a red apple", "", "\x00", "x" * 5000],
         "prompts": [str(places / "prompts.txt")],
         "reference": [file],
@@ -233,7 +234,7 @@ def no_work(monkeypatch):
             (minilm, "_download"),
             (topologies.topologies, "get_topology_desc"),
         ),
-        *((stablehlo_export, "export_stablehlo"),),
+        *((stablehlo_export, "export_stablehlo"), (hub, "upload")),
     ):
         monkeypatch.setattr(owner, name, begin)
     for module in (page, grids):
