@@ -102,9 +102,11 @@ def _rows_in(data: "datasets.Dataset", where: str) -> Rows:
             arrow.select_columns([name])[:].column(name).to_pylist() if name else [None] * len(data)
         )
 
+    images = arrow.select_columns([image])
+
     def content(row: int) -> bytes:
-        images = arrow[row].column(image).combine_chunks()
-        return next(contents(images, where=where, first=row))
+        column_of_one = images[row].column(image).combine_chunks()
+        return next(contents(column_of_one, where=where, first=row))
 
     texts = [texts_in(each, what=f"{where}: row {row}") for row, each in enumerate(values(caption))]
     return Rows(
