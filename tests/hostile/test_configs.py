@@ -278,7 +278,7 @@ KINDS = {
 def up_to_training(monkeypatch):
     """Instead of training, only computes the network's shapes after the checks of a config."""
 
-    def shapes(self):
+    def shapes(self, parts):
         network = network_of(self._experiment.model, outline_of(self._source))
         jax.eval_shape(network.init, jax.random.key(0))
 
