@@ -143,11 +143,8 @@ class PatchEmbedding(nn.Module):
 class DiT(nn.Module):
     """Patches -> num_layers transformer blocks -> patches.
 
-    Fields have diffusers' names; attention_head_dim is the width of one head, as in diffusers.
-    learned_sigma: whether the weights also predict the variance, as the published ones do; the network
-    then keeps those weights but doesn't return the variance. diffusers has no embedding of w: here it is
-    a perceptron of W_FEATURES[w_embedding] that is added to every block's embedding of time and starts
-    at zero. remat: one of KINDS in models/remat.py.
+    Fields have diffusers' names. diffusers has no embedding of w: here it is a perceptron of
+    W_FEATURES[w_embedding] that is added to every block's embedding of time and starts at zero.
     """
 
     head: ClassVar[str] = "proj_out_2"
@@ -156,16 +153,24 @@ class DiT(nn.Module):
 
     num_classes: int
     num_layers: kinds.Count = 28
+    """Number of transformer blocks."""
     num_attention_heads: kinds.Width = 16
+    """Attention heads of each block."""
     attention_head_dim: kinds.Width = 72
+    """Width of one head, as in diffusers."""
     patch_size: kinds.Width = 2
+    """Side of a patch in latents."""
     learned_sigma: bool = True
+    """Whether the weights also predict the variance, as the published ones do; the network then keeps
+    those weights but doesn't return the variance."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     w_embedding_width: Features = 256
+    """Width of the features of w."""
     num_outputs: int = 1
     dropout: float = 0.0
     remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:

@@ -20,8 +20,11 @@ class MLP(nn.Module):
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     width: kinds.Width
+    """Width of the residual stream."""
     depth: kinds.Count
+    """Number of residual blocks."""
     embedding_width: Features
+    """Width of the embedding of time, label and w."""
     num_classes: int
     w_conditioned: bool = False
     w_embedding: str = "fourier"

@@ -63,12 +63,18 @@ class PatchTransformer(nn.Module):
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     width: kinds.Width
+    """Width of a patch's token."""
     depth: kinds.Count
+    """Number of transformer blocks."""
     num_heads: kinds.Width
+    """Attention heads of each block; they divide the width."""
     patch_size: kinds.Width
+    """Side of a patch in pixels."""
     embedding_width: Features
+    """Width of the embedding of time, label and w."""
     num_classes: int
     mlp_ratio: kinds.Width = 4
+    """Hidden width of a block's perceptron, in multiples of the width."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1

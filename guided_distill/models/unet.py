@@ -92,10 +92,6 @@ class AttentionBlock(nn.Module):
 class UNet(nn.Module):
     """Down, middle and up, with a skip connection from every block on the way down to its match going up.
 
-    width: channels at full resolution; level k has width * channel_multipliers[k] channels at 1/2^k of
-    it. attention_resolutions: the heights at which attention follows each residual block; the middle
-    always attends. patch_size: side of the squares of pixels that become channels of the first level,
-    whose "full resolution" is then 1/patch_size of the image's. remat: one of KINDS in models/remat.py.
     dtype: the precision of matrix products; the residual stream and its normalizations are float32,
     because rounding them would hide what the first halving rounds have to learn (benchmarks/rounding.py).
     """
@@ -105,14 +101,23 @@ class UNet(nn.Module):
     conditions: ClassVar[tuple[str, ...]] = ("label",)
 
     width: Features
+    """Channels at full resolution."""
     channel_multipliers: tuple[kinds.Width, ...]
+    """Level k has width * channel_multipliers[k] channels at 1/2^k of the full resolution."""
     blocks_per_level: kinds.Count
+    """Residual blocks of each level on the way down; there is one more on the way up."""
     attention_resolutions: tuple[kinds.Width, ...]
+    """Heights at which attention follows each residual block; the middle always attends."""
     head_width: kinds.Width
+    """Channels of an attention head."""
     embedding_width: kinds.Width
+    """Width of the embedding of time, label and w."""
     num_classes: int
     patch_size: kinds.Width = 1
+    """Side of the squares of pixels that become channels of the first level, whose "full resolution" is
+    then 1/patch_size of the image's."""
     remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1

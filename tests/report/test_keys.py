@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from guided_distill import cli, config
-from guided_distill.models.registry import NOT_OPTIONS
+from guided_distill.models.registry import MODELS, NOT_OPTIONS
+from guided_distill.models.stable_diffusion.autoencoder import AutoencoderKL
 from guided_distill.models.stable_diffusion.unet import UNet2DCondition
-from guided_distill.report.keys import keys_of
+from guided_distill.objectives import autoencoder
+from guided_distill.report.keys import keys_of, meanings
 from guided_distill.verbs.runs import read_config_file
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +38,7 @@ def test_every_key_is_there_once_with_its_meaning():
     assert sorted(names) == sorted(flat - {"model.options"})
     for key in keys:
         assert key.value == key.default or key.default is MISSING
-        if not key.name.startswith("model.options."):
-            assert key.meaning.endswith("."), key.name
+        assert key.meaning.endswith("."), key.name
 
 
 def test_a_line_is_an_override(capsys):
@@ -67,6 +68,12 @@ def test_options_are_those_of_the_configs_network(capsys):
     fields = {field.name for field in dataclasses.fields(UNet2DCondition)} - {*NOT_OPTIONS}
     names = {name.removeprefix("model.options.") for name in lines if "model.options." in name}
     assert names == fields
+
+
+@pytest.mark.parametrize("module", [*MODELS.values(), AutoencoderKL])
+def test_every_option_of_a_network_has_its_meaning(module):
+    names = {field.name for field in dataclasses.fields(module)}
+    assert names - {*NOT_OPTIONS, *autoencoder.NOT_OPTIONS} <= meanings(module).keys()
 
 
 def test_names_that_a_key_allows_are_part_of_its_meaning():

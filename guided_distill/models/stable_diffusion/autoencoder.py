@@ -118,10 +118,15 @@ class AutoencoderBase(nn.Module):
     """
 
     block_out_channels: tuple[kinds.Width, ...] = (128, 256, 512, 512)
+    """Channels of each level, from full resolution down; each level after the first halves the sides."""
     latent_channels: kinds.Width = 4
+    """Channels of a latent."""
     layers_per_block: kinds.Count = 2
+    """Residual blocks of each level in the encoder; the decoder has one more."""
     attention_levels: tuple[kinds.Whole, ...] = ()
+    """Levels that attend, as indices into block_out_channels; the middle always attends."""
     norm_num_groups: kinds.Width = 32
+    """Groups of every group normalization."""
     scaling_factor: float = 0.18215
     image_channels: int = 3
     dtype: DTypeLike = jnp.float32

@@ -32,11 +32,8 @@ from guided_distill.models.stable_diffusion.embeddings import (
 class UNet2DCondition(nn.Module):
     """Down, middle and up, with a skip connection from every step on the way down to its match going up.
 
-    Fields have diffusers' names where those are accurate. cross_attention_levels: indices into
-    block_out_channels, from full resolution down; the middle always attends. num_attention_heads: the
-    number at each level (diffusers calls it attention_head_dim). A label becomes a context of length one
-    and width cross_attention_dim; label num_classes is the null label. w_embedding: diffusers uses
-    "fourier"; w_embedding_width is its time_cond_proj_dim. remat: one of KINDS in models/remat.py.
+    Fields have diffusers' names where those are accurate. A label becomes a context of length one and
+    width cross_attention_dim; label num_classes is the null label. w_embedding: diffusers uses "fourier".
     """
 
     head: ClassVar[str] = "conv_out"
@@ -44,19 +41,28 @@ class UNet2DCondition(nn.Module):
     conditions: ClassVar[tuple[str, ...]] = ("label", "text", "inpaint")
 
     block_out_channels: tuple[kinds.Width, ...] = (320, 640, 1280, 1280)
+    """Channels of each level, from full resolution down."""
     cross_attention_levels: tuple[kinds.Whole, ...] = (0, 1, 2)
+    """Levels that attend, as indices into block_out_channels; the middle always attends."""
     num_attention_heads: tuple[kinds.Width, ...] = (8, 8, 8, 8)
+    """Attention heads at each level; diffusers calls it attention_head_dim."""
     layers_per_block: kinds.Count = 2
+    """Residual blocks of each level on the way down; there is one more on the way up."""
     cross_attention_dim: kinds.Width = 768
+    """Width of the text encoder's states, or of an embedded label."""
     use_linear_projection: bool = False
+    """Whether attention projects by dense layers, as in Stable Diffusion 2, or by convolutions."""
     norm_num_groups: kinds.Width = 32
+    """Groups of every group normalization."""
     num_classes: int = 0
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     w_embedding_width: Features = 256
+    """Width of the features of w, which diffusers calls time_cond_proj_dim."""
     num_outputs: int = 1
     dropout: float = 0.0
     remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: DTypeLike = jnp.float32
 
     def misfits(self, shape: tuple[int, ...]) -> Iterator[str]:
