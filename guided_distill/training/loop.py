@@ -15,7 +15,7 @@ from guided_distill.training.mesh import replicated, split_batch
 from guided_distill.training.metrics import MetricsLog
 from guided_distill.training.preemption import notices, stop_error
 from guided_distill.training.progress import progress
-from guided_distill.training.speed import CHECKPOINT, COMPILE, INPUT, Speedometer
+from guided_distill.training.speed import CHECKPOINT, COMPILE, INPUT, PROFILE, Speedometer
 from guided_distill.training.state import TrainState
 from guided_distill.training.step import StepReport, TrainStep
 from guided_distill.training.trace import Trace
@@ -110,7 +110,8 @@ def train(
                 read(*unread)
                 unread = None
             if trace.turns(now):
-                trace.turn(now)
+                with speed.spending(PROFILE):
+                    trace.turn(now)
             if saves:
                 with speed.spending(CHECKPOINT):
                     checkpoints.save(

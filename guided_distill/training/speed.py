@@ -12,7 +12,7 @@ from guided_distill.chips import peak_flops
 from guided_distill.training.job import Job
 from guided_distill.training.step import StepReport, loops_are_unrolled
 
-INPUT, CHECKPOINT, COMPILE = CAUSES = ("input", "checkpoint", "compile")
+INPUT, CHECKPOINT, COMPILE, PROFILE = CAUSES = ("input", "checkpoint", "compile", "profile")
 """What the devices stand still for."""
 
 

@@ -5,11 +5,14 @@ import json
 import os
 import signal
 import tempfile
+from importlib import import_module
+from pathlib import Path
 
 import jax
 import pytest
 from etils import epath
 from jax.profiler import ProfileData
+from PIL import Image
 from toy import source, train_toy
 
 from guided_distill import cli
@@ -53,6 +56,16 @@ def test_a_trace_holds_its_updates_and_changes_nothing(
     assert "compile" not in found
     line = f"the trace of updates 3 to {2 + 2 * dispatches} is in {tmp_path / 'profile'}"
     assert line in capfd.readouterr().err
+
+
+def test_a_trace_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    picture = import_module("trace_picture")
+    directory = epath.Path(tmp_path)
+    train_toy(directory, data=source(with_nan=False), monitoring=Monitoring(profile=2))
+    picture.draw(picture.read_events(directory), directory / "trace.png")
+    with Image.open(tmp_path / "trace.png") as drawn:
+        assert drawn.size == (1080, 360)
 
 
 def test_tensorboard_finds_the_trace(tmp_path):
