@@ -19,7 +19,7 @@ DESCRIPTION = "Distill classifier-free guided diffusion models to a few sampling
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Return its exit status: 0, 2 for bad input, 75 or 130 if the same command resumes."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    _hush_threads()
+    _hush()
     try:
         verbs = parser()
         options, rest = verbs.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -66,14 +66,18 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 @functools.cache
-def _hush_threads() -> None:
-    """Keep background threads from printing errors that they pass to the main thread anyway.
+def _hush() -> None:
+    """Keep libraries from printing what tells the user nothing.
 
-    When a save fails, Orbax also logs each traceback, and TensorStore's threads, which have no Python
-    object to name, report that the event loop they would return to is closed.
+    Background threads pass their errors to the main thread anyway: when a save fails, Orbax also logs
+    each traceback, and TensorStore's threads, which have no Python object to name, report that the event
+    loop they would return to is closed. With JAX 0.7, Grain warns that its worker processes can't be
+    profiled, but this program starts none.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+        logging.getLogger(name).addFilter(
+            lambda record: not record.exc_info and "worker profiling" not in str(record.msg)
+        )
     report = sys.unraisablehook
     sys.unraisablehook = lambda error: None if error.object is None else report(error)
 

@@ -219,6 +219,12 @@ except SystemExit:
     assert not {"jax", "flax", "matplotlib", "scipy"} & loaded_after(program)
 
 
+def test_grain_prints_nothing_when_it_is_imported():
+    program = "from guided_distill import cli\ncli.main(['sample'])\nimport grain"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.count("\n") == 1, done.stderr  # The error of the command.
+
+
 def test_doctor_reports_the_installation_and_tries_it(capsys):
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr()
