@@ -23,6 +23,7 @@ from guided_distill.diffusion.schedules import (
 from guided_distill.errors import UserError
 from guided_distill.objectives.autoencoder import Autoencoder
 from guided_distill.objectives.consistency import Consistency, ConsistencyStage
+from guided_distill.objectives.continuous import Continuous, ContinuousStage
 from guided_distill.objectives.guidance import Guidance, GuidanceStage
 from guided_distill.objectives.halving import Halving, HalvingStage
 from guided_distill.objectives.stage import SecondStage, Stage, check_optimization
@@ -115,6 +116,7 @@ class Stages:
     consistency: Consistency = field(
         default_factory=Consistency, metadata={"stage": ConsistencyStage}
     )
+    continuous: Continuous = field(default_factory=Continuous, metadata={"stage": ContinuousStage})
     halving: Halving = field(default_factory=Halving, metadata={"stage": HalvingStage})
 
 

@@ -101,7 +101,9 @@ def prediction_type(config: ConfigDict) -> list[Point]:
     eps uses the one weighting that it can be trained with, and no one-step student if none could work; x
     has no encoders. config.py gives the reasons.
     """
-    eps: dict[str, Any] = {f"{stage}.weighting": "snr" for stage in STAGES}
+    eps: dict[str, Any] = {
+        f"{stage}.weighting": "snr" for stage in STAGES if "weighting" in config[stage]
+    }
     model = config.model
     if config.halving.last_num_steps == 1 and loses_x(model.schedule, model.schedule_options):
         eps["halving.last_num_steps"] = 2

@@ -12,6 +12,9 @@ from jax.typing import DTypeLike
 
 from guided_distill import kinds
 
+TIME_SCALE = 1000.0
+"""The usual `time_scale`, which resolves a thousand times in [0, 1]."""
+
 Features = Annotated[int, kinds.Range(4, 2**16)]
 """The width of a `sinusoid`: at least four, because it needs two frequencies."""
 
@@ -58,6 +61,7 @@ class Conditioning(nn.Module):
     """The sum of the embeddings of time, label and (if w_conditioned) guidance weight.
 
     w_embedding: a key of W_FEATURES; "fourier" embeds w as time is embedded (Meng et al. 2023).
+    time_scale: the largest frequency of the time embedding, in radians over [0, 1].
     The projection of w starts at zero, so that a student starts out equal to its teacher at every w.
     """
 
@@ -66,6 +70,7 @@ class Conditioning(nn.Module):
     w_conditioned: bool
     sinusoid_width: int
     w_embedding: str
+    time_scale: float
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -77,7 +82,7 @@ class Conditioning(nn.Module):
         if self.w_conditioned != (w is not None):
             raise ValueError(f"w_conditioned is {self.w_conditioned}, but w is {w}")
         mlp = functools.partial(EmbeddingMLP, self.width, dtype=self.dtype)
-        time = sinusoid(inverse_cosine_time(log_snr), self.sinusoid_width, scale=1000.0)
+        time = sinusoid(inverse_cosine_time(log_snr), self.sinusoid_width, scale=self.time_scale)
         embedding = mlp(name="time")(time)
         embedding += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label")(
             label

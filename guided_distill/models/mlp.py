@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning, Features
+from guided_distill.models.embeddings import TIME_SCALE, Conditioning, Features
 
 
 class MLP(nn.Module):
@@ -26,6 +26,8 @@ class MLP(nn.Module):
     embedding_width: Features
     """Width of the embedding of time, label and w."""
     num_classes: int
+    time_scale: kinds.Positive = TIME_SCALE
+    """Largest frequency of the time embedding, in radians over [0, 1]."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1
@@ -50,6 +52,7 @@ class MLP(nn.Module):
                 self.w_conditioned,
                 sinusoid_width=self.embedding_width,
                 w_embedding=self.w_embedding,
+                time_scale=self.time_scale,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning, Features
+from guided_distill.models.embeddings import TIME_SCALE, Conditioning, Features
 from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.sizes import sides, undivided
 
@@ -75,6 +75,8 @@ class PatchTransformer(nn.Module):
     num_classes: int
     mlp_ratio: kinds.Width = 4
     """Hidden width of a block's perceptron, in multiples of the width."""
+    time_scale: kinds.Positive = TIME_SCALE
+    """Largest frequency of the time embedding, in radians over [0, 1]."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1
@@ -107,6 +109,7 @@ class PatchTransformer(nn.Module):
                 self.w_conditioned,
                 sinusoid_width=self.embedding_width,
                 w_embedding=self.w_embedding,
+                time_scale=self.time_scale,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)

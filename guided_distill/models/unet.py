@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from guided_distill import kinds
 from guided_distill.diffusion.guidance import Condition
-from guided_distill.models.embeddings import Conditioning, Features
+from guided_distill.models.embeddings import TIME_SCALE, Conditioning, Features
 from guided_distill.models.patches import from_patches, to_patches
 from guided_distill.models.remat import Remat, rematerialized
 from guided_distill.models.sizes import sides, undivided
@@ -118,6 +118,8 @@ class UNet(nn.Module):
     then 1/patch_size of the image's."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    time_scale: kinds.Positive = TIME_SCALE
+    """Largest frequency of the time embedding, in radians over [0, 1]."""
     w_conditioned: bool = False
     w_embedding: str = "fourier"
     num_outputs: int = 1
@@ -170,6 +172,7 @@ class UNet(nn.Module):
                 self.w_conditioned,
                 sinusoid_width=self.width,
                 w_embedding=self.w_embedding,
+                time_scale=self.time_scale,
                 dtype=self.dtype,
                 name="conditioning",
             )(log_snr, condition["label"], w)
