@@ -229,13 +229,19 @@ def parse_recorded(values: Mapping[str, Any]) -> Experiment:
 def changed_keys(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose change changes the trained weights, each with its (old, new) value.
 
-    Adding samplers adds chains, and leaves the weights of the others unchanged.
+    Adding samplers adds chains, and leaves the weights of the others unchanged. A second stage that
+    neither config uses changes nothing; runs of earlier versions lack its section.
     """
+    unused = [
+        name for name in SECOND_STAGES if not (KINDS[name].is_used(old) or KINDS[name].is_used(new))
+    ]
     changes = differences(dataclasses.asdict(old), dataclasses.asdict(new))
     if set(old.halving.samplers) <= set(new.halving.samplers):
         changes.pop("halving.samplers", None)
     return {
-        key: values for key, values in changes.items() if key.split(".")[0] not in RESUMABLE_CHANGES
+        key: values
+        for key, values in changes.items()
+        if key.split(".")[0] not in (*RESUMABLE_CHANGES, *unused)
     }
 
 

@@ -189,6 +189,17 @@ def test_eps_is_trained_with_weightings_that_bound_its_errors(schedule, alpha_sq
         config.parse(one)
 
 
+def test_a_second_stage_that_is_not_used_may_change():
+    halving = config.parse({})
+    other = config.parse({"consistency": {"steps": 7}})
+    assert config.changed_keys(halving, other) == {}
+    used = [
+        config.parse({"second_stage": "consistency", "consistency": {"steps": n}}) for n in (7, 8)
+    ]
+    assert config.changed_keys(*used) == {"consistency.steps": (7, 8)}
+    assert {"second_stage", "consistency.steps"} <= config.changed_keys(halving, used[0]).keys()
+
+
 def test_without_guidance_no_label_need_be_dropped():
     plain = {"guidance": {"w_max": 0.0}, "evaluation": {"weights": (0.0,)}}
     config.parse({"teacher": {"label_dropout": 0.0}, **plain})
