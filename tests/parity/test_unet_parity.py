@@ -54,7 +54,12 @@ def test_attention_block(golden):
 
 def test_conditioning(golden):
     module = Conditioning(
-        cases.EMBEDDING, cases.CLASSES, True, sinusoid_width=cases.WIDTH, w_embedding="fourier"
+        cases.EMBEDDING,
+        cases.CLASSES,
+        True,
+        sinusoid_width=cases.WIDTH,
+        w_embedding="fourier",
+        time_scale=1000.0,
     )
     found = output(module, "conditioning", log_snr(), cases.LABEL, cases.W)
     assert_meets(found, golden["conditioning"])
