@@ -17,22 +17,18 @@ one w; here w is an input, as in all stages after the first.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from guided_distill import draws, kinds
-from guided_distill.diffusion.guidance import Condition, Denoiser, with_clipping
-from guided_distill.diffusion.process import (
-    Prediction,
-    add_noise,
-    ddim_step,
-    two_steps_in_one,
-)
-from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, Schedule, arrival
+from guided_distill.diffusion.guidance import Denoiser, with_clipping
+from guided_distill.diffusion.process import add_noise
+from guided_distill.diffusion.schedules import CHAINS, NUM_TIMESTEPS, Schedule
 from guided_distill.errors import UserError
 from guided_distill.models.registry import Network, Params
+from guided_distill.objectives.halving import Jump, halving_target
 from guided_distill.objectives.stage import (
     Batch,
     Examples,
@@ -65,14 +61,6 @@ class Consistency(Optimization):
     """c of the pseudo-Huber distance sqrt(e + c^2) - c, for a squared error e."""
 
 
-class Times(NamedTuple):
-    """The times [B] of an example: t, s = t - 1/K, and the lower end of its segment."""
-
-    t: jax.Array
-    s: jax.Array
-    end: jax.Array
-
-
 def teacher_steps_per_segment(
     settings: Consistency, update: int | jax.Array, num_steps: int | jax.Array
 ) -> jax.Array:
@@ -87,34 +75,11 @@ def teacher_steps_per_segment(
     )
 
 
-def times(segment: jax.Array, step: jax.Array, *, steps: jax.Array, num_steps: jax.Array) -> Times:
-    """The times of the step-th teacher step, of 1 ... `steps`, in a segment of 0 ... N - 1."""
+def jump_of(segment: jax.Array, step: jax.Array, *, steps: jax.Array, num_steps: jax.Array) -> Jump:
+    """The jump from t, the step-th of the `steps` times in a segment of 0 ... N - 1, by s to its end."""
     fine = steps * num_steps
     place = segment * steps + step
-    return Times(place / fine, (place - 1) / fine, segment / num_steps)
-
-
-def consistency_target(
-    student: Denoiser,
-    teacher: Denoiser,
-    z: jax.Array,
-    condition: Condition,
-    w: jax.Array,
-    *,
-    times: Times,
-    schedule: Schedule,
-) -> Prediction:
-    """The prediction at z [B, ...] that makes the teacher's step and the student's in one: (2) to (4)."""
-    log_snr_s = arrival(schedule, times.s)
-    first = teacher.predict(z, times.t, condition, w)
-    second = student.predict(ddim_step(first, log_snr_s), times.s, condition, w)
-    return two_steps_in_one(
-        first,
-        second,
-        log_snr_t=schedule(times.t),
-        log_snr_h=log_snr_s,
-        log_snr_s=arrival(schedule, times.end),
-    )
+    return Jump(t=place / fine, half=(place - 1) / fine, end=segment / num_steps)
 
 
 def consistency_loss(
@@ -127,29 +92,29 @@ def consistency_loss(
     w_range: tuple[float, float],
     grid: tuple[jax.Array, jax.Array],
 ) -> Loss:
-    """Match `consistency_target` at a time drawn uniformly from the grid, and at w ~ U[w_range].
+    """Match target (4) at a time drawn uniformly from the grid, and at w ~ U[w_range].
 
     grid: (K/N, N), both possibly traced.
     """
     steps, num_steps = grid
     x, condition, keys = examples
     segment_keys, step_keys, noise_keys, weight_keys = draws.split(keys, 4)
-    when = times(
+    jump = jump_of(
         draws.integers(segment_keys, 0, num_steps),
         draws.integers(step_keys, 1, steps + 1),
         steps=steps,
         num_steps=num_steps,
     )
     w = draws.uniforms(weight_keys, *w_range)
-    log_snr = schedule(when.t)
+    log_snr = schedule(jump.t)
     z = add_noise(x, draws.normals(noise_keys, x.shape[1:]), log_snr=log_snr)
     first, second = teacher, student
     if settings.clipped:
         first, second = with_clipping(teacher, schedule), with_clipping(student, schedule)
     target = jax.lax.stop_gradient(
-        consistency_target(second, first, z, condition, w, times=when, schedule=schedule)
+        halving_target(first, z, condition, w, jump=jump, schedule=schedule, second=second)
     )
-    prediction = student.predict(z, when.t, condition, w)
+    prediction = student.predict(z, jump.t, condition, w)
     error = prediction_loss(
         prediction,
         target,

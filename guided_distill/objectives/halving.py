@@ -125,14 +125,20 @@ def halving_target(
     *,
     jump: Jump,
     schedule: Schedule,
+    second: Denoiser | None = None,
 ) -> Prediction:
-    """The prediction at z [B, ...] that makes the teacher's two DDIM steps in one: equation (6)."""
+    """The prediction at z [B, ...] that makes the teacher's two DDIM steps in one: equation (6).
+
+    second: the denoiser that makes the second step; None for the teacher.
+    """
     log_snr_h = arrival(schedule, jump.half)
-    first = teacher.predict(z, jump.t, condition, w)
-    second = teacher.predict(ddim_step(first, log_snr_h), jump.half, condition, w)
+    at_start = teacher.predict(z, jump.t, condition, w)
+    on_the_way = (second or teacher).predict(
+        ddim_step(at_start, log_snr_h), jump.half, condition, w
+    )
     return two_steps_in_one(
-        first,
-        second,
+        at_start,
+        on_the_way,
         log_snr_t=schedule(jump.t),
         log_snr_h=log_snr_h,
         log_snr_s=arrival(schedule, jump.end),

@@ -15,13 +15,11 @@ from guided_distill.diffusion.schedules import SCHEDULES, arrival
 from guided_distill.errors import UserError
 from guided_distill.objectives.consistency import (
     Consistency,
-    Times,
     consistency_loss,
-    consistency_target,
+    jump_of,
     teacher_steps_per_segment,
-    times,
 )
-from guided_distill.objectives.halving import JUMPS, halving_target
+from guided_distill.objectives.halving import JUMPS, Jump, halving_target
 from guided_distill.objectives.stage import Examples
 
 SCHEDULE = SCHEDULES["cosine"]()
@@ -100,7 +98,7 @@ def test_the_exact_student_is_a_fixed_point(float64, num_steps):
     per_segment = 8
     fine = per_segment * num_steps
     place = np.arange(1, fine + 1)
-    when = times(
+    jump = jump_of(
         (place - 1) // per_segment,
         (place - 1) % per_segment + 1,
         steps=per_segment,
@@ -109,8 +107,8 @@ def test_the_exact_student_is_a_fixed_point(float64, num_steps):
     z = np.random.default_rng(0).normal(size=fine)
     student = exact(gaussian_flow, lambda t: np.ceil(t * num_steps - 1e-9 - 1) / num_steps)
     teacher = exact(gaussian_flow, lambda t: (np.round(t * fine) - 1) / fine)
-    target = consistency_target(student, teacher, z, {}, None, times=when, schedule=SCHEDULE)
-    own = student.predict(z, when.t, {}, None)
+    target = halving_target(teacher, z, {}, None, jump=jump, schedule=SCHEDULE, second=student)
+    own = student.predict(z, jump.t, {}, None)
     np.testing.assert_allclose(target.x, own.x, atol=1e-12)
     np.testing.assert_allclose(target.eps, own.eps, atol=1e-12)
 
@@ -122,9 +120,9 @@ def test_the_bias_of_a_target_falls_with_the_square_of_the_teachers_step(float64
     student = exact(mixture_flow, lambda t: end)
     biases = []
     for k in (64, 256, 1280):
-        when = Times(t, t - 1 / k, end)
-        target = consistency_target(
-            student, mixture_denoiser(), z, {}, None, times=when, schedule=SCHEDULE
+        jump = Jump(t, t - 1 / k, end)
+        target = halving_target(
+            mixture_denoiser(), z, {}, None, jump=jump, schedule=SCHEDULE, second=student
         )
         landed = ddim_step(target, arrival(SCHEDULE, end))
         biases.append(np.sqrt(np.mean((landed - truth) ** 2)))
@@ -133,25 +131,20 @@ def test_the_bias_of_a_target_falls_with_the_square_of_the_teachers_step(float64
     assert biases[1] / biases[2] == pytest.approx(25, rel=0.2)
 
 
-def test_a_teacher_that_makes_both_steps_is_step_halving():
-    teacher = mixture_denoiser()
-    z = jnp.asarray(np.random.default_rng(2).normal(size=4), jnp.float32)
-    jump = JUMPS["ddim"](jnp.arange(1.0, 5.0), 4)
-    halved = halving_target(teacher, z, {}, None, jump=jump, schedule=SCHEDULE)
-    when = Times(jump.t, jump.half, jump.end)
-    target = consistency_target(teacher, teacher, z, {}, None, times=when, schedule=SCHEDULE)
-    np.testing.assert_array_equal(target.x, halved.x)
-    np.testing.assert_array_equal(target.eps, halved.eps)
+def test_two_teacher_steps_a_segment_begin_with_the_jump_of_step_halving():
+    segment = jnp.arange(4)
+    jump = jump_of(segment, jnp.full(4, 2), steps=2, num_steps=4)
+    np.testing.assert_array_equal(jump, JUMPS["ddim"](segment + 1.0, 4))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8])
 def test_times_stay_in_their_segment(num_steps):
     segment, step = np.divmod(np.arange(num_steps * 5), 5)
-    when = times(segment, step + 1, steps=5, num_steps=num_steps)
-    assert np.all((when.s >= when.end - 1e-7) & (when.t <= when.end + 1 / num_steps + 1e-7))
-    np.testing.assert_allclose(when.t - when.s, 1 / 5 / num_steps, rtol=1e-5)
-    assert when.t.max() == 1
-    assert when.s.min() == when.end.min() == 0
+    jump = jump_of(segment, step + 1, steps=5, num_steps=num_steps)
+    assert np.all((jump.half >= jump.end - 1e-7) & (jump.t <= jump.end + 1 / num_steps + 1e-7))
+    np.testing.assert_allclose(jump.t - jump.half, 1 / 5 / num_steps, rtol=1e-5)
+    assert jump.t.max() == 1
+    assert jump.half.min() == jump.end.min() == 0
 
 
 def test_the_teachers_steps_rise_log_linearly():
