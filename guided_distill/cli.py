@@ -67,7 +67,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 
 @functools.cache
 def _hush() -> None:
-    """Keep libraries from printing what tells the user nothing.
+    """Keep libraries from printing messages that mean nothing to the user.
 
     Background threads pass their errors to the main thread anyway: when a save fails, Orbax also logs
     each traceback, and TensorStore's threads, which have no Python object to name, report that the event

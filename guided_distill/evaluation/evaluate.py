@@ -164,7 +164,7 @@ def _measure_task(
         return ""
     parts, extractor = table.parts(task, count, checkpoint), table.yardstick.extractor
     comparison = table.comparison
-    teacher = comparison.samples(task.w, drawing, extractor) if comparison else None
+    teacher = comparison.samples(task.w, drawing, table.yardstick) if comparison else None
     outputs = row_outputs(
         functools.partial(drawing.draw, load(folder), task.row),
         subjects.labels,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -10,7 +11,6 @@ from etils import epath
 from guided_distill.config import Experiment
 from guided_distill.errors import UserError
 from guided_distill.evaluation.drawing import Drawing
-from guided_distill.evaluation.extractors.extractor import Extractor
 from guided_distill.evaluation.outputs import row_outputs
 from guided_distill.evaluation.tasks import Row
 from guided_distill.places import path_named
@@ -18,6 +18,9 @@ from guided_distill.runs.trained import Trained, load_finished, read_finished
 from guided_distill.storage import npz_bytes, read_npz, write_bytes
 from guided_distill.training.processes import is_first
 from guided_distill.training.record import checkpoint_id
+
+if TYPE_CHECKING:
+    from guided_distill.evaluation.measures import Yardstick
 
 MOST_PAIRS = 1024
 MOST_BYTES = 2**26
@@ -50,10 +53,11 @@ class Comparison:
         """What identifies the teacher and its steps, such as "0123abcd@256"."""
         return f"{checkpoint_id(self._teacher)}@{self._num_steps}"
 
-    def samples(self, w: float, drawing: Drawing, extractor: Extractor) -> TeacherSamples:
+    def samples(self, w: float, drawing: Drawing, yardstick: "Yardstick") -> TeacherSamples:
         """The teacher's samples at this w, read from their file, or drawn and saved; resumes."""
         settings, count = drawing.settings, len(drawing.subjects.labels)
-        drawn_as = (self.id, w, settings.seed, count, extractor.name)
+        extractor, against = yardstick.extractor, yardstick.reference.fingerprint
+        drawn_as = (self.id, w, settings.seed, count, extractor.name, against)
         name = hashlib.sha256(repr(drawn_as).encode()).hexdigest()[:8]
         file = self._workdir / "reference" / f"{extractor.name}_teacher_w{w:g}_{name}.npz"
         parts = self._workdir / "evaluation" / extractor.name / file.stem

@@ -36,6 +36,7 @@ from guided_distill.objectives.stage import (
     Optimization,
     SecondStage,
     check_one_step,
+    check_stage_one,
 )
 from guided_distill.objectives.weighting import Loss, Weighting, prediction_loss
 
@@ -169,11 +170,7 @@ class ConsistencyStage(SecondStage):
 
 def _check_students(experiment: "Experiment") -> None:
     settings, model = experiment.consistency, experiment.model
-    if experiment.method != "guided":
-        raise UserError(
-            f"config.second_stage is consistency, whose teacher is stage one, which config.method "
-            f"{experiment.method} leaves out: make it guided"
-        )
+    check_stage_one(experiment)
     if not settings.num_steps or len(set(settings.num_steps)) < len(settings.num_steps):
         raise UserError(
             f"config.consistency.num_steps is {settings.num_steps}: name at least one number of steps, "

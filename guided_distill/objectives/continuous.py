@@ -34,6 +34,7 @@ from guided_distill.objectives.stage import (
     LossFunction,
     Optimization,
     SecondStage,
+    check_stage_one,
 )
 from guided_distill.objectives.weighting import Loss
 
@@ -48,8 +49,8 @@ SMOOTH_TIME_SCALE = 50.0
 class Continuous(Optimization):
     """Settings of continuous-time consistency distillation."""
 
-    tangent_warmup_steps: kinds.Whole = 10_000
-    """Updates over which r rises from 0 to 1."""
+    tangent_warmup: kinds.Fraction = 0.1
+    """The share of the updates over which r rises to 1."""
     tangent_offset: kinds.Positive = 0.1
     """c, which keeps a small g small."""
 
@@ -102,7 +103,7 @@ def continuous_loss(
     log_snr = schedule(t)
     z = add_noise(x, draws.normals(noise_keys, x.shape[1:]), log_snr=log_snr)
     towards_teacher, along_path = tangent(student, teacher, z, t, condition, w, schedule=schedule)
-    share = jnp.minimum((update + 1) / (settings.tangent_warmup_steps + 1), 1.0)
+    share = jnp.minimum((update + 1) / (settings.tangent_warmup * settings.steps + 1), 1.0)
     g = jax.lax.stop_gradient(towards_teacher + share * along_path)
     axes = tuple(range(1, g.ndim))
     size = jnp.sqrt(jnp.mean(jnp.square(g), axis=axes))
@@ -151,11 +152,7 @@ class ContinuousStage(SecondStage):
 
 def _check_run(experiment: "Experiment") -> None:
     model = experiment.model
-    if experiment.method != "guided":
-        raise UserError(
-            f"config.second_stage is continuous, whose teacher is stage one, which config.method "
-            f"{experiment.method} leaves out: make it guided"
-        )
+    check_stage_one(experiment)
     if model.schedule in CHAINS:
         raise UserError(
             f"config.second_stage is continuous, which differentiates in time, but config.model.schedule "

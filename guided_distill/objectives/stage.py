@@ -85,6 +85,15 @@ def check_optimization(section: str, settings: Optimization) -> None:
         )
 
 
+def check_stage_one(experiment: "Experiment") -> None:
+    """Raises UserError if the run has no stage one, for a second stage that only it can teach."""
+    if experiment.method != "guided":
+        raise UserError(
+            f"config.second_stage is {experiment.second_stage}, whose teacher is stage one, which "
+            f"config.method {experiment.method} leaves out: make it guided"
+        )
+
+
 def check_one_step(experiment: "Experiment", weighting: str, cause: str) -> None:
     """Raises UserError, beginning with `cause`, if a student of one step can't be trained this way."""
     model = experiment.model

@@ -116,6 +116,15 @@ def test_a_run_that_starts_from_a_teacher_is_compared_with_it(workdir, tmp_path,
     assert "leave the flag out" in line
 
 
+def test_features_of_another_extractor_are_not_taken(workdir, tmp_path):
+    """The fingerprint covers the extractor's weights, and here a reference of other data."""
+    np.savez(tmp_path / "other.npz", mu=np.zeros(2), sigma=np.eye(2))
+    before = set((workdir / "reference").glob("*_teacher_w1_*.npz"))
+    other = ("--reference", str(tmp_path / "other.npz"), "--stages", "halving_ddim_1")
+    assert evaluate(workdir, "--against_teacher", str(STEPS), *other) == 0
+    assert len(set((workdir / "reference").glob("*_teacher_w1_*.npz")) - before) == 1
+
+
 def test_samples_without_a_partner_have_no_error():
     samples = np.ones((4, 2, 2), np.float32)
     errors = squared_errors(samples, np.zeros((3, 2, 2)))

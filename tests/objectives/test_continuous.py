@@ -95,7 +95,7 @@ def slope_of_loss(share, *, update=0, settings=None):
             TEACHER,
             Examples(x, {}, keys),
             schedule=SCHEDULE,
-            settings=settings or Continuous(tangent_warmup_steps=0),
+            settings=settings or Continuous(tangent_warmup=0.0),
             w_range=(0.0, 1.0),
             update=update,
         ).per_example.mean()
@@ -104,7 +104,7 @@ def slope_of_loss(share, *, update=0, settings=None):
 
 
 def test_the_second_term_warms_up():
-    settings = Continuous(tangent_warmup_steps=99)
+    settings = Continuous(steps=990, tangent_warmup=0.1)
     slopes = [slope_of_loss(0.5, update=update, settings=settings) for update in (0, 50, 99, 500)]
     assert slopes[2] == slopes[3] == pytest.approx(slope_of_loss(0.5), rel=1e-5)
     assert len({round(slope, 6) for slope in slopes[:3]}) == 3
